@@ -1,0 +1,53 @@
+"""The passes, in the order in which a model goes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import tvm
+
+from .base import match_counts
+from .fuse_add_rms_norm import fuse_add_rms_norm
+from .fuse_gate_up import fuse_gate_up
+from .fuse_residual import fuse_residual
+from .fuse_rms_norm import fuse_rms_norm
+from .fuse_rope_cache import fuse_rope_cache
+from .lift_weights import lift_weights
+from .merge_qkv import merge_qkv
+from .outline_layers import outline_layers
+from .page_kv_cache import page_kv_cache
+
+PIPELINE = (
+    page_kv_cache,  # whole-batch attention -> paged KV cache; the serving signature
+    outline_layers,  # one function per kind of layer; all passes below see each kind once
+    fuse_rms_norm,  # written-out norm -> rms_norm
+    fuse_gate_up,  # silu(gate) * up -> gate_up_silu
+    merge_qkv,  # parallel linear layers -> one
+    fuse_rope_cache,  # rotate q, k and write the cache in one go
+    fuse_add_rms_norm,  # residual add + norm, where the sum is normalised next
+    fuse_residual,  # the other residual adds -> epilogue of their linear layer
+    lift_weights,  # what depends on weights alone -> runs once, at compile time
+)
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """A pass that ran, and how often it matched."""
+
+    name: str
+    matches: int
+
+
+def run_passes(
+    module: tvm.IRModule, after_each: Callable[[str, tvm.IRModule], None] = lambda name, module: None
+) -> tuple[tvm.IRModule, list[PassRecord]]:
+    """Send an imported model through all passes.
+
+    `after_each(name, module)` is called behind every pass, for a dump of what it did.
+    """
+    for transform in PIPELINE:
+        module = transform(module)
+        after_each(transform.info.name, module)
+    counts = match_counts(module)
+    return module, [PassRecord(p.info.name, counts[p.info.name]) for p in PIPELINE]

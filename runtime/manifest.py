@@ -1,0 +1,70 @@
+"""The manifest of an artifact: what is in it, what it was made from, and where it may run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from vllm_compile.errors import ArtifactError
+from vllm_compile.targets.cpu import host_features
+
+SCHEMA = 1
+MANIFEST, PLAN, LIBRARY, CONFIG = "manifest.json", "plan.json", "kernels.so", "config.json"
+CHUNK = 1 << 22
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of the artifact in `directory`, fit for this version and this machine.
+
+    Raises:
+        ArtifactError: no artifact, another schema, or a CPU without the instruction sets it uses.
+    """
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        schema, features = manifest["schema"], set(manifest["target"]["features"])
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{directory}: no compiled artifact here ({MANIFEST} is missing)") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{directory / MANIFEST}: not a manifest ({error})") from error
+    if schema != SCHEMA:
+        raise ArtifactError(
+            f"{directory}: artifact schema {schema}, this version of vllm-compile reads {SCHEMA}; "
+            + ("update vllm-compile" if schema > SCHEMA else "compile the model again")
+        )
+    if missing := features - host_features():
+        raise ArtifactError(
+            f"{directory}: compiled for a CPU with {', '.join(sorted(missing))}, which this machine lacks; "
+            "compile the model again on a machine like this one"
+        )
+    return manifest
+
+
+def check_files(directory: Path, manifest: dict[str, Any]) -> None:
+    """Compare every file with its SHA-256 in the manifest.
+
+    Raises:
+        ArtifactError: a file is missing or differs; it is named.
+    """
+    digests = manifest["files"]
+    absent = [name for name in digests if not (directory / name).is_file()]
+    if absent:
+        raise ArtifactError(f"{directory}: {', '.join(absent)} is missing; compile the model again")
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+        found = dict(zip(digests, pool.map(lambda name: sha256(directory / name), digests), strict=True))
+    changed = [name for name, digest in digests.items() if found[name] != digest]
+    if changed:
+        raise ArtifactError(
+            f"{directory}: {', '.join(changed)} differs from what was compiled (SHA-256); compile the model again"
+        )

@@ -1,0 +1,143 @@
+"""The compiled program as data: what `plan.json` holds.
+
+A plan is a straight-line program.  Its functions work on named buffers whose sizes are
+proportional to the number of tokens T; each step either runs a kernel or calls another
+function of the plan (a decoder layer, once per layer).  Nothing here is code: an executor
+binds a plan to memory, and any engine can read it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vllm_compile.spec import Dim, Sym, TensorSpec
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A buffer as one step sees it: the same bytes under a shape of the step's own."""
+
+    buffer: str
+    spec: TensorSpec
+
+
+@dataclass(frozen=True)
+class KernelStep:
+    """Runs one kernel: the variant with the largest min_tokens that is not above T."""
+
+    op: str
+    family: str
+    variants: tuple[tuple[int, str], ...]  # (min_tokens, symbol), ascending
+    arguments: tuple[Argument, ...]
+
+
+@dataclass(frozen=True)
+class CallStep:
+    """Calls a function of the plan; `arguments` are buffers for its inputs, weights and results, in order."""
+
+    function: str
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Scratch memory [T, ...] in one of the function's slots; buffers in one slot are never alive together."""
+
+    name: str
+    spec: TensorSpec
+    slot: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.spec.nbytes(tokens=1)
+
+
+@dataclass(frozen=True)
+class Function:
+    """One function: what it is given, its scratch buffers, its steps.
+
+    `results` are buffers that the caller provides and this function fills.
+    """
+
+    name: str
+    inputs: tuple[Argument, ...]
+    weights: tuple[Argument, ...]
+    results: tuple[Argument, ...]
+    buffers: tuple[Buffer, ...]
+    steps: tuple[KernelStep | CallStep, ...]
+
+    def slot_bytes_per_token(self) -> list[int]:
+        """Size of each slot: that of its largest buffer."""
+        sizes = [0] * (1 + max((b.slot for b in self.buffers), default=-1))
+        for buffer in self.buffers:
+            sizes[buffer.slot] = max(sizes[buffer.slot], buffer.bytes_per_token)
+        return sizes
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a serving engine must know of the model."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`forward` and `logits` are the entry points; the other functions are layers they call."""
+
+    model: ModelShape
+    functions: dict[str, Function]
+    schema: int = field(default=SCHEMA)
+
+    def to_json(self) -> str:
+        """Deterministic: the same plan gives the same bytes."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> Plan:
+    """The plan that `to_json` wrote.
+
+    Raises:
+        ValueError, KeyError, TypeError: the text is no plan of this schema.
+    """
+    raw = json.loads(text)
+    functions = {name: _function(value) for name, value in raw["functions"].items()}
+    return Plan(ModelShape(**raw["model"]), functions, raw["schema"])
+
+
+def _function(raw: dict[str, Any]) -> Function:
+    inputs, weights, results = (
+        tuple(_argument(a) for a in raw[key]) for key in ("inputs", "weights", "results")
+    )
+    buffers = tuple(Buffer(b["name"], _spec(b["spec"]), b["slot"]) for b in raw["buffers"])
+    return Function(raw["name"], inputs, weights, results, buffers, tuple(_step(s) for s in raw["steps"]))
+
+
+def _step(raw: dict[str, Any]) -> KernelStep | CallStep:
+    if "function" in raw:
+        return CallStep(raw["function"], tuple(raw["arguments"]))
+    variants = tuple((minimum, symbol) for minimum, symbol in raw["variants"])
+    return KernelStep(raw["op"], raw["family"], variants, tuple(_argument(a) for a in raw["arguments"]))
+
+
+def _argument(raw: dict[str, Any]) -> Argument:
+    return Argument(raw["buffer"], _spec(raw["spec"]))
+
+
+def _spec(raw: dict[str, Any]) -> TensorSpec:
+    return TensorSpec(tuple(_dim(d) for d in raw["shape"]), raw["dtype"], raw["strided"])
+
+
+def _dim(raw: int | str) -> Dim:
+    return raw if isinstance(raw, int) else Sym(raw)

@@ -1,0 +1,162 @@
+"""A compiled model, loaded: the callable that an engine drives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from vllm_compile.errors import ArtifactError
+from vllm_compile.spec import TensorSpec
+
+from . import manifest as artifact
+from .executor import Executor
+from .memory import aligned, allocate
+from .plan import Plan, from_json
+
+Observer = Callable[[int, torch.Tensor], None]
+
+
+class Program:
+    """A compiled model with its weights.
+
+    Attributes:
+        num_layers, num_heads, num_kv_heads, head_dim, hidden_size, vocab_size: shape of the model.
+        max_positions: positions are below this.
+        dtype: of weights, activations and KV cache.
+    """
+
+    def __init__(self, directory: Path, plan: Plan) -> None:
+        self.directory, self.plan = directory, plan
+        model = plan.model
+        self.num_layers, self.num_heads, self.num_kv_heads = (
+            model.num_layers,
+            model.num_heads,
+            model.num_kv_heads,
+        )
+        self.head_dim, self.hidden_size, self.vocab_size = model.head_dim, model.hidden_size, model.vocab_size
+        self.max_positions = model.max_positions
+        self.dtype: torch.dtype = getattr(torch, model.dtype)
+        self._executor = Executor(plan, str(directory / artifact.LIBRARY))
+        self._caches = [f"kv_{layer}" for layer in range(model.num_layers)]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> None:
+        """Copy the weights into huge pages.
+
+        Args:
+            weights: (name, tensor) pairs as in the artifact's safetensors; None reads those.
+
+        Raises:
+            ArtifactError: a weight is missing, unknown, or of another shape or dtype than the plan says.
+        """
+        wanted = self._weight_specs()
+        sizes = {name: aligned(spec.nbytes()) for name, spec in wanted.items()}
+        arena, offset = allocate(sum(sizes.values())), 0
+        places: dict[str, torch.Tensor] = {}
+        for name, spec in wanted.items():
+            flat = arena[offset : offset + spec.nbytes()]
+            places[name] = flat.view(getattr(torch, spec.dtype)).view([int(d) for d in spec.shape])
+            offset += sizes[name]
+        loaded = set()
+        for name, tensor in weights if weights is not None else read_weights(self.directory):
+            if name not in places or (tensor.shape, tensor.dtype) != (places[name].shape, places[name].dtype):
+                raise ArtifactError(
+                    f"{self.directory}: weight {name!r} is not as plan.json says; compile again"
+                )
+            places[name].copy_(tensor)
+            loaded.add(name)
+        if missing := wanted.keys() - loaded:
+            raise ArtifactError(
+                f"{self.directory}: weights missing: {', '.join(sorted(missing)[:3])}; compile again"
+            )
+        self._executor.set_weights(places)
+
+    def prepare(self, max_tokens: int, max_requests: int = 0) -> None:
+        """Allocate scratch memory for batches of up to `max_tokens` tokens (`max_requests` needs none)."""
+        self._executor.prepare(max(max_tokens, max_requests))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv: Sequence[torch.Tensor],
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        observer: Observer | None = None,
+    ) -> torch.Tensor:
+        """One step of the model: prefill, decode, or both mixed.
+
+        Args:
+            input_ids: int32 [T], token ids of all requests, one request after the other.
+            positions: int64 [T], position of each token in its request.
+            kv: per layer the paged KV cache [blocks, kv_heads, block_size, 2 * head_dim], K then V in
+                the last axis, which must be contiguous; the outer strides are free.  Written in place.
+            block_table: int32 [R, W], the blocks of each request in order.
+            seq_lens: int32 [R], cached tokens of each request including this step's; 0 for an empty row.
+            query_start_loc: int32 [R + 1], where each request's tokens start.
+            slot_mapping: int64 [T], block * block_size + offset where each token is cached, -1 for none.
+            observer: called as `observer(layer, hidden [T, D])` before each layer; it may overwrite `hidden`.
+
+        Returns:
+            hidden states [T, D] for `logits`, valid until the next call.
+
+        Raises:
+            ValueError: an argument has another shape or dtype than the above.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "positions": positions,
+            **dict(zip(self._caches, kv, strict=True)),
+            "block_table": block_table,
+            "seq_lens": seq_lens,
+            "query_start_loc": query_start_loc,
+            "slot_mapping": slot_mapping,
+        }
+        return self._executor.run("forward", input_ids.shape[0], inputs, observer)
+
+    __call__ = forward
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [S, D] -> logits [S, V] in the model's dtype, valid until the next call."""
+        return self._executor.run("logits", hidden.shape[0], {"hidden": hidden.contiguous()})
+
+    def _weight_specs(self) -> dict[str, TensorSpec]:
+        entries = (self.plan.functions["forward"], self.plan.functions["logits"])
+        return {a.buffer: a.spec for function in entries for a in function.weights}
+
+
+def load(directory: str | Path, weights: bool = True, check: bool = True) -> Program:
+    """Load an artifact.
+
+    Args:
+        directory: what `compile` wrote.
+        weights: load the weights too; if False, call `Program.load_weights` later.
+        check: compare every file with its SHA-256 first.
+
+    Raises:
+        ArtifactError: the artifact is damaged, of another schema, or made for another CPU.
+    """
+    directory = Path(directory)
+    manifest = artifact.read_manifest(directory)
+    if check:
+        artifact.check_files(directory, manifest)
+    try:
+        plan = from_json((directory / artifact.PLAN).read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{directory / artifact.PLAN}: not a plan ({error})") from error
+    program = Program(directory, plan)
+    if weights:
+        program.load_weights()
+    return program
+
+
+def read_weights(directory: Path) -> Iterable[tuple[str, torch.Tensor]]:
+    """The stored weights, one at a time, mapped from the artifact's safetensors."""
+    for shard in sorted(directory.glob("model-*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                yield name, file.get_tensor(name)

@@ -1,0 +1,8 @@
+"""`python scripts/verify.py …` is `vllm-compile verify …` for a checkout that is not installed on the PATH."""
+
+import sys
+
+from vllm_compile.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["verify", *sys.argv[1:]]))

@@ -1,0 +1,24 @@
+"""One file per target: limits, instruction sets, tile sizes.  Imports neither TVM nor torch."""
+
+from collections.abc import Callable
+
+from vllm_compile.errors import TargetError
+
+from . import cpu
+from .base import Target
+
+DETECT: dict[str, Callable[[], Target]] = {"cpu": cpu.detect}
+
+
+def resolve(name: str) -> Target:
+    """The target called `name`, with the facts of this machine.
+
+    Raises:
+        TargetError: no such target, or this machine is none.
+    """
+    if name not in DETECT:
+        raise TargetError(f"unknown target {name!r}; this version has: {', '.join(sorted(DETECT))}")
+    return DETECT[name]()
+
+
+__all__ = ["Target", "resolve"]

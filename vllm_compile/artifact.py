@@ -1,0 +1,80 @@
+"""Writes the descriptive files of an artifact: config.json, tokenizer, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import tvm
+
+from . import __version__
+from .runtime import manifest as files
+from .targets import Target
+
+ARCHITECTURE = "VllmCompileForCausalLM"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template*",
+)
+
+
+def write_config(source: Path, dtype: str, directory: Path) -> None:
+    """The model's config.json under our architecture, and its tokenizer files as they are.
+
+    `auto_map`, which names code to run, is left out.
+    """
+    config = json.loads((source / "config.json").read_text())
+    config.pop("auto_map", None)
+    config.pop("torch_dtype", None)
+    original = config.get("architectures")
+    config |= {"architectures": [ARCHITECTURE], "dtype": dtype, "vllm_compile": {"architectures": original}}
+    (directory / files.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for pattern in TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, directory / path.name)
+
+
+def source_digest(source: Path, dummy_seed: int | None) -> dict[str, Any]:
+    """What the artifact was made from: SHA-256 over the names and digests of config and weights."""
+    names = ["config.json"] if dummy_seed is not None else ["config.json", *_weight_files(source)]
+    listing = "".join(f"{files.sha256(source / name)}  {name}\n" for name in names)
+    return {"sha256": hashlib.sha256(listing.encode()).hexdigest(), "dummy_weights_seed": dummy_seed}
+
+
+def write_manifest(
+    directory: Path,
+    target: Target,
+    source: dict[str, Any],
+    passes: list[dict[str, Any]],
+    kernels: list[dict[str, Any]],
+    verdict: dict[str, Any],
+) -> None:
+    """Describe all files in `directory`; only the field `built` differs between two equal compiles."""
+    manifest = {
+        "schema": files.SCHEMA,
+        "compiler": {"vllm_compile": __version__, "tvm": tvm.__version__},
+        "source": source,
+        "target": {"name": target.name, "features": sorted(target.features), "tvm": target.tvm_config()},
+        "abi": {"apache_tvm_ffi": ">=0.1.10"},
+        "passes": passes,
+        "kernels": kernels,
+        "verdict": verdict,
+        "files": {path.name: files.sha256(path) for path in sorted(directory.iterdir())},
+        "built": {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "host": platform.node()},
+    }
+    (directory / files.MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def _weight_files(source: Path) -> list[str]:
+    return sorted(path.name for path in source.glob("*.safetensors"))

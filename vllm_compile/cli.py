@@ -1,0 +1,142 @@
+"""The command line: `vllm-compile compile | verify | bench`.
+
+Everything for people goes to stderr; with --json the last line of stdout is a summary for
+programs.  Errors that a user can act on are one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .errors import VllmCompileError
+
+console = Console(stderr=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 compared and found wanting, 2 an error."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    try:
+        return options.run(options)
+    except VllmCompileError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vllm-compile", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_compile(commands)
+    _add_verify(commands)
+    return parser
+
+
+def _add_compile(commands: Any) -> None:
+    parser = commands.add_parser("compile", help="compile a Hugging Face model into an artifact")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory"
+    )
+    parser.add_argument("--target", default="cpu", help="what to compile for (default: cpu)")
+    parser.add_argument("--out", type=Path, required=True, metavar="ARTIFACT", help="directory to write")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the model's own")
+    parser.add_argument("--strict", action="store_true", help="a pass that matches nothing is an error")
+    parser.add_argument(
+        "--dummy-weights",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="SEED",
+        help="random Gaussian weights from a seed",
+    )
+    parser.add_argument(
+        "--dump", type=Path, metavar="DIR", help="write the module after each pass as TVMScript"
+    )
+    parser.add_argument("--json", action="store_true", help="a summary as the last line of stdout")
+    parser.set_defaults(run=_compile)
+
+
+def _compile(options: argparse.Namespace) -> int:
+    from .driver import CompileOptions, compile_model
+
+    settings = CompileOptions(options.dtype, options.strict, options.dummy_weights, options.dump)
+    with console.status("starting") as status:
+        result = compile_model(options.model, options.target, options.out, settings, status.update)
+    _print_result(result)
+    if options.json:
+        print(json.dumps(asdict(result), default=str))
+    return 1 if result.verdict["outcome"] == "fail" else 0
+
+
+def _print_result(result: Any) -> None:
+    passes = Table("pass", "matches", title="passes")
+    for record in result.passes:
+        passes.add_row(record.name, str(record.matches))
+    console.print(passes)
+    kernels = Table("kernel", "family", "from T", "inputs", title="kernels")
+    for kernel in result.kernels:
+        shapes = ", ".join(
+            f"{name} {'x'.join(shape[:-1])} {shape[-1]}" for name, shape in kernel["inputs"].items()
+        )
+        kernels.add_row(kernel["symbol"], kernel["family"], str(kernel["min_tokens"]), shapes)
+    console.print(kernels)
+    for warning in result.warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
+    console.print(f"{stages}; total {sum(result.seconds.values()):.1f} s")
+    console.print(f"verified: {_verdict(result.verdict)}")
+    console.print(f"wrote {result.artifact}; serve it with: vllm serve {result.artifact}", soft_wrap=True)
+
+
+def _verdict(verdict: dict[str, Any]) -> str:
+    if "reason" in verdict:
+        return f"{verdict['outcome']} ({verdict['reason']})"
+    return (
+        f"{verdict['outcome']} (error against fp32 {verdict['error']:.2e}, Hugging Face's {verdict['reference_error']:.2e}; "
+        f"KL {verdict['kl']:.2e} against {verdict['reference_kl']:.2e}; agreement {verdict['agreement']:.1%})"
+    )
+
+
+def _add_verify(commands: Any) -> None:
+    parser = commands.add_parser("verify", help="compare an artifact with the model it was made from")
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
+    parser.add_argument("--json", action="store_true", help="the report as the last line of stdout")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .runtime.manifest import check_files, read_manifest
+    from .verify import verify
+
+    manifest = read_manifest(options.artifact)
+    check_files(options.artifact, manifest)
+    with console.status("comparing with Hugging Face"):
+        report = verify(
+            options.artifact, options.model, manifest["source"]["dummy_weights_seed"], seed=options.seed
+        )
+    table = Table("layer", "relative error", title="each layer on Hugging Face's input")
+    for layer, error in enumerate(report.layers):
+        table.add_row("final norm" if layer == len(report.layers) - 1 else str(layer), f"{error:.2e}")
+    console.print(table)
+    console.print(_verdict({"outcome": "pass" if report.passed else "fail", **asdict(report)}))
+    if options.json:
+        print(json.dumps(asdict(report)))
+    return 0 if report.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

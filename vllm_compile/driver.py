@@ -1,0 +1,218 @@
+"""From a model directory to an artifact: the stages in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import tvm
+from tvm import tirx
+
+from .artifact import source_digest, write_config, write_manifest
+from .errors import UnsupportedError
+from .frontend.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
+from .frontend.hf import TracedModel, read_config, trace
+from .frontend.importer import ImportedModel, import_model
+from .lowering import Lowered, lower
+from .relax_passes.pipeline import PassRecord, run_passes
+from .runtime import manifest as files
+from .runtime.plan import ModelShape, Plan
+from .schedules.build import build_library
+from .schedules.select import choose
+from .staging import staged
+from .targets import Target, resolve
+from .verify import verify_quick
+from .weights import WeightProgram, write_shards
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How to compile.
+
+    Attributes:
+        dtype: bfloat16 or float32; None keeps the model's own.
+        strict: a pass that matches nothing is an error instead of a warning.
+        dummy_weights: seed of random weights to use instead of a checkpoint's, or None.
+        dump: directory for the module after each pass, as TVMScript, or None.
+    """
+
+    dtype: str | None = None
+    strict: bool = False
+    dummy_weights: int | None = None
+    dump: Path | None = None
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What was made, and how.
+
+    Attributes:
+        artifact: its directory.
+        passes: each pass and its number of matches.
+        kernels: op, family, symbol and shapes of each kernel.
+        seconds: duration of each stage.
+        verdict: outcome of the quick verification: {"outcome": pass | fail | not-run, ...}.
+        warnings: what the user should look at.
+    """
+
+    artifact: Path
+    passes: list[PassRecord]
+    kernels: list[dict[str, Any]]
+    seconds: dict[str, float]
+    verdict: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+def compile_model(
+    model: str | Path,
+    target: str = "cpu",
+    out: str | Path = "artifact",
+    options: CompileOptions | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> CompileResult:
+    """Compile a Hugging Face model directory into an artifact that vLLM serves.
+
+    Args:
+        model: directory with config.json, safetensors and tokenizer.
+        target: what to compile for; `cpu` is the machine this runs on.
+        out: the artifact's directory; an older artifact there is replaced when the new one is whole.
+        options: see `CompileOptions`.
+        progress: called with the name of each stage as it starts.
+
+    Raises:
+        ModelError: the model directory is missing, incomplete or damaged.
+        UnsupportedError: an architecture, operator, dtype or shape is not supported; it is named.
+        TargetError: the target is unknown, or this machine is none.
+        ArtifactError: `out` cannot be written.
+    """
+    options = options or CompileOptions()
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        progress(name)
+        start = time.perf_counter()
+        yield
+        seconds[name] = round(time.perf_counter() - start, 3)
+
+    source, final = Path(model), Path(out)
+    machine = resolve(target)
+    config = read_config(source)
+    dtype = _dtype(config, options.dtype)
+    with stage("import"):
+        traced = trace(config, DTYPES[dtype])
+        checkpoint = open_checkpoint(source, traced.shapes, DTYPES[dtype], options.dummy_weights)
+        imported = import_model(traced, config.max_position_embeddings)
+    with stage("passes"):
+        module, passes = run_passes(imported.module, _dumper(options.dump))
+        warnings = _check_matches(passes, options.strict)
+        lowered = lower(module, lambda spec: choose(spec, machine))
+    with staged(final) as directory:
+        with stage("kernels"):
+            build_library(_prim_funcs(lowered, machine), machine, directory / files.LIBRARY)
+        with stage("weights"):
+            write_shards(_stored_weights(module, lowered, traced, imported, checkpoint), directory)
+        plan = Plan(_model_shape(config, dtype), lowered.functions)
+        (directory / files.PLAN).write_text(plan.to_json())
+        write_config(source, dtype, directory)
+        with stage("verify"):
+            verdict = verify_quick(directory, source, options.dummy_weights)
+        with stage("manifest"):
+            kernels = _kernel_records(lowered)
+            digest = source_digest(source, options.dummy_weights)
+            write_manifest(directory, machine, digest, [asdict(p) for p in passes], kernels, verdict)
+    return CompileResult(final, passes, kernels, seconds, verdict, warnings)
+
+
+def _dtype(config: Any, asked: str | None) -> str:
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedError("quantised checkpoints are not supported yet; compile the original weights")
+    dtype = asked or str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"dtype {dtype} is not supported; pass --dtype bfloat16 or float32")
+    return dtype
+
+
+def _dumper(directory: Path | None) -> Callable[[str, tvm.IRModule], None]:
+    """Writes the module after each pass to a numbered file."""
+    if directory is None:
+        return lambda name, module: None
+    directory.mkdir(parents=True, exist_ok=True)
+    written: list[str] = []
+
+    def dump(name: str, module: tvm.IRModule) -> None:
+        (directory / f"{len(written):02d}_{name}.py").write_text(module.script(show_meta=True))
+        written.append(name)
+
+    return dump
+
+
+def _check_matches(passes: list[PassRecord], strict: bool) -> list[str]:
+    idle = [record.name for record in passes if record.matches == 0]
+    if idle and strict:
+        raise UnsupportedError(f"passes matched nothing: {', '.join(idle)} (--strict)")
+    return [f"pass {name} matched nothing" for name in idle]
+
+
+def _prim_funcs(lowered: Lowered, target: Target) -> dict[str, tirx.PrimFunc]:
+    return {
+        symbol: kernels.choice.family.build(kernels.spec, variant.config, target)
+        for kernels in lowered.kernels.values()
+        for symbol, variant in zip(kernels.symbols, kernels.choice.variants, strict=True)
+    }
+
+
+def _kernel_records(lowered: Lowered) -> list[dict[str, Any]]:
+    """One record per kernel: what it computes, by which family and configuration."""
+    return [
+        {
+            "op": kernels.spec.op,
+            "family": kernels.choice.family.name,
+            "symbol": symbol,
+            "min_tokens": variant.min_tokens,
+            "config": dict(variant.config),
+            "inputs": {name: [*map(str, spec.shape), spec.dtype] for name, spec in kernels.spec.inputs},
+        }
+        for kernels in lowered.kernels.values()
+        for symbol, variant in zip(kernels.symbols, kernels.choice.variants, strict=True)
+    ]
+
+
+def _stored_weights(
+    module: tvm.IRModule,
+    lowered: Lowered,
+    traced: TracedModel,
+    imported: ImportedModel,
+    checkpoint: Checkpoint | DummyCheckpoint,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    def read(parameter: str) -> torch.Tensor:
+        if parameter in imported.tables:
+            return imported.tables[parameter]
+        name = imported.weights[parameter]
+        # Tied weights are one tensor under several names; a checkpoint may hold either.
+        return checkpoint.read(next((n for n in traced.aliases[name] if n in checkpoint), name))
+
+    program = WeightProgram(module, read)
+    for stored in lowered.weights.values():
+        yield stored.name, program.evaluate(stored)
+
+
+def _model_shape(config: Any, dtype: str) -> ModelShape:
+    heads = config.num_attention_heads
+    return ModelShape(
+        num_layers=config.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        dtype=dtype,
+    )

@@ -1,0 +1,109 @@
+"""Reads a Hugging Face checkpoint's safetensors one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vllm_compile.errors import ModelError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Checkpoint:
+    """The tensors of a model directory, by name.
+
+    A shard is opened for each tensor read and closed again, so that its pages do not
+    stay mapped: a compile never holds more than the tensors it works on.
+
+    Raises:
+        ModelError: no safetensors, a shard missing, or a file that is not whole.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._shard_of: dict[str, Path] = {}
+        for shard in self._shards():
+            with self._open(shard) as file:
+                self._shard_of.update(dict.fromkeys(file.keys(), shard))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shard_of
+
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        return self._shard_of.keys()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor called `name`, in the dtype it was stored in."""
+        if name not in self._shard_of:
+            raise ModelError(f"{self.directory}: no tensor named {name!r} in its safetensors")
+        with self._open(self._shard_of[name]) as file:
+            return file.get_tensor(name).clone()
+
+    def _shards(self) -> list[Path]:
+        index = self.directory / INDEX
+        if not index.exists():
+            if not (self.directory / SINGLE).exists():
+                raise ModelError(
+                    f"{self.directory}: neither {SINGLE} nor {INDEX}; save the model with safe serialization, "
+                    "or pass --dummy-weights"
+                )
+            return [self.directory / SINGLE]
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index}: not a safetensors index ({error})") from error
+        missing = [name for name in names if not (self.directory / name).exists()]
+        if missing:
+            raise ModelError(f"{self.directory}: shard missing: {', '.join(missing)} (named in {INDEX})")
+        return [self.directory / name for name in names]
+
+    @staticmethod
+    def _open(shard: Path):
+        try:
+            return safe_open(shard, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{shard}: cannot be read as safetensors ({error}); is the file whole?"
+            ) from error
+
+
+DUMMY_STD = 0.02  # what transformers initialises with by default
+
+
+class DummyCheckpoint:
+    """Gaussian weights made from a seed, for models of which only config.json is at hand.
+
+    Matrices are drawn with standard deviation `DUMMY_STD`, vectors are ones (norm scales).
+    A tensor depends on its name and the seed alone, never on the order of reads.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int) -> None:
+        self._shapes, self._dtype, self._seed = shapes, dtype, seed
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def names(self) -> Iterable[str]:
+        return self._shapes.keys()
+
+    def read(self, name: str) -> torch.Tensor:
+        shape = self._shapes[name]
+        if len(shape) < 2:
+            return torch.ones(shape, dtype=self._dtype)
+        order = sorted(self._shapes).index(name)
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + order)
+        return torch.empty(shape, dtype=self._dtype).normal_(std=DUMMY_STD, generator=generator)
+
+
+def open_checkpoint(
+    directory: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, dummy_seed: int | None
+) -> Checkpoint | DummyCheckpoint:
+    """The checkpoint in `directory`, or random weights of these shapes from a seed."""
+    return Checkpoint(directory) if dummy_seed is None else DummyCheckpoint(shapes, dtype, dummy_seed)

@@ -1,0 +1,145 @@
+"""A Hugging Face model directory, traced into one graph without its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from vllm_compile.errors import ModelError, UnsupportedError
+
+from .torch_ops import ATTENTION, mark_layers
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """A model as torch.export sees it.
+
+    Attributes:
+        program: graph of `logits[T, V] = f(input_ids[T] int32, positions[T] int64)`.
+        config: the model's own configuration.
+        shapes: shape of every checkpoint tensor by name.
+        aliases: parameter name -> all names it may have in a checkpoint (tied weights share one).
+    """
+
+    program: torch.export.ExportedProgram
+    config: Any
+    shapes: dict[str, tuple[int, ...]]
+    aliases: dict[str, tuple[str, ...]]
+
+
+class _Flat(nn.Module):
+    """The model on one flat batch of tokens, as a serving engine calls it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        out = self.model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False)
+        return out.logits
+
+
+def read_config(directory: Path) -> Any:
+    """The model's configuration; code that a checkpoint brings along is never run.
+
+    Raises:
+        ModelError: no directory, no config.json, or one that cannot be read.
+        UnsupportedError: the architecture is not a causal language model that transformers has.
+    """
+    if not directory.is_dir():
+        raise ModelError(f"{directory}: no such model directory")
+    try:
+        raw = json.loads((directory / "config.json").read_text())
+    except OSError as error:
+        raise ModelError(f"{directory}: config.json cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ModelError(f"{directory}/config.json: not JSON ({error})") from error
+    kind = raw.get("model_type")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        named = ", ".join(raw.get("architectures") or [str(kind)])
+        raise UnsupportedError(
+            f"{directory}: architecture {named} is not a causal language model of transformers"
+        )
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its validators do
+        raise ModelError(f"{directory}/config.json: {' '.join(str(error).split())}") from error
+
+
+def trace(config: Any, dtype: torch.dtype) -> TracedModel:
+    """Trace the model on meta tensors: no weight is made, whatever its size.
+
+    Raises:
+        UnsupportedError: the model has options that our attention does not express, or
+            torch.export cannot trace it.
+    """
+    _check_supported(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype).eval()
+    materialise_buffers(model)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    aliases = parameter_aliases(model)
+    mark_layers(decoder_layers(model, config), model.get_output_embeddings())
+    tokens = torch.export.Dim("T", min=2, max=1 << 20)
+    ids = torch.zeros(16, dtype=torch.int32, device="meta")
+    positions = torch.zeros(16, dtype=torch.int64, device="meta")
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                _Flat(model), (ids, positions), dynamic_shapes=({0: tokens}, {0: tokens}), strict=False
+            )
+    except Exception as error:  # torch.export raises many kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot be traced by torch.export: {reason[0]}"
+        ) from error
+    return TracedModel(program, config, shapes, aliases)
+
+
+def _check_supported(config: Any) -> None:
+    name = (getattr(config, "architectures", None) or [config.model_type])[0]
+    for option in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, option, None):
+            raise UnsupportedError(f"{name}: {option} is not supported yet")
+    window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
+    if window and getattr(config, "use_sliding_window", True) and window < longest:
+        raise UnsupportedError(f"{name}: sliding-window attention (window {window}) is not supported yet")
+    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        raise UnsupportedError(f"{name}: mixture-of-experts layers are not supported yet")
+
+
+def decoder_layers(model: nn.Module, config: Any) -> nn.ModuleList:
+    """The one list of `num_hidden_layers` modules in a model; UnsupportedError if there is none or several."""
+    found = [
+        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers
+    ]
+    if len(found) != 1:
+        raise UnsupportedError(
+            f"{type(model).__name__}: found {len(found)} lists of decoder layers, expected one"
+        )
+    return found[0]
+
+
+def materialise_buffers(model: nn.Module) -> None:
+    """Give the buffers that hold constants (RoPE frequencies) their values; parameters stay on meta."""
+    for module in model.modules():
+        meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in meta:
+            module._buffers[name] = torch.zeros_like(module._buffers[name], device="cpu")
+        if meta:
+            model._init_weights(module)
+
+
+def parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Parameter name -> all names of the same parameter (tied weights have several)."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(group) for group in names.values() for name in group}

@@ -1,0 +1,144 @@
+"""A traced model to Relax, with our own operators where they carry a meaning.
+
+TVM's importer does the plain tensor operators.  What it gets wrong, or what should stay
+whole, is converted here: linear layers (it would make their result float32 whatever the
+model's dtype), attention, embeddings, layer boundaries and position tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import tvm
+from torch import fx
+from torch.export.graph_signature import InputKind
+from tvm import relax, tirx
+from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
+
+from vllm_compile.errors import UnsupportedError
+from vllm_compile.ops import CAUSAL_ATTENTION, EMBEDDING, LAYER_BOUNDARY, LINEAR
+from vllm_compile.relax_passes.base import substitute
+from vllm_compile.spec import Sym
+
+from .hf import TracedModel
+from .position_tables import tabulate_positions
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """A model in Relax.
+
+    Attributes:
+        module: `main(input_ids, positions, weights...) -> logits [1, T, V]`.
+        weights: checkpoint name of each weight parameter, by the parameter's name in Relax.
+        tables: position tables by the name of their parameter in Relax.
+    """
+
+    module: tvm.IRModule
+    weights: dict[str, str]
+    tables: dict[str, torch.Tensor]
+
+
+def import_model(traced: TracedModel, max_positions: int) -> ImportedModel:
+    """Convert a traced model; position tables cover positions below `max_positions`.
+
+    Raises:
+        UnsupportedError: the graph has an operator that cannot be converted; it is named.
+    """
+    program = traced.program
+    positions = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == "positions")
+    tables = tabulate_positions(program, positions, max_positions)
+    importer = _Importer([relax.Var(f"position_table_{i}", _table_type(t)) for i, t in enumerate(tables)])
+    try:
+        module = importer.from_exported_program(program, True, True, False, importer.converters())
+    except AssertionError as error:
+        raise UnsupportedError(f"{traced.config.model_type}: {error}") from error
+    names = {
+        s.arg.name: s.target.removeprefix("model.")
+        for s in program.graph_signature.input_specs
+        if s.kind is InputKind.PARAMETER
+    }
+    main = _rename(module["main"], importer.tables, names)
+    module = tvm.IRModule({"main": main})
+    weights = {_identifier(name): name for name in names.values()}
+    return ImportedModel(module, weights, {v.name: t for v, t in zip(importer.tables, tables, strict=True)})
+
+
+def _rename(main: relax.Function, tables: list[relax.Var], names: dict[str, str]) -> relax.Function:
+    """`main` with the tables as parameters, weights named as in the checkpoint, and T for the tokens."""
+    tokens = main.params[0].ty.shape.values[0]
+    main = main.bind_symbolic_vars({tokens: tirx.Var(Sym.TOKENS, "int64")})
+    renamed = {p: relax.Var(_identifier(names.get(p.name, p.name)), p.ty) for p in main.params}
+    body = substitute(main.body, renamed)
+    used = set(relax.analysis.free_vars(body))
+    parameters = [*renamed.values(), *(table for table in tables if table in used)]
+    return relax.Function(parameters, body, main.ret_ty).with_attr("global_symbol", "main")
+
+
+def _identifier(name: str) -> str:
+    """A checkpoint's name for a weight as the name of a variable."""
+    return name.replace(".", "_")
+
+
+def _table_type(table: torch.Tensor) -> relax.TensorType:
+    return relax.TensorType(list(table.shape), str(table.dtype).removeprefix("torch."))
+
+
+class _Importer(ExportedProgramImporter):
+    """TVM's importer with our converters; parameters stay on meta, so they are never copied."""
+
+    def __init__(self, tables: list[relax.Var]) -> None:
+        super().__init__()
+        self.tables = tables
+
+    @staticmethod
+    def _convert_pytorch_tensor_to_tvm(tensor_value):
+        if tensor_value.is_meta:
+            return None
+        return ExportedProgramImporter._convert_pytorch_tensor_to_tvm(tensor_value)
+
+    def converters(self):
+        """Names of torch operators -> converters, each `(node, importer) -> Relax variable`."""
+        return {
+            "linear.default": _linear,
+            "embedding.default": _embedding,
+            "causal_attention.default": _causal_attention,
+            "layer_boundary.default": _layer_boundary,
+            "to.dtype": _cast,
+            "position_table.default": _position_table,
+        }
+
+
+def _linear(node: fx.Node, importer: _Importer) -> relax.Var:
+    x, weight, *bias = importer.retrieve_args(node)
+    inputs = {"x": x, "weight": weight, "bias": bias[0] if bias else None}
+    return importer.block_builder.emit(LINEAR(inputs))
+
+
+def _embedding(node: fx.Node, importer: _Importer) -> relax.Var:
+    table, ids = importer.retrieve_args(node)[:2]
+    return importer.block_builder.emit(EMBEDDING({"ids": ids, "table": table}))
+
+
+def _cast(node: fx.Node, importer: _Importer) -> relax.Expr:
+    """A cast to the dtype a value already has (float32 models are full of them) is nothing."""
+    x = importer.env[node.args[0]]
+    dtype = str(node.args[1]).removeprefix("torch.")
+    return x if str(x.ty.dtype) == dtype else importer.block_builder.emit(relax.op.astype(x, dtype))
+
+
+def _causal_attention(node: fx.Node, importer: _Importer) -> relax.Var:
+    q, k, v, layer, scale = importer.retrieve_args(node)
+    return importer.block_builder.emit(CAUSAL_ATTENTION({"q": q, "k": k, "v": v}, layer=layer, scale=scale))
+
+
+def _layer_boundary(node: fx.Node, importer: _Importer) -> relax.Var:
+    x, index = importer.retrieve_args(node)
+    return importer.block_builder.emit(LAYER_BOUNDARY({"x": x}, index=index))
+
+
+def _position_table(node: fx.Node, importer: _Importer) -> relax.Var:
+    positions, index = importer.retrieve_args(node)[:2]
+    rows = importer.block_builder.emit(EMBEDDING({"ids": positions, "table": importer.tables[index]}))
+    return importer.block_builder.emit(relax.op.expand_dims(rows, 0))

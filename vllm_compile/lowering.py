@@ -1,0 +1,241 @@
+"""Relax, after all passes, to the functions of a plan, their kernels, and the weights they want.
+
+Each call of one of our operators becomes a kernel step, reshapes become views, calls of
+layer functions become call steps.  Buffers that are not alive together share memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+
+from .errors import UnsupportedError
+from .ops import OPS, OwnOp
+from .ops.base import PREFIX, arguments_of, attributes_of
+from .relax_passes.base import Definitions
+from .relax_passes.lift_weights import WEIGHTS
+from .relax_passes.outline_layers import FORWARD, LOGITS
+from .runtime.plan import Argument, Buffer, CallStep, Function, KernelStep
+from .schedules.layouts import Layout
+from .schedules.select import Choice
+from .spec import OpSpec, Sym, TensorSpec
+
+VIEWS = {"relax.reshape", "relax.expand_dims", "relax.squeeze"}
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight parameter of a function, in the layout its kernel wants (None: plain)."""
+
+    parameter: str
+    layout: Layout | None
+    spec: TensorSpec
+
+    @property
+    def name(self) -> str:
+        return self.parameter if self.layout is None else f"{self.parameter}.{self.layout.name}"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of one call: a symbol for each variant of the family chosen."""
+
+    spec: OpSpec
+    choice: Choice
+    symbols: tuple[str, ...]
+
+
+@dataclass
+class Lowered:
+    """Functions of the plan, kernels of each distinct call, and the weights of the entry points."""
+
+    functions: dict[str, Function] = field(default_factory=dict)
+    kernels: dict[OpSpec, Kernels] = field(default_factory=dict)
+    weights: dict[str, StoredWeight] = field(default_factory=dict)
+
+
+def lower(module: tvm.IRModule, choose: Callable[[OpSpec], Choice]) -> Lowered:
+    """Lower `forward`, `logits` and the layers they call; `choose` names the kernels for a call.
+
+    Raises:
+        UnsupportedError: an operator is left that no pass turned into one of ours; it is named.
+    """
+    lowered = Lowered()
+    functions = {var.name_hint: f for var, f in module.functions_items()}
+    weight_names = _weight_parameters(functions)
+    weights: dict[str, list[StoredWeight]] = {}
+    for name in [*sorted(set(functions) - {FORWARD, LOGITS, WEIGHTS}), FORWARD, LOGITS]:
+        lowering = _FunctionLowering(functions, weight_names, weights, lowered.kernels, choose)
+        lowered.functions[name] = lowering.run(name)
+        weights[name] = list(lowering.weights.values())
+    for name in (FORWARD, LOGITS):
+        lowered.weights.update({weight.name: weight for weight in weights[name]})
+    return lowered
+
+
+def _weight_parameters(functions: dict[str, relax.Function]) -> dict[str, set[str]]:
+    """Names of the parameters of each function that are weights."""
+    stored = {str(name) for name in functions[WEIGHTS].attrs["stored"]}
+    names = {FORWARD: stored, LOGITS: stored}
+    for binding in Definitions(functions[FORWARD]).bindings:
+        call = binding.value
+        if isinstance(call, relax.Call) and isinstance(call.op, tvm.ir.GlobalVar):
+            callee = call.op.name_hint
+            pairs = zip(functions[callee].params, call.args, strict=True)
+            names[callee] = {p.name for p, a in pairs if isinstance(a, relax.Var) and a.name in stored}
+    return names
+
+
+def dimension(dim: Any) -> int | Sym:
+    """A Relax dimension as plain data."""
+    return int(dim) if isinstance(dim, tirx.IntImm | int) else Sym(dim.name)
+
+
+def tensor_spec(type_: relax.TensorType) -> TensorSpec:
+    """Type of an argument as plain data; leading unit axes before the tokens are dropped."""
+    shape = tuple(dimension(dim) for dim in type_.shape.values)
+    if Sym.TOKENS in shape:
+        shape = shape[shape.index(Sym.TOKENS) :]
+    return TensorSpec(shape, str(type_.dtype), strided=Sym.BLOCKS in shape)
+
+
+def op_spec(op: OwnOp, call: relax.Call) -> OpSpec:
+    """A call of one of our operators as plain data."""
+    inputs = tuple((name, tensor_spec(arg.ty)) for name, arg in arguments_of(call).items())
+    types = call.ty.fields if isinstance(call.ty, relax.TupleType) else [call.ty]
+    written = types[: len(types) - len(op.updates)]
+    return OpSpec(
+        op.name, inputs, tuple(tensor_spec(t) for t in written), tuple(sorted(attributes_of(call).items()))
+    )
+
+
+class _FunctionLowering:
+    """Walks one function, giving every variable a buffer."""
+
+    def __init__(
+        self,
+        functions: dict[str, relax.Function],
+        weight_names: dict[str, set[str]],
+        callee_weights: dict[str, list[StoredWeight]],
+        kernels: dict[OpSpec, Kernels],
+        choose: Callable[[OpSpec], Choice],
+    ) -> None:
+        self._functions, self._weight_names = functions, weight_names
+        self._callee_weights, self._kernels, self._choose = callee_weights, kernels, choose
+        self.weights: dict[str, StoredWeight] = {}
+        self._names: dict[relax.Var, str] = {}
+        self._tuples: dict[relax.Var, list[str]] = {}
+        self._scratch: dict[str, TensorSpec] = {}
+        self._steps: list[KernelStep | CallStep] = []
+
+    def run(self, name: str) -> Function:
+        function = self._functions[name]
+        self._names.update({p: p.name for p in function.params})
+        self._own_weights = self._weight_names[name]
+        for binding in Definitions(function).bindings:
+            self._lower(binding)
+        result = Argument(self._names[function.body.body], tensor_spec(function.body.body.ty))
+        scratch = {name: spec for name, spec in self._scratch.items() if name != result.buffer}
+        inputs = [p for p in function.params if p.name not in self._own_weights]
+        return Function(
+            name=name,
+            inputs=tuple(Argument(p.name, tensor_spec(p.ty)) for p in inputs),
+            weights=tuple(Argument(w.name, w.spec) for w in self.weights.values()),
+            results=(result,),
+            buffers=assign_slots(scratch, self._steps),
+            steps=tuple(self._steps),
+        )
+
+    def _lower(self, binding: relax.VarBinding) -> None:
+        value = binding.value
+        if isinstance(value, relax.TupleGetItem):
+            self._names[binding.var] = self._tuples[value.tuple_value][int(value.index)]
+            return
+        operator = value.op if isinstance(value, relax.Call) else None
+        if isinstance(operator, tvm.ir.GlobalVar):
+            self._call(binding.var, value)
+        elif isinstance(operator, tvm.ir.Op) and operator.name in VIEWS:
+            self._names[binding.var] = self._names[value.args[0]]
+        elif isinstance(operator, tvm.ir.Op) and operator.name.removeprefix(PREFIX) in OPS:
+            self._kernel(binding.var, value, OPS[operator.name.removeprefix(PREFIX)])
+        else:
+            what = operator.name if isinstance(operator, tvm.ir.Op) else type(value).__name__
+            raise UnsupportedError(f"operator {what} ({value.ty}) is left after all passes and has no kernel")
+
+    def _call(self, var: relax.Var, call: relax.Call) -> None:
+        callee = call.op.name_hint
+        weights = self._callee_weights[callee]
+        given = {p.name: a for p, a in zip(self._functions[callee].params, call.args, strict=True)}
+        inputs = [self._names[a] for name, a in given.items() if name not in self._weight_names[callee]]
+        stored = [self._weight(given[w.parameter], w.layout) for w in weights]
+        out = self._new_buffer(var.name, tensor_spec(var.ty))
+        self._names[var] = out
+        self._steps.append(CallStep(callee, (*inputs, *stored, out)))
+
+    def _kernel(self, var: relax.Var, call: relax.Call, op: OwnOp) -> None:
+        spec = op_spec(op, call)
+        kernels = self._kernels_for(spec)
+        arguments = []
+        for (name, tensor), expr in zip(spec.inputs, call.args, strict=True):
+            if isinstance(expr, relax.Var) and self._names[expr] in self._own_weights:
+                weight = self._weight(expr, kernels.choice.layouts.get(name))
+                arguments.append(Argument(weight, self.weights[weight].spec))
+            else:
+                arguments.append(Argument(self._names[expr], tensor))
+        outputs = [Argument(self._new_buffer(op.name, tensor), tensor) for tensor in spec.outputs]
+        updated = [self._names[arguments_of(call)[name]] for name in op.updates]
+        results = [*(out.buffer for out in outputs), *updated]
+        if isinstance(var.ty, relax.TupleType):
+            self._tuples[var] = results
+        else:
+            self._names[var] = results[0]
+        minimums = [variant.min_tokens for variant in kernels.choice.variants]
+        variants = tuple(zip(minimums, kernels.symbols, strict=True))
+        self._steps.append(KernelStep(op.name, kernels.choice.family.name, variants, (*arguments, *outputs)))
+
+    def _kernels_for(self, spec: OpSpec) -> Kernels:
+        if spec not in self._kernels:
+            choice = self._choose(spec)
+            number = sum(known.op == spec.op for known in self._kernels)
+            symbols = tuple(f"{spec.op}_{number}_t{variant.min_tokens}" for variant in choice.variants)
+            self._kernels[spec] = Kernels(spec, choice, symbols)
+        return self._kernels[spec]
+
+    def _weight(self, expr: relax.Var, layout: Layout | None) -> str:
+        plain = tensor_spec(expr.ty)
+        spec = plain if layout is None else TensorSpec(layout.shape(plain.shape), plain.dtype)
+        weight = StoredWeight(expr.name, layout, spec)
+        self.weights[weight.name] = weight
+        return weight.name
+
+    def _new_buffer(self, name: str, spec: TensorSpec) -> str:
+        unique = f"{name}.{len(self._scratch)}"
+        self._scratch[unique] = spec
+        return unique
+
+
+def assign_slots(
+    scratch: dict[str, TensorSpec], steps: Sequence[KernelStep | CallStep]
+) -> tuple[Buffer, ...]:
+    """Give each scratch buffer a slot that no buffer alive at the same time holds (a linear scan)."""
+    used = [_buffers_of(step) for step in steps]
+    last = {name: index for index, names in enumerate(used) for name in names}
+    live: dict[str, int] = {}
+    buffers = []
+    for index, names in enumerate(used):
+        for name in names:
+            if name in scratch and name not in live:
+                live[name] = next(i for i in range(len(live) + 1) if i not in live.values())
+                buffers.append(Buffer(name, scratch[name], live[name]))
+        live = {name: slot for name, slot in live.items() if last[name] > index}
+    return tuple(buffers)
+
+
+def _buffers_of(step: KernelStep | CallStep) -> list[str]:
+    if isinstance(step, CallStep):
+        return list(step.arguments)
+    return [argument.buffer for argument in step.arguments]

@@ -1,0 +1,32 @@
+"""The gated half of a Llama MLP: silu(x @ gate.T) * (x @ up.T) from one merged weight."""
+
+import torch
+import torch.nn.functional as F
+
+from . import linear
+from .base import OwnOp, like
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [..., K], weight [2*I, K] (gate rows, then up rows) -> [..., I]; rounds where Hugging Face's MLP does."""
+    gate, up = linear.reference(x, weight).chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def sample(
+    generator: torch.Generator, dtype: torch.dtype, tokens: int = 5, K: int = 96, intermediate: int = 64
+):
+    inputs, _ = linear.sample(generator, dtype, tokens, K, 2 * intermediate)
+    return {"x": inputs["x"], "weight": inputs["weight"]}, {}
+
+
+GATE_UP_SILU = OwnOp(
+    "gate_up_silu",
+    lambda i, a: like(
+        i["x"], last=[a["out_features"] if "out_features" in a else i["weight"].shape.values[0] // 2]
+    ),
+    reference,
+    sample,
+    linear.TOLERANCE,
+    weights=("weight",),
+)

@@ -1,0 +1,77 @@
+"""Causal grouped-query attention over a paged KV cache, for decode, prefill and mixed batches alike."""
+
+import torch
+
+from .base import OwnOp, Tolerance, like
+
+TOLERANCE = {
+    "float32": Tolerance(1e-4, 1e-5, "an online softmax adds the same terms in another order"),
+    "bfloat16": Tolerance(2**-6, 1e-2, "probabilities may be rounded to bf16 before they weigh the values"),
+}
+
+
+def reference(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Returns [T, H, D]; rows that belong to no request are left undefined (zeros here).
+
+    q [T, H, D], kv [B, KH, N, 2*D], block_table [R, W] int32, seq_lens [R] int32 (cached tokens
+    including this step's; 0 for a padding row), query_start_loc [R + 1] int32.  Query i of
+    request r stands at position seq_lens[r] - queries + i and sees the positions up to its own.
+    Computes in float32 (float64 for a float64 q) and rounds once at the end.
+    """
+    out = torch.zeros_like(q)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    head_dim, block_size = q.shape[2], kv.shape[2]
+    group = q.shape[1] // kv.shape[1]
+    for r, length in enumerate(seq_lens.tolist()):
+        begin, end = int(query_start_loc[r]), int(query_start_loc[r + 1])
+        if length == 0 or begin == end:
+            continue
+        pages = kv[block_table[r, : -(-length // block_size)].long()].to(wide)
+        k, v = (
+            pages.transpose(0, 1)
+            .flatten(1, 2)[:, :length]
+            .repeat_interleave(group, 0)
+            .split(head_dim, dim=-1)
+        )
+        scores = torch.einsum("thd,hsd->hts", q[begin:end].to(wide), k) * scale
+        position = torch.arange(length - (end - begin), length)
+        future = torch.arange(length)[None] > position[:, None]
+        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        out[begin:end] = torch.einsum("hts,hsd->thd", weights, v).to(q.dtype)
+    return out
+
+
+def sample(
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    lengths: tuple[tuple[int, int], ...] = ((1, 1), (1, 37), (9, 9), (5, 30), (0, 0)),
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 32,
+    block_size: int = 16,
+):
+    """`lengths` holds (queries, cached tokens) per request; blocks are handed out in random order."""
+    width = max(-(-length // block_size) for _, length in lengths) + 1
+    blocks = torch.randperm(len(lengths) * width + 1, generator=generator)
+    queries = torch.tensor([count for count, _ in lengths])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), queries.cumsum(0)])
+    inputs = {
+        "q": torch.randn(int(queries.sum()), num_heads, head_dim, generator=generator).to(dtype),
+        "kv": torch.randn(blocks.numel(), num_kv_heads, block_size, 2 * head_dim, generator=generator).to(
+            dtype
+        ),
+        "block_table": blocks[: len(lengths) * width].view(len(lengths), width).int(),
+        "seq_lens": torch.tensor([length for _, length in lengths], dtype=torch.int32),
+        "query_start_loc": starts.int(),
+    }
+    return inputs, {"scale": head_dim**-0.5}
+
+
+PAGED_ATTENTION = OwnOp("paged_attention", lambda i, a: like(i["q"]), reference, sample, TOLERANCE)

@@ -1,0 +1,75 @@
+"""A compiled program whose layers share the memory of one layer's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from .runtime.executor import Executor
+from .runtime.manifest import LIBRARY
+from .runtime.plan import CallStep, Plan
+
+
+class StreamedProgram:
+    """Runs a plan like `Program`, reading each layer's weights just before the layer runs."""
+
+    def __init__(self, directory: Path, plan: Plan) -> None:
+        self._executor = Executor(plan, str(directory / LIBRARY))
+        self._shard_of: dict[str, Path] = {}
+        for shard in sorted(directory.glob("model-*.safetensors")):
+            with safe_open(shard, framework="pt") as file:
+                self._shard_of.update(dict.fromkeys(file.keys(), shard))
+        self._layers, self._shared = _layer_weights(plan)
+        stored = [a.buffer for name in ("forward", "logits") for a in plan.functions[name].weights]
+        own = {name: self._read(name) for name in stored if name not in self._shared}
+        self._executor.set_weights({**own, **self._shared})
+        self._executor.prepare(64)
+        self._num_layers = plan.model.num_layers
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        kv: list[torch.Tensor],
+        observer: Callable[[int, torch.Tensor], None] = lambda layer, hidden: None,
+        **metadata: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `Program.forward`."""
+
+        def load(layer: int, hidden: torch.Tensor) -> None:
+            for name in self._layers[layer]:
+                self._shared[name].copy_(self._read(name))
+            observer(layer, hidden)
+
+        inputs: dict[str, Any] = {"input_ids": input_ids, **metadata}
+        inputs |= {f"kv_{layer}": cache for layer, cache in enumerate(kv)}
+        return self._executor.run("forward", input_ids.shape[0], inputs, load)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `Program.logits`."""
+        return self._executor.run("logits", hidden.shape[0], {"hidden": hidden})
+
+    def _read(self, name: str) -> torch.Tensor:
+        with safe_open(self._shard_of[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def _layer_weights(plan: Plan) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
+    """The stored weights of each layer, and for each of them memory that the layers share."""
+    layers: list[list[str]] = []
+    memory: dict[tuple[str, str], torch.Tensor] = {}
+    shared: dict[str, torch.Tensor] = {}
+    for step in plan.functions["forward"].steps:
+        if isinstance(step, CallStep):
+            callee = plan.functions[step.function]
+            names = step.arguments[len(callee.inputs) : len(callee.inputs) + len(callee.weights)]
+            for name, formal in zip(names, callee.weights, strict=True):
+                key = (step.function, formal.buffer)
+                if key not in memory:
+                    memory[key] = torch.empty(formal.spec.sizes(), dtype=getattr(torch, formal.spec.dtype))
+                shared[name] = memory[key]
+            layers.append(list(names))
+    return layers, shared

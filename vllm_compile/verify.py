@@ -1,0 +1,208 @@
+"""Compares a compiled model with Hugging Face: layer by layer, end to end, prefill and decode.
+
+Weights are streamed on both sides, so verifying never holds a whole model.  Nothing here
+imports TVM: the kernels run as they will when serving.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .errors import ModelError
+from .frontend.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
+from .frontend.hf import read_config
+from .reference import Reference
+from .runtime.manifest import LIBRARY, PLAN
+from .runtime.plan import Plan, from_json
+from .streamed import StreamedProgram
+
+BLOCK_SIZE = 16
+QUICK_PROMPTS, FULL_PROMPTS = (33, 20), (1, 17, 64, 150)
+DECODED = 4  # the last tokens of each prompt are fed one at a time
+# fp32 sums in another order through all layers; measured 1e-6 to 1e-5 on models of 2 to 32 layers.
+FP32_ERROR = 1e-4
+# "no more than 1.1x the error of Hugging Face's own bf16": both round at the same places, in other orders.
+BF16_RATIO = 1.1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a verification saw.
+
+    Errors are relative, |a - b| / |b| in the 2-norm over all tokens.
+
+    Attributes:
+        layers: error of each layer on Hugging Face's input for it (the last is the final norm's output).
+        error, reference_error: of our logits, and of Hugging Face's in the same dtype, against its fp32.
+        kl, reference_kl: mean KL divergence in nats from Hugging Face's fp32 distribution.
+        agreement: share of positions whose most likely token is that of Hugging Face in the same dtype.
+        passed: within the tolerances above.
+    """
+
+    tokens: int
+    layers: list[float]
+    error: float
+    reference_error: float
+    kl: float
+    reference_kl: float
+    agreement: float
+    passed: bool
+
+
+def verify(
+    artifact: Path, model: Path, dummy_seed: int | None = None, lengths=FULL_PROMPTS, seed: int = 0
+) -> Report:
+    """Verify the artifact's plan and kernels against the model it was made from.
+
+    Args:
+        artifact: directory with plan.json, kernels.so and model-*.safetensors.
+        model: the Hugging Face directory.
+        dummy_seed: seed of the dummy weights, if it was compiled with such.
+        lengths: tokens of each prompt, drawn at random from `seed`.
+    """
+    plan = from_json((artifact / PLAN).read_text())
+    dtype: torch.dtype = getattr(torch, plan.model.dtype)
+    config = read_config(model)
+    checkpoint = _checkpoint(model, config, dtype, dummy_seed)
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(0, plan.model.vocab_size, (n,), generator=generator) for n in lengths]
+    same = [Reference(config, checkpoint, dtype).run(p) for p in prompts]
+    wide = (
+        same
+        if dtype == torch.float32
+        else [Reference(config, checkpoint, torch.float32).run(p) for p in prompts]
+    )
+    program = StreamedProgram(artifact, plan)
+    logits = torch.cat(_run(program, plan, prompts))
+    layers = _layer_errors(program, plan, prompts, same)
+    reference, exact = torch.cat([r[2] for r in same]), torch.cat([r[2] for r in wide])
+    error, reference_error = relative_error(logits, exact), relative_error(reference, exact)
+    kl, reference_kl = mean_kl(exact, logits), mean_kl(exact, reference)
+    limit = FP32_ERROR if dtype == torch.float32 else BF16_RATIO * reference_error
+    agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
+    return Report(sum(lengths), layers, error, reference_error, kl, reference_kl, agreement, error <= limit)
+
+
+def verify_quick(artifact: Path, model: Path, dummy_seed: int | None) -> dict[str, Any]:
+    """The quick form, in a process of its own: a kernel that crashes must not take the compiler along.
+
+    Returns {"outcome": "pass" | "fail", ...the report} or {"outcome": "not-run", "reason": ...}.
+    """
+    command = [sys.executable, "-m", "vllm_compile.verify", str(artifact), str(model)]
+    if dummy_seed is not None:
+        command.append(str(dummy_seed))
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode < 0:
+        return {"outcome": "fail", "reason": f"a kernel crashed (signal {-done.returncode})"}
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        return {"outcome": "not-run", "reason": lines[-1] if lines else f"exit code {done.returncode}"}
+    report = json.loads(done.stdout.splitlines()[-1])
+    return {"outcome": "pass" if report.pop("passed") else "fail", **report}
+
+
+def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """|ours - reference| / |reference| in the 2-norm, computed in fp64; infinite if ours has a NaN."""
+    error = ((ours.double() - reference.double()).norm() / reference.double().norm()).item()
+    return error if error == error else float("inf")
+
+
+def mean_kl(reference: torch.Tensor, ours: torch.Tensor) -> float:
+    """Mean over positions of KL(reference || ours) in nats; logits [T, V] each."""
+    p, q = (F.log_softmax(logits.double(), dim=-1) for logits in (reference, ours))
+    return F.kl_div(q, p, log_target=True, reduction="batchmean").item()
+
+
+def _checkpoint(
+    model: Path, config: Any, dtype: torch.dtype, dummy_seed: int | None
+) -> Checkpoint | DummyCheckpoint:
+    shapes = {} if dummy_seed is None else Reference.shapes(config)
+    return open_checkpoint(model, shapes, dtype, dummy_seed)
+
+
+class _Batch:
+    """Several prompts laid out in a paged KV cache whose blocks are handed out in reverse order."""
+
+    def __init__(self, plan: Plan, lengths: list[int]) -> None:
+        model = plan.model
+        width = -(-max(lengths) // BLOCK_SIZE)
+        count = len(lengths) * width + 1
+        shape = (count, model.num_kv_heads, BLOCK_SIZE, 2 * model.head_dim)
+        dtype = getattr(torch, model.dtype)
+        self.kv = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(model.num_layers)]
+        order = torch.arange(count - 1, 0, -1, dtype=torch.int32)
+        self.block_table = order.view(len(lengths), width).contiguous()
+
+    def step(self, begin: list[int], end: list[int]) -> dict[str, torch.Tensor]:
+        """Metadata for feeding tokens begin[r] to end[r] of each request r."""
+        counts = torch.tensor([e - b for b, e in zip(begin, end, strict=True)])
+        positions = torch.cat([torch.arange(b, e) for b, e in zip(begin, end, strict=True)])
+        rows = torch.repeat_interleave(torch.arange(len(begin)), counts)
+        blocks = self.block_table[rows, positions // BLOCK_SIZE].long()
+        return {
+            "positions": positions,
+            "block_table": self.block_table,
+            "seq_lens": torch.tensor(end, dtype=torch.int32),
+            "query_start_loc": torch.cat([torch.zeros(1), counts.cumsum(0)]).int(),
+            "slot_mapping": blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
+        }
+
+
+def _run(program: StreamedProgram, plan: Plan, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits of each prompt: all prompts in one batch, then their last tokens one by one."""
+    lengths = [len(p) for p in prompts]
+    batch = _Batch(plan, lengths)
+    rows: list[list[torch.Tensor]] = [[] for _ in prompts]
+    begin = [0] * len(prompts)
+    for back in range(DECODED, -1, -1):
+        end = [max(n - back, min(n, 1)) for n in lengths]
+        ids = torch.cat([p[b:e] for p, b, e in zip(prompts, begin, end, strict=True)]).int()
+        hidden = program.forward(input_ids=ids, kv=batch.kv, **batch.step(begin, end))
+        logits = program.logits(hidden.clone()).clone()
+        for row, part in zip(
+            rows, logits.split([e - b for b, e in zip(begin, end, strict=True)]), strict=True
+        ):
+            row.append(part)
+        begin = end
+    return [torch.cat(row) for row in rows]
+
+
+def _layer_errors(
+    program: StreamedProgram, plan: Plan, prompts: list[torch.Tensor], references: list[tuple]
+) -> list[float]:
+    """Error of every layer when it is given Hugging Face's input for it."""
+    lengths = [len(p) for p in prompts]
+    batch = _Batch(plan, lengths)
+    inputs = [torch.cat(parts) for parts in zip(*(r[0] for r in references), strict=True)]
+    errors: list[float] = []
+
+    def observe(layer: int, hidden: torch.Tensor) -> None:
+        if layer:
+            errors.append(relative_error(hidden, inputs[layer]))
+        hidden.copy_(inputs[layer])
+
+    step = batch.step([0] * len(prompts), lengths)
+    final = program.forward(input_ids=torch.cat(prompts).int(), kv=batch.kv, observer=observe, **step)
+    return [*errors, relative_error(final, torch.cat([r[1] for r in references]))]
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m vllm_compile.verify ARTIFACT MODEL [DUMMY_SEED]`: prints the quick report as JSON."""
+    artifact, model, *seed = arguments
+    if not (Path(artifact) / LIBRARY).exists():
+        raise ModelError(f"{artifact}: no compiled kernels here")
+    report = verify(Path(artifact), Path(model), int(seed[0]) if seed else None, QUICK_PROMPTS)
+    print(json.dumps(asdict(report)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
