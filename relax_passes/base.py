@@ -59,7 +59,7 @@ class Definitions:
             expr = self._value[expr]
         return expr
 
-    def call(self, expr: Any, op: str) -> relax.Call | None:
+    def call(self, expr: Any, op: str) -> Any:
         """The call of the Relax operator `op` that `expr` is or is bound to, else None."""
         value = self.value(expr)
         named = isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.Op)
@@ -131,6 +131,11 @@ def substitute(
     for var, value in values.items():
         rebuild.set_var_remap(var, value)
     return rebuild.visit_expr(expr)
+
+
+def replace_by(var: relax.Var, expr: relax.Expr) -> Rewrite:
+    """The rewrite that puts one expression in the place of `var`."""
+    return lambda emit: {var: expr}
 
 
 def rewrite_functions(

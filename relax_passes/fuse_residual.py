@@ -8,7 +8,7 @@ from tvm import relax
 from vllm_compile.ops import LINEAR
 from vllm_compile.ops.base import arguments_of
 
-from .base import Definitions, Rewrite, counted_pass, rewrite_functions, same_type
+from .base import Definitions, Rewrite, counted_pass, replace_by, rewrite_functions, same_type
 
 
 @counted_pass("fuse_residual")
@@ -36,6 +36,6 @@ def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
             )
             if fits and definitions.uses(y) == 1:
                 inputs = {**arguments_of(linear), "residual": residual}
-                found[binding.var] = lambda _, var=binding.var, inputs=inputs: {var: LINEAR(inputs)}
+                found[binding.var] = replace_by(binding.var, LINEAR(inputs))
                 break
     return found

@@ -9,7 +9,7 @@ from tvm import relax
 
 from vllm_compile.ops import RMS_NORM
 
-from .base import Definitions, Rewrite, counted_pass, rewrite_functions
+from .base import Definitions, Rewrite, counted_pass, replace_by, rewrite_functions
 
 
 @counted_pass("fuse_rms_norm")
@@ -31,9 +31,8 @@ def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
     for binding in definitions.bindings:
         if (match := _match(definitions, binding.value)) is not None:
             x, weight, eps = match
-            found[binding.var] = lambda _, var=binding.var, x=x, weight=weight, eps=eps: {
-                var: RMS_NORM({"x": x, "weight": weight}, eps=eps)
-            }
+            norm = RMS_NORM({"x": x, "weight": weight}, eps=eps)
+            found[binding.var] = replace_by(binding.var, norm)
     return found
 
 

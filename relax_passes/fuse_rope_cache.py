@@ -56,13 +56,10 @@ def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
         if q is None or k is None or not (q.cos.same_as(k.cos) and q.sin.same_as(k.sin)):
             continue
         parts = [_match_part(d, source) for source in (q.source, k.source, _rows(d, cache["v"]))]
-        if [part[1] if part is not None else None for part in parts] != [0, 1, 2]:
-            continue
-        merged = parts[0][0]
-        if not all(part[0].same_as(merged) for part in parts):
+        if [index for _, index in parts] != [0, 1, 2] or not all(p.same_as(parts[0][0]) for p, _ in parts):
             continue
         inputs = {
-            "qkv": merged,
+            "qkv": parts[0][0],
             "cos": q.cos,
             "sin": q.sin,
             "kv": cache["kv"],
@@ -84,10 +81,8 @@ def _fuse(
                 inputs, num_heads=int(num_heads), num_kv_heads=int(num_kv_heads), head_dim=int(head_dim)
             )
         )
-        given = {**attention, "q": relax.TupleGetItem(rotated, 0), "kv": relax.TupleGetItem(rotated, 1)}
-        given = {
-            name: emit(expr) if isinstance(expr, relax.TupleGetItem) else expr for name, expr in given.items()
-        }
+        q, kv = emit(relax.TupleGetItem(rotated, 0)), emit(relax.TupleGetItem(rotated, 1))
+        given = {**attention, "q": q, "kv": kv}
         return {binding.var: PAGED_ATTENTION(given, scale=binding.value.attrs["scale"])}
 
     return rewrite
@@ -136,8 +131,8 @@ def _last_axis_start(d: Definitions, expr: Any, of: relax.Expr) -> int | None:
     return begin[0] if axes == [len(of.ty.shape.values) - 1] and strides == [1] and whole else None
 
 
-def _match_part(d: Definitions, expr: Any) -> tuple[relax.Expr, int] | None:
-    """(qkv, i) if `expr` is part i of a split of qkv, reshaped."""
+def _match_part(d: Definitions, expr: Any) -> tuple[Any, int]:
+    """(qkv, i) if `expr` is part i of a split of qkv, reshaped; else (None, -1)."""
     item = d.value(d.operand(expr, "relax.reshape"))
     split = d.call(item.tuple_value, "relax.split") if isinstance(item, relax.TupleGetItem) else None
-    return (split.args[0], int(item.index)) if split is not None else None
+    return (split.args[0], int(item.index)) if split is not None else (None, -1)

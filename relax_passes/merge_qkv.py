@@ -37,7 +37,7 @@ def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
 def _merge(group: list[relax.VarBinding]) -> Rewrite:
     def rewrite(emit):
         parts = [arguments_of(b.value) for b in group]
-        merged = {
+        merged: dict[str, relax.Expr] = {
             name: emit(relax.op.concat([part[name] for part in parts], axis=0))
             for name in ("weight", "bias")
             if name in parts[0]

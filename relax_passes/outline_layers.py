@@ -24,11 +24,11 @@ def outline_layers(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
     """Cut `main` at its layer boundaries; layers that are structurally equal share one function.
 
     Before:
-        main(...): e = embedding(...); x0 = layer_boundary(e, 0); ...; x1 = layer_boundary(h0, 1); ...
+        main(...): e = embedding(...); x0 = layer_boundary(e, 0); ...; x1 = layer_boundary(h0, 1)
                    n = layer_boundary(rms_norm(...), L + 1); return linear(n, lm_head)
     After:
         layer_0(x, ...): ...
-        forward(...): e = embedding(...); h0 = layer_0(e, ...); h1 = layer_0(h0, ...); ...; return rms_norm(...)
+        forward(...): e = embedding(...); h0 = layer_0(e, ...); h1 = layer_0(h0, ...); return rms_norm(...)
         logits(hidden, lm_head): return linear(hidden, lm_head)
     What a layer computes independently of its input is moved to `forward` and computed once.
     Matches are the layers.

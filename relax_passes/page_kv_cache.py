@@ -9,7 +9,7 @@ from vllm_compile.ops import CAUSAL_ATTENTION, KV_CACHE_WRITE, PAGED_ATTENTION
 from vllm_compile.ops.base import arguments_of
 from vllm_compile.spec import Sym
 
-from .base import Definitions, clean, counted_pass, replace_bindings
+from .base import Definitions, Rewrite, clean, counted_pass, replace_bindings
 
 HEADS_TO_ROWS = [0, 2, 1, 3]  # [1, H, T, D] -> [1, T, H, D]
 
@@ -22,7 +22,8 @@ def page_kv_cache(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
         main(input_ids, positions, weights...)
         o = causal_attention(q, k, v, layer=i, scale=s)
     After:
-        main(input_ids, positions, kv_0 ... kv_L-1, block_table, seq_lens, query_start_loc, slot_mapping, weights...)
+        main(input_ids, positions, kv_0 ... kv_L-1, block_table, seq_lens, query_start_loc, slot_mapping,
+             weights...)
         kv = kv_cache_write(permute_dims(k), permute_dims(v), kv_i, slot_mapping)
         o = paged_attention(permute_dims(q), kv, block_table, seq_lens, query_start_loc, scale=s)
     """
@@ -39,7 +40,7 @@ def page_kv_cache(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
     input_ids, positions, *weights = function.params
     slots = _tensor("slot_mapping", list(input_ids.ty.shape.values), "int64")
     caches: list[relax.Var] = []
-    at = {}
+    at: dict[relax.Var, Rewrite] = {}
     for binding in calls:
         heads = arguments_of(binding.value)
         _, kv_heads, _, head_dim = heads["v"].ty.shape.values

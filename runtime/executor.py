@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ Source = torch.Tensor | Late
 class Call:
     """One kernel call; `late` are the positions that each run fills in."""
 
+    symbol: str
     kernel: Callable[..., None]
     arguments: list[Any]
     late: tuple[tuple[int, str], ...]
@@ -57,6 +59,10 @@ class Executor:
 
     Scratch is one arena; every function has its slots in it, so calls that follow each other
     share memory and nothing is allocated while running.
+
+    Attributes:
+        max_tokens: batches up to this size need no more scratch.
+        timings: seconds of each call of each kernel by symbol; None (the default) measures nothing.
     """
 
     def __init__(self, plan: Plan, library: str) -> None:
@@ -67,11 +73,16 @@ class Executor:
         self._slots: dict[str, list[torch.Tensor]] = {}
         self._results: dict[str, torch.Tensor] = {}
         self.max_tokens = 0
+        self.timings: dict[str, list[float]] | None = None
 
     def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Use these tensors as weights, by the names the plan gives them."""
         self._weights = dict(weights)
         self._bound.clear()
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The weight the plan calls `name`."""
+        return self._weights[name]
 
     def prepare(self, max_tokens: int) -> None:
         """Allocate scratch for batches of up to `max_tokens` tokens; more is allocated when needed."""
@@ -98,6 +109,7 @@ class Executor:
     ) -> torch.Tensor:
         """Run entry point `name` on `tokens` tokens; the result is valid until the next run."""
         bound = self._bound.get((name, tokens)) or self._bind_entry(name, tokens)
+        timings = self.timings
         late = {key: tvm_ffi.from_dlpack(tensor) for key, tensor in inputs.items()}
         for step in bound.steps:
             if isinstance(step, Observe):
@@ -106,7 +118,12 @@ class Executor:
                 continue
             for position, key in step.late:
                 step.arguments[position] = late[key]
-            step.kernel(*step.arguments)
+            if timings is None:
+                step.kernel(*step.arguments)
+            else:
+                began = time.perf_counter()
+                step.kernel(*step.arguments)
+                timings.setdefault(step.symbol, []).append(time.perf_counter() - began)
         return bound.result
 
     def _bind_entry(self, name: str, tokens: int) -> Bound:
@@ -167,7 +184,7 @@ class Executor:
                 arguments.append(None)
             else:
                 arguments.append(tvm_ffi.from_dlpack(_view(source, argument.spec, tokens)))
-        return Call(self._module[symbol], arguments, tuple(late))
+        return Call(symbol, self._module[symbol], arguments, tuple(late))
 
 
 def _view(memory: torch.Tensor, spec: TensorSpec, tokens: int) -> torch.Tensor:

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vllm_compile.errors import ArtifactError
 from vllm_compile.targets.cpu import host_features
+
+from vllm_compile.errors import ArtifactError
 
 SCHEMA = 1
 MANIFEST, PLAN, LIBRARY, CONFIG = "manifest.json", "plan.json", "kernels.so", "config.json"
@@ -66,5 +67,6 @@ def check_files(directory: Path, manifest: dict[str, Any]) -> None:
     changed = [name for name, digest in digests.items() if found[name] != digest]
     if changed:
         raise ArtifactError(
-            f"{directory}: {', '.join(changed)} differs from what was compiled (SHA-256); compile the model again"
+            f"{directory}: {', '.join(changed)} differs from what was compiled (SHA-256); "
+            "compile the model again"
         )

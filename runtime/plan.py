@@ -37,7 +37,7 @@ class KernelStep:
 
 @dataclass(frozen=True)
 class CallStep:
-    """Calls a function of the plan; `arguments` are buffers for its inputs, weights and results, in order."""
+    """Calls a function of the plan; `arguments` are its inputs, weights and results, in order."""
 
     function: str
     arguments: tuple[str, ...]
@@ -45,7 +45,7 @@ class CallStep:
 
 @dataclass(frozen=True)
 class Buffer:
-    """Scratch memory [T, ...] in one of the function's slots; buffers in one slot are never alive together."""
+    """Scratch memory [T, ...]; buffers in the same slot are never alive at the same time."""
 
     name: str
     spec: TensorSpec

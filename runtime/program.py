@@ -13,8 +13,7 @@ from vllm_compile.spec import TensorSpec
 
 from . import manifest as artifact
 from .executor import Executor
-from .memory import aligned, allocate
-from .plan import Plan, from_json
+from .plan import KernelStep, Plan, from_json
 
 Observer = Callable[[int, torch.Tensor], None]
 
@@ -43,35 +42,27 @@ class Program:
         self._caches = [f"kv_{layer}" for layer in range(model.num_layers)]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> None:
-        """Copy the weights into huge pages.
+        """Take the weights into use where they are; those of the artifact are mapped, not copied.
 
         Args:
-            weights: (name, tensor) pairs as in the artifact's safetensors; None reads those.
+            weights: (name, tensor) pairs as in the artifact's safetensors; None maps those.
 
         Raises:
             ArtifactError: a weight is missing, unknown, or of another shape or dtype than the plan says.
         """
         wanted = self._weight_specs()
-        sizes = {name: aligned(spec.nbytes()) for name, spec in wanted.items()}
-        arena, offset = allocate(sum(sizes.values())), 0
-        places: dict[str, torch.Tensor] = {}
+        loaded = dict(weights if weights is not None else read_weights(self.directory))
         for name, spec in wanted.items():
-            flat = arena[offset : offset + spec.nbytes()]
-            places[name] = flat.view(getattr(torch, spec.dtype)).view([int(d) for d in spec.shape])
-            offset += sizes[name]
-        loaded = set()
-        for name, tensor in weights if weights is not None else read_weights(self.directory):
-            if name not in places or (tensor.shape, tensor.dtype) != (places[name].shape, places[name].dtype):
+            tensor = loaded.get(name)
+            if tensor is None:
+                raise ArtifactError(f"{self.directory}: weight {name!r} is missing; compile again")
+            if list(tensor.shape) != spec.sizes() or tensor.dtype != getattr(torch, spec.dtype):
                 raise ArtifactError(
                     f"{self.directory}: weight {name!r} is not as plan.json says; compile again"
                 )
-            places[name].copy_(tensor)
-            loaded.add(name)
-        if missing := wanted.keys() - loaded:
-            raise ArtifactError(
-                f"{self.directory}: weights missing: {', '.join(sorted(missing)[:3])}; compile again"
-            )
-        self._executor.set_weights(places)
+        if unknown := loaded.keys() - wanted.keys():
+            raise ArtifactError(f"{self.directory}: {min(unknown)!r} is no weight of this program")
+        self._executor.set_weights(loaded)
 
     def prepare(self, max_tokens: int, max_requests: int = 0) -> None:
         """Allocate scratch memory for batches of up to `max_tokens` tokens (`max_requests` needs none)."""
@@ -123,6 +114,12 @@ class Program:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [S, D] -> logits [S, V] in the model's dtype, valid until the next call."""
         return self._executor.run("logits", hidden.shape[0], {"hidden": hidden.contiguous()})
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings: int [T] -> [T, D]."""
+        steps = self.plan.functions["forward"].steps
+        lookups = [s for s in steps if isinstance(s, KernelStep) and s.arguments[0].buffer == "input_ids"]
+        return self._executor.weight(lookups[0].arguments[1].buffer)[input_ids.long()]
 
     def _weight_specs(self) -> dict[str, TensorSpec]:
         entries = (self.plan.functions["forward"], self.plan.functions["logits"])

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tvm import tirx
+from vllm_compile.targets import Target
 
 from vllm_compile.spec import OpSpec
-from vllm_compile.targets import Target
 
 from .layouts import Layout
 

@@ -1,4 +1,4 @@
-"""`python scripts/compile.py …` is `vllm-compile compile …` for a checkout that is not installed on the PATH."""
+"""`python scripts/compile.py …` is `vllm-compile compile …`, for a checkout not on the PATH."""
 
 import sys
 

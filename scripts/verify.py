@@ -1,4 +1,4 @@
-"""`python scripts/verify.py …` is `vllm-compile verify …` for a checkout that is not installed on the PATH."""
+"""`python scripts/verify.py …` is `vllm-compile verify …`, for a checkout not on the PATH."""
 
 import sys
 

@@ -45,6 +45,13 @@ def write_config(source: Path, dtype: str, directory: Path) -> None:
                 shutil.copyfile(path, directory / path.name)
 
 
+def write_plain_config(artifact: Path, directory: Path) -> None:
+    """The config.json that an artifact was made from, under its own architecture again."""
+    config = json.loads((artifact / files.CONFIG).read_text())
+    config["architectures"] = config.pop("vllm_compile")["architectures"]
+    (directory / files.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def source_digest(source: Path, dummy_seed: int | None) -> dict[str, Any]:
     """What the artifact was made from: SHA-256 over the names and digests of config and weights."""
     names = ["config.json"] if dummy_seed is not None else ["config.json", *_weight_files(source)]

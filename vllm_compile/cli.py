@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_compile(commands)
     _add_verify(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -83,12 +84,13 @@ def _print_result(result: Any) -> None:
     for record in result.passes:
         passes.add_row(record.name, str(record.matches))
     console.print(passes)
-    kernels = Table("kernel", "family", "from T", "inputs", title="kernels")
+    kernels = Table("kernel", "family", "from T", "inputs", "µs", title="kernels")
     for kernel in result.kernels:
         shapes = ", ".join(
             f"{name} {'x'.join(shape[:-1])} {shape[-1]}" for name, shape in kernel["inputs"].items()
         )
-        kernels.add_row(kernel["symbol"], kernel["family"], str(kernel["min_tokens"]), shapes)
+        time = "" if kernel["microseconds"] is None else str(kernel["microseconds"])
+        kernels.add_row(kernel["symbol"], kernel["family"], str(kernel["min_tokens"]), shapes, time)
     console.print(kernels)
     for warning in result.warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}")
@@ -102,8 +104,10 @@ def _verdict(verdict: dict[str, Any]) -> str:
     if "reason" in verdict:
         return f"{verdict['outcome']} ({verdict['reason']})"
     return (
-        f"{verdict['outcome']} (error against fp32 {verdict['error']:.2e}, Hugging Face's {verdict['reference_error']:.2e}; "
-        f"KL {verdict['kl']:.2e} against {verdict['reference_kl']:.2e}; agreement {verdict['agreement']:.1%})"
+        f"{verdict['outcome']} (error against fp32 {verdict['error']:.2e}, "
+        f"Hugging Face's {verdict['reference_error']:.2e}; "
+        f"KL {verdict['kl']:.2e} against {verdict['reference_kl']:.2e}; "
+        f"agreement {verdict['agreement']:.1%})"
     )
 
 
@@ -136,6 +140,68 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(asdict(report)))
     return 0 if report.passed else 1
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="time an artifact beside its peers")
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="what it was compiled from (not for dummy weights)"
+    )
+    parser.add_argument(
+        "--against", type=_names, default=["vllm"], help="of: vllm,vllm-eager,hf (default: vllm)"
+    )
+    parser.add_argument("--batch", type=_numbers, default=[1, 8, 16], help="batch sizes (default: 1,8,16)")
+    parser.add_argument("--repeats", type=int, default=5, help="counted rounds (default: 5)")
+    parser.add_argument("--json", action="store_true", help="all figures as the last line of stdout")
+    parser.set_defaults(run=_bench)
+
+
+def _names(text: str) -> list[str]:
+    from .bench import ENGINES
+
+    names = text.split(",")
+    if unknown := set(names) - set(ENGINES):
+        raise argparse.ArgumentTypeError(
+            f"unknown engine {', '.join(sorted(unknown))}; of {', '.join(ENGINES)}"
+        )
+    return names
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench import bench
+
+    with console.status("starting") as status:
+        figures = bench(
+            options.artifact, options.model, options.against, options.batch, options.repeats, status.update
+        )
+    title = f"medians of {options.repeats}; memory reads at {figures['bandwidth']:.1f} GB/s"
+    table = Table(
+        "workload", "batch", "engine", "ms", "tokens/s", "GB/s", "of reads", "compiled is", title=title
+    )
+    for row in figures["rows"]:
+        reads = (
+            [f"{row.gigabytes_per_second:.1f}", f"{row.bandwidth_share:.0%}"]
+            if row.workload == "decode"
+            else ["", ""]
+        )
+        figures_of = [
+            f"{row.milliseconds:.1f}",
+            f"{row.tokens_per_second:.1f}",
+            *reads,
+            f"{row.speedup:.2f}x",
+        ]
+        table.add_row(row.workload, str(row.batch), row.engine, *figures_of)
+    console.print(table)
+    loads = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in figures["load_seconds"].items())
+    console.print(f"engines loaded in: {loads}")
+    if options.json:
+        print(json.dumps({**figures, "rows": [asdict(row) for row in figures["rows"]]}))
+    return 0
 
 
 if __name__ == "__main__":

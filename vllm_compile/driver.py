@@ -56,7 +56,8 @@ class CompileResult:
     Attributes:
         artifact: its directory.
         passes: each pass and its number of matches.
-        kernels: op, family, symbol and shapes of each kernel.
+        kernels: op, family, symbol and shapes of each kernel, and its median time in microseconds
+            where verification called it.
         seconds: duration of each stage.
         verdict: outcome of the quick verification: {"outcome": pass | fail | not-run, ...}.
         warnings: what the user should look at.
@@ -118,16 +119,19 @@ def compile_model(
         with stage("kernels"):
             build_library(_prim_funcs(lowered, machine), machine, directory / files.LIBRARY)
         with stage("weights"):
-            write_shards(_stored_weights(module, lowered, traced, imported, checkpoint), directory)
+            program = WeightProgram(module, _reader(traced, imported, checkpoint))
+            write_shards(lowered.weights.values(), program.evaluate, directory)
         plan = Plan(_model_shape(config, dtype), lowered.functions)
         (directory / files.PLAN).write_text(plan.to_json())
         write_config(source, dtype, directory)
         with stage("verify"):
             verdict = verify_quick(directory, source, options.dummy_weights)
+            microseconds = verdict.pop("microseconds", {})
         with stage("manifest"):
             kernels = _kernel_records(lowered)
             digest = source_digest(source, options.dummy_weights)
             write_manifest(directory, machine, digest, [asdict(p) for p in passes], kernels, verdict)
+    kernels = [{**kernel, "microseconds": microseconds.get(kernel["symbol"])} for kernel in kernels]
     return CompileResult(final, passes, kernels, seconds, verdict, warnings)
 
 
@@ -185,13 +189,11 @@ def _kernel_records(lowered: Lowered) -> list[dict[str, Any]]:
     ]
 
 
-def _stored_weights(
-    module: tvm.IRModule,
-    lowered: Lowered,
-    traced: TracedModel,
-    imported: ImportedModel,
-    checkpoint: Checkpoint | DummyCheckpoint,
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _reader(
+    traced: TracedModel, imported: ImportedModel, checkpoint: Checkpoint | DummyCheckpoint
+) -> Callable[[str], torch.Tensor]:
+    """Gives the tensor of a parameter of the imported module: a position table or a checkpoint's weight."""
+
     def read(parameter: str) -> torch.Tensor:
         if parameter in imported.tables:
             return imported.tables[parameter]
@@ -199,9 +201,7 @@ def _stored_weights(
         # Tied weights are one tensor under several names; a checkpoint may hold either.
         return checkpoint.read(next((n for n in traced.aliases[name] if n in checkpoint), name))
 
-    program = WeightProgram(module, read)
-    for stored in lowered.weights.values():
-        yield stored.name, program.evaluate(stored)
+    return read
 
 
 def _model_shape(config: Any, dtype: str) -> ModelShape:

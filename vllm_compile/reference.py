@@ -7,7 +7,6 @@ can be the reference on a machine that could not hold it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -85,7 +84,7 @@ class Reference:
         module.register_forward_pre_hook(load)
         module.register_forward_hook(drop)
 
-    def _names(self, name: str) -> Iterable[str]:
+    def _names(self, name: str) -> tuple[str, ...]:
         return self._aliases[name]
 
 

@@ -44,6 +44,13 @@ class TensorSpec:
         """The shape for `tokens` tokens; the other symbols must not occur in it."""
         return [tokens if dim == Sym.TOKENS else int(dim) for dim in self.shape]
 
+    def size(self, axis: int) -> int:
+        """Extent of an axis that is known when the model is compiled; TypeError if it is not."""
+        extent = self.shape[axis]
+        if isinstance(extent, Sym):
+            raise TypeError(f"axis {axis} of {self.shape} is bound at each call")
+        return extent
+
     def nbytes(self, tokens: int = 0) -> int:
         """Size in bytes for `tokens` tokens, if contiguous."""
         return DTYPE_BYTES[self.dtype] * prod(self.sizes(tokens))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,13 @@ from .runtime.plan import CallStep, Plan
 
 
 class StreamedProgram:
-    """Runs a plan like `Program`, reading each layer's weights just before the layer runs."""
+    """Runs a plan like `Program`, reading each layer's weights just before the layer runs.
+
+    `timings` collects the seconds of each kernel call by symbol.
+    """
 
     def __init__(self, directory: Path, plan: Plan) -> None:
+        self.timings: dict[str, list[float]] = {}
         self._executor = Executor(plan, str(directory / LIBRARY))
         self._shard_of: dict[str, Path] = {}
         for shard in sorted(directory.glob("model-*.safetensors")):
@@ -27,17 +31,16 @@ class StreamedProgram:
         stored = [a.buffer for name in ("forward", "logits") for a in plan.functions[name].weights]
         own = {name: self._read(name) for name in stored if name not in self._shared}
         self._executor.set_weights({**own, **self._shared})
-        self._executor.prepare(64)
-        self._num_layers = plan.model.num_layers
+        self._executor.timings = self.timings
 
     def forward(
         self,
         input_ids: torch.Tensor,
         kv: list[torch.Tensor],
+        metadata: Mapping[str, torch.Tensor],
         observer: Callable[[int, torch.Tensor], None] = lambda layer, hidden: None,
-        **metadata: torch.Tensor,
     ) -> torch.Tensor:
-        """See `Program.forward`."""
+        """See `Program.forward`; `metadata` holds its other arguments by name."""
 
         def load(layer: int, hidden: torch.Tensor) -> None:
             for name in self._layers[layer]:

@@ -11,20 +11,21 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
 
 from .errors import ModelError
 from .frontend.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from .frontend.hf import read_config
+from .paged_batch import PagedBatch
 from .reference import Reference
 from .runtime.manifest import LIBRARY, PLAN
 from .runtime.plan import Plan, from_json
 from .streamed import StreamedProgram
 
-BLOCK_SIZE = 16
 QUICK_PROMPTS, FULL_PROMPTS = (33, 20), (1, 17, 64, 150)
 DECODED = 4  # the last tokens of each prompt are fed one at a time
 # fp32 sums in another order through all layers; measured 1e-6 to 1e-5 on models of 2 to 32 layers.
@@ -45,6 +46,7 @@ class Report:
         kl, reference_kl: mean KL divergence in nats from Hugging Face's fp32 distribution.
         agreement: share of positions whose most likely token is that of Hugging Face in the same dtype.
         passed: within the tolerances above.
+        microseconds: median time of each kernel's calls, by symbol.
     """
 
     tokens: int
@@ -55,6 +57,7 @@ class Report:
     reference_kl: float
     agreement: float
     passed: bool
+    microseconds: dict[str, float]
 
 
 def verify(
@@ -88,7 +91,10 @@ def verify(
     kl, reference_kl = mean_kl(exact, logits), mean_kl(exact, reference)
     limit = FP32_ERROR if dtype == torch.float32 else BF16_RATIO * reference_error
     agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
-    return Report(sum(lengths), layers, error, reference_error, kl, reference_kl, agreement, error <= limit)
+    times = {symbol: round(median(seconds) * 1e6, 1) for symbol, seconds in program.timings.items()}
+    return Report(
+        sum(lengths), layers, error, reference_error, kl, reference_kl, agreement, error <= limit, times
+    )
 
 
 def verify_quick(artifact: Path, model: Path, dummy_seed: int | None) -> dict[str, Any]:
@@ -117,8 +123,8 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 def mean_kl(reference: torch.Tensor, ours: torch.Tensor) -> float:
     """Mean over positions of KL(reference || ours) in nats; logits [T, V] each."""
-    p, q = (F.log_softmax(logits.double(), dim=-1) for logits in (reference, ours))
-    return F.kl_div(q, p, log_target=True, reduction="batchmean").item()
+    p, q = (functional.log_softmax(logits.double(), dim=-1) for logits in (reference, ours))
+    return functional.kl_div(q, p, log_target=True, reduction="batchmean").item()
 
 
 def _checkpoint(
@@ -128,44 +134,16 @@ def _checkpoint(
     return open_checkpoint(model, shapes, dtype, dummy_seed)
 
 
-class _Batch:
-    """Several prompts laid out in a paged KV cache whose blocks are handed out in reverse order."""
-
-    def __init__(self, plan: Plan, lengths: list[int]) -> None:
-        model = plan.model
-        width = -(-max(lengths) // BLOCK_SIZE)
-        count = len(lengths) * width + 1
-        shape = (count, model.num_kv_heads, BLOCK_SIZE, 2 * model.head_dim)
-        dtype = getattr(torch, model.dtype)
-        self.kv = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(model.num_layers)]
-        order = torch.arange(count - 1, 0, -1, dtype=torch.int32)
-        self.block_table = order.view(len(lengths), width).contiguous()
-
-    def step(self, begin: list[int], end: list[int]) -> dict[str, torch.Tensor]:
-        """Metadata for feeding tokens begin[r] to end[r] of each request r."""
-        counts = torch.tensor([e - b for b, e in zip(begin, end, strict=True)])
-        positions = torch.cat([torch.arange(b, e) for b, e in zip(begin, end, strict=True)])
-        rows = torch.repeat_interleave(torch.arange(len(begin)), counts)
-        blocks = self.block_table[rows, positions // BLOCK_SIZE].long()
-        return {
-            "positions": positions,
-            "block_table": self.block_table,
-            "seq_lens": torch.tensor(end, dtype=torch.int32),
-            "query_start_loc": torch.cat([torch.zeros(1), counts.cumsum(0)]).int(),
-            "slot_mapping": blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
-        }
-
-
 def _run(program: StreamedProgram, plan: Plan, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Logits of each prompt: all prompts in one batch, then their last tokens one by one."""
     lengths = [len(p) for p in prompts]
-    batch = _Batch(plan, lengths)
+    batch = PagedBatch(plan.model, lengths)
     rows: list[list[torch.Tensor]] = [[] for _ in prompts]
     begin = [0] * len(prompts)
     for back in range(DECODED, -1, -1):
         end = [max(n - back, min(n, 1)) for n in lengths]
         ids = torch.cat([p[b:e] for p, b, e in zip(prompts, begin, end, strict=True)]).int()
-        hidden = program.forward(input_ids=ids, kv=batch.kv, **batch.step(begin, end))
+        hidden = program.forward(ids, batch.kv, batch.step(begin, end))
         logits = program.logits(hidden.clone()).clone()
         for row, part in zip(
             rows, logits.split([e - b for b, e in zip(begin, end, strict=True)]), strict=True
@@ -180,7 +158,7 @@ def _layer_errors(
 ) -> list[float]:
     """Error of every layer when it is given Hugging Face's input for it."""
     lengths = [len(p) for p in prompts]
-    batch = _Batch(plan, lengths)
+    batch = PagedBatch(plan.model, lengths)
     inputs = [torch.cat(parts) for parts in zip(*(r[0] for r in references), strict=True)]
     errors: list[float] = []
 
@@ -190,7 +168,7 @@ def _layer_errors(
         hidden.copy_(inputs[layer])
 
     step = batch.step([0] * len(prompts), lengths)
-    final = program.forward(input_ids=torch.cat(prompts).int(), kv=batch.kv, observer=observe, **step)
+    final = program.forward(torch.cat(prompts).int(), batch.kv, step, observe)
     return [*errors, relative_error(final, torch.cat([r[1] for r in references]))]
 
 

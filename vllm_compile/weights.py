@@ -7,21 +7,23 @@ are in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import tvm
-from safetensors.torch import save_file
 from tvm import relax
 
 from .errors import ModelError, UnsupportedError
 from .lowering import StoredWeight
 from .relax_passes.base import Definitions
 from .relax_passes.lift_weights import WEIGHTS
+from .runtime.memory import ALIGNMENT
 
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 1 << 29
+SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 
 OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "relax.concat": lambda call, tensors: torch.cat(list(tensors), dim=int(call.attrs.axis)),
@@ -71,23 +73,38 @@ class WeightProgram:
         raise UnsupportedError(f"operator {getattr(value, 'op', value)} on weights is not supported")
 
 
-def write_shards(weights: Iterator[tuple[str, torch.Tensor]], directory: Path) -> list[str]:
-    """Write (name, tensor) pairs as model-00001.safetensors and so on; returns the file names.
+def write_shards(
+    weights: Iterable[StoredWeight], evaluate: Callable[[StoredWeight], torch.Tensor], directory: Path
+) -> None:
+    """Write weights as model-00001.safetensors and so on, one at a time.
 
-    A shard is closed when it holds `SHARD_BYTES`, so no more than that and one weight is in memory.
+    In each file the weights start on cache lines, so that kernels can read them where the file is mapped;
+    the safetensors library aligns to 8 bytes only, and wants a whole shard in memory.
     """
-    names: list[str] = []
-    shard: dict[str, torch.Tensor] = {}
+    for number, shard in enumerate(_shards(weights), 1):
+        header, offset = {}, 0
+        for weight in shard:
+            end = offset + weight.spec.nbytes()
+            dtype = SAFETENSORS_DTYPES[weight.spec.dtype]
+            header[weight.name] = {
+                "dtype": dtype,
+                "shape": weight.spec.sizes(),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        with (directory / f"model-{number:05d}.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for weight in shard:
+                file.write(evaluate(weight).view(torch.uint8).numpy().data)
 
-    def flush() -> None:
-        if shard:
-            names.append(f"model-{len(names) + 1:05d}.safetensors")
-            save_file(shard, directory / names[-1], metadata={"format": "pt"})
-            shard.clear()
 
-    for name, tensor in weights:
-        if sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
-            flush()
-        shard[name] = tensor
-    flush()
-    return names
+def _shards(weights: Iterable[StoredWeight]) -> list[list[StoredWeight]]:
+    """Groups of about SHARD_BYTES; in each, weights that are no multiple of a cache line come last."""
+    shards: list[list[StoredWeight]] = [[]]
+    for weight in weights:
+        if sum(w.spec.nbytes() for w in shards[-1]) >= SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(weight)
+    return [sorted(shard, key=lambda w: w.spec.nbytes() % ALIGNMENT != 0) for shard in shards]

@@ -51,7 +51,7 @@ class Checkpoint:
         if not index.exists():
             if not (self.directory / SINGLE).exists():
                 raise ModelError(
-                    f"{self.directory}: neither {SINGLE} nor {INDEX}; save the model with safe serialization, "
+                    f"{self.directory}: neither {SINGLE} nor {INDEX} here; save the model as safetensors, "
                     "or pass --dummy-weights"
                 )
             return [self.directory / SINGLE]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vllm_compile.errors import ModelError, UnsupportedError
@@ -116,7 +116,7 @@ def _check_supported(config: Any) -> None:
 
 
 def decoder_layers(model: nn.Module, config: Any) -> nn.ModuleList:
-    """The one list of `num_hidden_layers` modules in a model; UnsupportedError if there is none or several."""
+    """The list of `num_hidden_layers` modules in a model; UnsupportedError unless there is just one."""
     found = [
         m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers
     ]
@@ -127,12 +127,12 @@ def decoder_layers(model: nn.Module, config: Any) -> nn.ModuleList:
     return found[0]
 
 
-def materialise_buffers(model: nn.Module) -> None:
+def materialise_buffers(model: PreTrainedModel) -> None:
     """Give the buffers that hold constants (RoPE frequencies) their values; parameters stay on meta."""
     for module in model.modules():
-        meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name in meta:
-            module._buffers[name] = torch.zeros_like(module._buffers[name], device="cpu")
+        meta = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in meta.items():
+            module._buffers[name] = torch.zeros_like(buffer, device="cpu")
         if meta:
             model._init_weights(module)
 

@@ -6,6 +6,9 @@ Face's values to the last bit; at run time a row is looked up by position.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import fx
 
@@ -89,7 +92,7 @@ def _evaluate(
                 values[node] = constants[node.name]
             else:
                 args = fx.map_arg((node.args, node.kwargs), value)
-                values[node] = node.target(*_with_cpu(args[0]), **args[1])
+                values[node] = cast(Callable, node.target)(*_with_cpu(args[0]), **args[1])
         return values[node]
 
     return [value(node).flatten(0, -2).contiguous() for node in frontier]

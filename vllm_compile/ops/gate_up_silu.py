@@ -1,16 +1,16 @@
 """The gated half of a Llama MLP: silu(x @ gate.T) * (x @ up.T) from one merged weight."""
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from . import linear
 from .base import OwnOp, like
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [..., K], weight [2*I, K] (gate rows, then up rows) -> [..., I]; rounds where Hugging Face's MLP does."""
+    """x [..., K], weight [2*I, K] (gate rows, then up rows) -> [..., I], rounded as in Hugging Face's MLP."""
     gate, up = linear.reference(x, weight).chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return functional.silu(gate) * up
 
 
 def sample(

@@ -1,0 +1,133 @@
+"""The settings an artifact is served with, so that `vllm serve ARTIFACT` needs no flag.
+
+vLLM calls `ServingConfig` while it builds its configuration, in the front-end process and before it starts
+any other.  What an artifact cannot serve is refused here, so the user reads one error and not the engine's.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_compile.errors import ArtifactError, UnsupportedError
+
+if TYPE_CHECKING:
+    from .program import Program
+
+LOAD_FORMAT = "vllm_compile"
+UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+SPARE_TOKENS = 1024  # room for the null block and a part-filled one, at any block size
+
+
+class ServingConfig(VerifyAndUpdateConfig):
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Serves in the dtype that the kernels were compiled for."""
+        import torch
+
+        compiled = model_config.hf_config.dtype
+        # For a float32 model vLLM itself chooses bfloat16, which cannot be told from the user's choosing it.
+        chosen_by_vllm = torch.bfloat16 if compiled == torch.float32 else compiled
+        if model_config.dtype not in (compiled, chosen_by_vllm):
+            raise UnsupportedError(
+                f"{model_config.model} is compiled for {compiled}, not for {model_config.dtype}: "
+                "leave --dtype out, or compile it for that dtype"
+            )
+        model_config.dtype = compiled
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Checks the artifact, and sets whatever differs from vLLM's defaults."""
+        from vllm.config import CompilationMode, CUDAGraphMode
+        from vllm.platforms import current_platform
+
+        refuse_unsupported(vllm_config)
+        program = load_for_inspection(vllm_config.model_config.model)
+        vllm_config.load_config.load_format = LOAD_FORMAT
+        vllm_config.model_config.disable_cascade_attn = True
+        compilation = vllm_config.compilation_config
+        compilation.mode = CompilationMode.NONE
+        if current_platform.is_cpu():
+            compilation.cudagraph_mode = CUDAGraphMode.NONE
+            run_in_engine_process(vllm_config.parallel_config)
+            size_cache(vllm_config, program)
+        elif compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_piecewise_cudagraphs():
+            # Said aloud: vLLM 0.26 drops graphs without a word where torch compiles nothing.
+            compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+
+
+def refuse_unsupported(vllm_config: Any) -> None:
+    """One error that names everything asked for that a compiled program does not do."""
+    model, speculative = vllm_config.model_config, vllm_config.speculative_config
+    dtype = str(model.dtype).removeprefix("torch.")
+    asked = {
+        "tensor or pipeline parallelism": vllm_config.parallel_config.world_size > 1,
+        "quantization": model.quantization is not None,
+        "LoRA": vllm_config.lora_config is not None,
+        "prompt embeddings": model.enable_prompt_embeds,
+        "pooling": model.runner_type == "pooling",
+        "a cache of another dtype": vllm_config.cache_config.cache_dtype not in ("auto", dtype),
+        "speculation from hidden states": speculative is not None and speculative.use_eagle(),
+    }
+    refused = [feature for feature, wanted in asked.items() if wanted]
+    if refused:
+        raise UnsupportedError(f"{model.model}: a compiled artifact is not served with {', '.join(refused)}")
+
+
+def load_for_inspection(directory: str) -> Program:
+    """The program without its weights; ArtifactError if it is damaged or made for another machine."""
+    from .program import load
+
+    if not Path(directory).is_dir():
+        raise ArtifactError(f"{directory} is not a local directory: download the artifact, then serve that")
+    return load(directory, weights=False)
+
+
+def run_in_engine_process(parallel_config: Any) -> None:
+    """Runs the one worker inside the engine's process, with a thread for each physical core.
+
+    On a CPU vLLM starts a worker process and leaves a core to the engine: seconds of imports, a copy of each
+    step's messages, and half of a two-core machine.  It does so to bind threads to the cores of one memory
+    node; where there are several nodes, or the user chose the cores, that is left as it is.
+    """
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
+
+    cpus = get_allowed_cpu_list()
+    one_node = len({cpu.numa_node for cpu in cpus}) == 1
+    auto = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") == "auto"
+    if not (one_node and auto and parallel_config.distributed_executor_backend == "uni"):
+        return
+    parallel_config.distributed_executor_backend = UNIPROC
+    os.environ.setdefault("OMP_NUM_THREADS", str(len({cpu.physical_core for cpu in cpus})))
+    # Torch then asks for huge pages: the cache is there ten times sooner, and read with fewer TLB misses.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def size_cache(vllm_config: Any, program: Program) -> None:
+    """Gives the cache a thirty-second of the free memory, at least 16,384 tokens, at most half of it.
+
+    vLLM would take nine tenths of all memory, which fails on a machine that does anything else, and takes as
+    long as it takes to write zeros there.  Whoever names a size or a share of memory gets that.
+    """
+    from vllm.config import CacheConfig
+    from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
+
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    if (
+        cache.kv_cache_memory_bytes is not None
+        or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+        or cache.gpu_memory_utilization != CacheConfig().gpu_memory_utilization
+    ):
+        return
+    weights = sum(file.stat().st_size for file in Path(model.model).glob("*.safetensors"))
+    free = max(get_memory_node_info(get_visible_memory_node()[0]).available_memory - weights, 0)
+    token = 2 * program.num_layers * program.num_kv_heads * program.head_dim * program.dtype.itemsize
+    wanted = max(free // 32, 16384 * token)
+    if model.original_max_model_len is None:
+        model.original_max_model_len = -1  # vLLM's word for "as long a context as the cache can hold"
+    else:
+        wanted = max(wanted, (model.max_model_len + SPARE_TOKENS) * token)
+    cache.kv_cache_memory_bytes = max(min(wanted, free // 2), SPARE_TOKENS * token)

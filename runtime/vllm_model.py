@@ -1,0 +1,89 @@
+"""The model class that vLLM's runner drives: one compiled program, and a cache for each of its layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from . import program as programs
+from .vllm_backend import PagedBackend, PagedImpl
+
+
+class KVLayer(AttentionLayerBase):
+    """Asks vLLM for one layer's cache, and keeps what it hands out: `kv_cache` [B, KH, N, 2 * head_dim]."""
+
+    def __init__(self, name: str, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype):
+        self.layer_name = name
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self.impl = PagedImpl(num_heads, head_dim, head_dim**-0.5, num_kv_heads)
+        self.kv_cache = torch.empty(0)
+
+    def get_attn_backend(self) -> type[PagedBackend]:
+        return PagedBackend
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> FullAttentionSpec:
+        return FullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_dim,
+            dtype=self.dtype,
+        )
+
+
+class VllmCompileForCausalLM(nn.Module):
+    """A compiled artifact behind vLLM's interface for text generation.
+
+    It has no parameters: weights, workspace and kernels belong to the program.  Importing this module
+    touches no device, so the class itself can be registered, in every process.
+    """
+
+    def __init__(self, *, vllm_config: Any, prefix: str = ""):
+        super().__init__()
+        # The front end has just compared the files with their digests: once is enough.
+        program = programs.load(vllm_config.model_config.model, weights=False, check=False)
+        scheduler = vllm_config.scheduler_config
+        program.prepare(max_tokens=scheduler.max_num_batched_tokens, max_requests=scheduler.max_num_seqs)
+        self.program = program
+        sizes = program.num_heads, program.num_kv_heads, program.head_dim, program.dtype
+        self.layers = [KVLayer(f"model.layers.{i}.attn", *sizes) for i in range(program.num_layers)]
+        layers = {layer.layer_name: layer for layer in self.layers}
+        vllm_config.compilation_config.static_forward_context.update(layers)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[T] -> [T, D]"""
+        return self.program.embed(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Any = None,
+    ) -> torch.Tensor:
+        """input_ids int32 [T], positions int64 [T] -> hidden states [T, D], valid until the next call."""
+        tokens = input_ids.shape[0]
+        metadata: Any = get_forward_context().attn_metadata
+        if metadata is None:  # vLLM measures memory while there is no cache yet
+            shape = tokens, self.program.hidden_size
+            return torch.zeros(shape, dtype=self.program.dtype, device=input_ids.device)
+        step = metadata[self.layers[0].layer_name]
+        return self.program.forward(
+            input_ids,
+            positions,
+            [layer.kv_cache for layer in self.layers],
+            step.block_table,
+            step.seq_lens,
+            step.query_start_loc,
+            step.slot_mapping[:tokens],
+        )
+
+    def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """[S, D] -> [S, V]"""
+        return self.program.logits(hidden_SD)

@@ -1,0 +1,114 @@
+"""The paged cache as a sequence of tiles of words, the same for every query that reads it.
+
+A tile is at most `tile` consecutive cached tokens of one block, counted from the block's first token: where
+tiles begin depends on the position in the sequence alone, never on who asks, and so does the order in which
+an online softmax adds them up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from .attention_vectors import Vectors, scratch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`count` cached tokens of one request and one head, the first at position `start`.
+
+    Word d of token s's K is `k[k_base + s * k_stride + d]`; word d of V, of token s or of tokens 2s and
+    2s + 1 where words are pairs, is `v[v_base + s * v_stride + d]`.  The tile that follows starts at
+    `cache[next_base]`, its tokens `token_stride` apart.
+    """
+
+    start: tirx.Expr
+    count: tirx.Expr
+    k: tirx.Buffer
+    k_base: tirx.Expr
+    k_stride: tirx.Expr
+    v: tirx.Buffer
+    v_base: tirx.Expr
+    v_stride: tirx.Expr
+    cache: tirx.Buffer
+    next_base: tirx.Expr
+    token_stride: tirx.Expr
+
+    def k_row(self, token: tirx.Expr) -> tirx.Expr:
+        """Index of the first word of a token's K; tokens past the end read the last one, never foreign memory."""
+        last = T.Cast("int64", self.count - 1)
+        return self.k_base + T.min(T.Cast("int64", token), last) * self.k_stride
+
+
+@dataclass(frozen=True)
+class PagedCache:
+    """kv [B, KH, N, 2D] with strides, block_table [R, W], and the scratch in which tiles become words."""
+
+    vectors: Vectors
+    head_dim: int
+    tile: int
+    kv: tirx.Buffer
+    block_table: tirx.Buffer
+
+    def scratch(self) -> tirx.Buffer | None:
+        """Per thread: pairs of V, or a tile widened to float32; a float32 cache is read where it lies."""
+        if self.vectors.pairs:
+            return scratch(self.tile // 2 * self.head_dim, "int32")
+        return scratch(self.tile * 2 * self.head_dim, "float32") if self.kv.dtype == "bfloat16" else None
+
+    def for_each_tile(self, request, head, limit, spare: tirx.Buffer | None, body: Callable[[Tile], None]) -> None:
+        """Emit `body(tile)` over the first `limit` cached tokens of `request`."""
+        block_size = T.Cast("int32", self.kv.shape[2])
+        block_stride, head_stride, token_stride = self.kv.strides[:3]
+        blocks = T.Bind(T.ceildiv(limit, block_size))
+
+        def start_of(b):
+            return T.Cast("int64", self.block_table[request, b]) * block_stride + T.Cast("int64", head) * head_stride
+
+        with T.serial(0, blocks) as b:
+            block = T.Bind(start_of(b))
+            next_block = T.Bind(start_of(T.min(b + 1, blocks - 1)))
+            used = T.Bind(T.min(block_size, limit - b * block_size))
+            with T.serial(0, T.ceildiv(used, self.tile)) as t:
+                count = T.Bind(T.min(used - t * self.tile, self.tile))
+                base = T.Bind(block + T.Cast("int64", t * self.tile) * token_stride)
+                following = T.Select((t + 1) * self.tile < used, base + self.tile * token_stride, next_block)
+                body(self._words(b * block_size + t * self.tile, count, base, T.Bind(following), spare))
+
+    def _words(self, start, count, base, following, spare: tirx.Buffer | None) -> Tile:
+        D, token_stride = self.head_dim, self.kv.strides[2]
+        size = self.kv.shape[0] * self.kv.strides[0]
+        if spare is None:
+            flat = T.decl_buffer((size,), "float32", data=self.kv.data, align=4)
+            ahead = (flat, following, token_stride)
+            return Tile(start, count, flat, base, token_stride, flat, base + D, token_stride, *ahead)
+        bits = T.decl_buffer((size,), "uint16", data=self.kv.data, align=2)
+        ahead = (bits, following, token_stride)
+
+        def values(token, column):
+            return T.Cast("uint32", bits[base + T.Cast("int64", token) * token_stride + column])
+
+        if not self.vectors.pairs:
+
+            def widen(s, d):
+                bits32 = T.shift_left(values(s, d), T.uint32(16))
+                T.buffer_store(spare, T.reinterpret("float32", bits32), [s * 2 * D + d])
+
+            with T.serial(0, count) as s:
+                self.vectors.for_each(2 * D, lambda d: widen(s, d))
+            zero = T.int64(0)
+            return Tile(start, count, spare, zero, T.int64(2 * D), spare, T.int64(D), T.int64(2 * D), *ahead)
+
+        def pair(p, d):
+            # A last odd token is paired with itself; the weight of the second of them is zero.
+            second = T.shift_left(values(T.min(2 * p + 1, count - 1), D + d), T.uint32(16))
+            T.buffer_store(spare, T.reinterpret("int32", T.bitwise_or(values(2 * p, D + d), second)), [p * D + d])
+
+        with T.serial(0, T.ceildiv(count, 2)) as p:
+            self.vectors.for_each(D, lambda d: pair(p, d))
+        words = T.decl_buffer((T.shift_right(size, T.int64(1)),), "int32", data=self.kv.data, align=2)
+        half_base, half_stride = T.shift_right(base, T.int64(1)), T.shift_right(token_stride, T.int64(1))
+        return Tile(start, count, words, half_base, half_stride, spare, T.int64(0), T.int64(D), *ahead)

@@ -1,0 +1,59 @@
+"""The gated half of an MLP: silu(gate) * up, both products in registers at once, so that neither goes to memory.
+
+The panels of gate and up alternate, so that a tile holds the same columns of both.
+Bytes: 2 * I * K * size of weights, T * (K + I) * size of activations; 4 * T * I * K operations and T * I exponentials.
+Llama-3.2-1B (K = 2048, I = 8192, bf16): 64 MiB, 1.7 ms at 40 GB/s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from vllm_compile.spec import OpSpec
+from vllm_compile.targets import Target
+
+from ..family import Config, Variant
+from ..layouts import Layout
+from .matmul import Value, default_variants, matmul, tilings, weight_layout
+from .rounding import rounded
+from .vector_math import exp
+
+
+def finish(tensors: dict[str, tirx.Buffer], totals: list[tirx.Buffer], row: tirx.Expr, column: tirx.Expr) -> Value:
+    """silu(gate) * up with the reference's roundings: of gate, of up, of silu, of the product."""
+    gate, up = totals
+    lanes, dtype = gate.shape[0], tensors["out"].dtype
+    with T.vectorized(0, lanes) as j:
+        T.buffer_store(gate, rounded(gate[j], dtype), [j])
+    g = T.Bind(gate.vload([0], f"float32x{lanes}"))
+    silu = g / (T.broadcast(T.float32(1), lanes) + exp(T.broadcast(T.float32(0), lanes) - g))
+    T.buffer_store(gate, silu, [T.ramp(0, 1, lanes)])
+    return lambda j: rounded(gate[j], dtype) * rounded(up[j], dtype)
+
+
+@dataclass(frozen=True)
+class GateUpSilu:
+    """`gate_up_silu` for every shape, with float32 or bfloat16 weights."""
+
+    name: str = "cpu.gate_up_silu"
+    op: str = "gate_up_silu"
+
+    def serves(self, spec: OpSpec, target: Target) -> bool:
+        return spec.op == self.op
+
+    def layouts(self, spec: OpSpec, target: Target) -> Mapping[str, Layout]:
+        return {"weight": weight_layout(spec, target, gated=True)}
+
+    def space(self, spec: OpSpec, target: Target) -> Sequence[Config]:
+        """Every tile that fits the registers."""
+        return tilings(spec, target, gated=True)
+
+    def variants(self, spec: OpSpec, target: Target) -> Sequence[Variant]:
+        return default_variants(spec, target, gated=True)
+
+    def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
+        return matmul(spec, config, target, gated=True, finish=finish)

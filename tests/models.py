@@ -1,0 +1,88 @@
+"""Small random Llamas of many kinds, as Hugging Face has them and as we import them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_compile.frontend.hf import parameter_aliases, trace
+from vllm_compile.frontend.importer import ImportedModel, import_model
+
+MAX_POSITIONS = 64
+KINDS: dict[str, dict] = {
+    "one layer": {"num_hidden_layers": 1},
+    "two layers": {},
+    "five layers": {"num_hidden_layers": 5},
+    "tied": {"tie_word_embeddings": True},
+    "attention bias": {"attention_bias": True},
+    "mlp bias": {"mlp_bias": True},
+    "multi-head": {"num_key_value_heads": 4},
+    "multi-query": {"num_key_value_heads": 1},
+    "bfloat16": {"dtype": "bfloat16"},
+    "wide heads": {"head_dim": 32},
+    "llama3 rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    },
+}
+
+
+def config(**changes) -> LlamaConfig:
+    """Two layers, grouped heads; `changes` are fields of LlamaConfig."""
+    sizes = {
+        "vocab_size": 80,
+        "hidden_size": 48,
+        "intermediate_size": 72,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": MAX_POSITIONS,
+        # so large that every piece of the model shows in its logits
+        "initializer_range": 0.3,
+        "dtype": "float32",
+    }
+    return LlamaConfig(**sizes | changes)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model in Hugging Face and the same in Relax."""
+
+    model: LlamaForCausalLM
+    imported: ImportedModel
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What each parameter of the module's `main` is given, behind input_ids and positions."""
+        aliases = parameter_aliases(self.model)
+        parameters = dict(self.model.named_parameters())
+        named = {
+            relax_name: parameters[next(n for n in aliases[name] if n in parameters)].detach()
+            for relax_name, name in self.imported.weights.items()
+        }
+        return named | self.imported.tables
+
+    def arguments(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """Arguments of `main` for one prompt."""
+        weights = self.weights()
+        _, _, *parameters = self.imported.module["main"].params
+        return [ids, torch.arange(len(ids)), *(weights[p.name] for p in parameters)]
+
+
+def pair(seed: int, **changes) -> Pair:
+    """A random model, norm weights and biases too, and its import."""
+    settings = config(**changes)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM._from_config(settings, attn_implementation="eager", dtype=settings.dtype).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.normal_(mean=1.0, std=0.3)
+    traced = trace(config(**changes), settings.dtype)  # a copy: tracing sets its attention
+    return Pair(model, import_model(traced, MAX_POSITIONS))

@@ -1,0 +1,21 @@
+"""The three instruction levels of x86-64 that kernels are written for, as far as this machine runs them."""
+
+import pytest
+
+from vllm_compile.targets import cpu, resolve
+
+_LEVELS = {
+    "avx2": cpu.AVX2,
+    "avx512": cpu.AVX2 | cpu.AVX512,
+    "avx512_bf16": cpu.AVX2 | cpu.AVX512 | {cpu.AVX512_BF16},
+}
+# Parameters for pytest.mark.parametrize("target", TARGETS).
+TARGETS = [
+    pytest.param(
+        cpu.for_features(frozenset(features)),
+        id=name,
+        marks=pytest.mark.skipif(not cpu.host_features() >= features, reason=f"this CPU has no {name}"),
+    )
+    for name, features in _LEVELS.items()
+]
+HOST = resolve("cpu")

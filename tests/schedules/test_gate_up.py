@@ -1,0 +1,74 @@
+"""`gate_up_silu` against its reference: every variant, dtype and instruction level, odd sizes."""
+
+import pytest
+import torch
+
+from vllm_compile.ops import GATE_UP_SILU
+from vllm_compile.schedules.cpu.gate_up import GateUpSilu
+
+from . import harness
+from .test_linear import LEVELS, dtypes, levels, serving
+
+FAMILY = GateUpSilu()
+
+
+@levels
+@dtypes
+@pytest.mark.parametrize(("K", "intermediate"), [(96, 64), (131, 83)])
+def test_matches_reference(target, dtype, K, intermediate, generator, tmp_path):
+    def sample(tokens):
+        return GATE_UP_SILU.sample(generator, dtype, tokens, K, intermediate)[0]
+
+    spec = harness.op_spec(GATE_UP_SILU, sample(5), {})
+    kernels = harness.compile_variants(FAMILY, spec, target, tmp_path)
+    for tokens in (1, 2, 3, 7, 12, 13, 29):
+        inputs = sample(tokens)
+        expected = harness.results(GATE_UP_SILU, inputs, {})
+        results = [harness.run(kernel, FAMILY, spec, target, inputs) for kernel in serving(kernels, tokens)]
+        for result in results:
+            harness.assert_matches(GATE_UP_SILU, result, expected)
+            assert torch.equal(result[0], results[0][0])
+
+
+@pytest.fixture
+def compiled(generator, tmp_path):
+    target = LEVELS["avx512_bf16"]
+    inputs, _ = GATE_UP_SILU.sample(generator, torch.bfloat16, 9, 96, 80)
+    spec = harness.op_spec(GATE_UP_SILU, inputs, {})
+    kernel = harness.compile_variants(FAMILY, spec, target, tmp_path)[1]
+    return inputs, lambda given: harness.run(kernel, FAMILY, spec, target, given)
+
+
+def test_rows_do_not_depend_on_the_batch(compiled):
+    inputs, call = compiled
+    whole = call(inputs)[0]
+    for first, last in ((0, 1), (2, 7), (8, 9)):
+        assert torch.equal(call({**inputs, "x": inputs["x"][first:last]})[0], whole[first:last])
+
+
+def test_large_gates_saturate(compiled):
+    """silu(-large) is 0 and silu(large) the identity, where exp has left its range."""
+    inputs, call = compiled
+    inputs = {**inputs, "x": inputs["x"] * 100}
+    expected = harness.results(GATE_UP_SILU, inputs, {})
+    actual = call(inputs)
+    assert actual[0].isfinite().all()
+    torch.testing.assert_close(actual[0], expected[0], rtol=2**-6, atol=1.0)
+
+
+def test_comparison_sees_gate_and_up_swapped(compiled):
+    inputs, call = compiled
+    expected = harness.results(GATE_UP_SILU, inputs, {})
+    harness.assert_matches(GATE_UP_SILU, call(inputs), expected)
+    swapped = torch.cat(inputs["weight"].chunk(2)[::-1])
+    with pytest.raises(AssertionError):
+        harness.assert_matches(GATE_UP_SILU, call({**inputs, "weight": swapped}), expected)
+
+
+def test_comparison_sees_one_wrong_weight(compiled):
+    inputs, call = compiled
+    expected = harness.results(GATE_UP_SILU, inputs, {})
+    weight = inputs["weight"].clone()
+    weight[-1, -1] += 2
+    with pytest.raises(AssertionError):
+        harness.assert_matches(GATE_UP_SILU, call({**inputs, "weight": weight}), expected)

@@ -1,0 +1,87 @@
+"""One engine in a process of its own, timed on request.
+
+Reads one JSON request per line, `{"prompts": [[ids...], ...], "new_tokens": n}`, and answers
+with the seconds that greedy generation of exactly n tokens for each prompt took.  Engines:
+`compiled` and `vllm` (vLLM as its users run it), `vllm-eager`, `hf` (transformers).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Generate = Callable[[list[list[int]], int], None]
+
+MAX_MODEL_LEN = 2048
+
+
+def vllm_engine(model: str, options: dict[str, Any]) -> Generate:
+    """vLLM's own loop; prefix caching is off, so that every repeat does the same work."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    llm = LLM(
+        model,
+        max_model_len=MAX_MODEL_LEN,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+        **options,
+    )
+
+    def generate(prompts: list[list[int]], new_tokens: int) -> None:
+        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], sampling, use_tqdm=False)
+
+    return generate
+
+
+def hf_engine(model: str) -> Generate:
+    """transformers' generate with its default KV cache."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+
+    def generate(prompts: list[list[int]], new_tokens: int) -> None:
+        ids = torch.tensor(prompts)
+        with torch.no_grad():
+            network.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+    return generate
+
+
+def start(engine: str, model: str) -> Generate:
+    """The engine called `engine`, loaded with the model in directory `model`."""
+    if engine == "hf":
+        return hf_engine(model)
+    cache = {} if engine == "compiled" else {"kv_cache_memory_bytes": 2 << 30}
+    return vllm_engine(model, {**cache, "enforce_eager": engine == "vllm-eager"})
+
+
+def main(engine: str, model: str) -> None:
+    """Serve requests from stdin until it ends; answers go to the stdout this process was given."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever an engine prints must not be taken for an answer
+    began = time.perf_counter()
+    generate = start(engine, model)
+    print(json.dumps({"loaded": time.perf_counter() - began}), file=answers)
+    for line in sys.stdin:
+        request = json.loads(line)
+        began = time.perf_counter()
+        generate(request["prompts"], request["new_tokens"])
+        print(json.dumps({"seconds": time.perf_counter() - began}), file=answers)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

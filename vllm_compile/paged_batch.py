@@ -1,0 +1,48 @@
+"""A batch as a serving engine lays it out: the smallest engine there is.
+
+Verification and tests run programs with it; it also shows what an engine of your own must do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .runtime.plan import ModelShape
+
+BLOCK_SIZE = 16
+
+
+class PagedBatch:
+    """Requests of given lengths in a paged KV cache; blocks are handed out in reverse order.
+
+    The cache starts as NaN, so that reading what was not written shows.
+
+    Attributes:
+        kv: one cache per layer, [blocks, kv_heads, BLOCK_SIZE, 2 * head_dim].
+        block_table: int32 [R, W].
+    """
+
+    def __init__(self, model: ModelShape, lengths: Sequence[int]) -> None:
+        width = -(-max(lengths) // BLOCK_SIZE)
+        count = len(lengths) * width + 1
+        shape = (count, model.num_kv_heads, BLOCK_SIZE, 2 * model.head_dim)
+        dtype = getattr(torch, model.dtype)
+        self.kv = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(model.num_layers)]
+        order = torch.arange(count - 1, 0, -1, dtype=torch.int32)
+        self.block_table = order.view(len(lengths), width).contiguous()
+
+    def step(self, begin: Sequence[int], end: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Arguments of `Program.forward` for feeding tokens begin[r] to end[r] of each request r."""
+        counts = torch.tensor([e - b for b, e in zip(begin, end, strict=True)])
+        positions = torch.cat([torch.arange(b, e) for b, e in zip(begin, end, strict=True)])
+        rows = torch.repeat_interleave(torch.arange(len(begin)), counts)
+        blocks = self.block_table[rows, positions // BLOCK_SIZE].long()
+        return {
+            "positions": positions,
+            "block_table": self.block_table,
+            "seq_lens": torch.tensor(end, dtype=torch.int32),
+            "query_start_loc": torch.cat([torch.zeros(1), counts.cumsum(0)]).int(),
+            "slot_mapping": blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
+        }
