@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=2 python benchmarks/kernels_cpu_attention.py [--dtype bfloat16] [--head-dim 64]
 
-Compiles here, then measures in a fresh process that has no TVM (whose thread pool would otherwise take the place of
-OpenMP's).  Ours, torch's and a plain read of 512 MiB take turns; medians.  Decode: GB/s of K and V read, and their
-share of the plain read's; prefill: GFLOP/s of the causal half.
+Compiles here, then measures in a fresh process that has no TVM (whose thread pool would otherwise take the
+place of OpenMP's).  Ours, torch's and a plain read of 512 MiB take turns; medians.  Decode: GB/s of K and V
+read, and their share of the plain read's; prefill: GFLOP/s of the causal half.
+With OMP_NUM_THREADS=1 it counts CPU time instead, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -56,11 +57,12 @@ def case(requests: int, queries: int, context: int, shape: dict):
 
 def medians(functions, repeats: int) -> list[float]:
     """Median seconds of each function, taking turns."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times = [[] for _ in functions]
     for _, (function, record) in itertools.product(range(repeats + 1), zip(functions, times, strict=True)):
-        begin = time.perf_counter()
+        begin = clock()
         function()
-        record.append(time.perf_counter() - begin)
+        record.append(clock() - begin)
     return [sorted(record[1:])[repeats // 2] for record in times]
 
 
@@ -106,7 +108,9 @@ def measure(path: str, shape: dict, repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
@@ -117,7 +121,8 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = {
-        name: getattr(options, name) for name in ("dtype", "heads", "kv_heads", "head_dim", "block_size", "level")
+        name: getattr(options, name)
+        for name in ("dtype", "heads", "kv_heads", "head_dim", "block_size", "level")
     }
     if options.measure:
         measure(options.measure, shape, options.repeats)

@@ -15,7 +15,12 @@ from tvm import relax
 from tvm.ir.expr import GenericConst
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from vllm_compile.errors import UnsupportedError
+
 MATCHES = "vllm_compile.matches"
+
+# A pass runs behind a call through C++, which would turn other errors of ours into a RuntimeError.
+tvm_ffi.register_error(UnsupportedError)
 
 Rewrite = Callable[[Callable[[relax.Expr], relax.Var]], dict[relax.Var, relax.Expr]]
 
@@ -26,7 +31,8 @@ def counted_pass(name: str) -> Callable[[Callable[[tvm.IRModule], tuple[tvm.IRMo
     def decorate(transform: Callable[[tvm.IRModule], tuple[tvm.IRModule, int]]) -> Any:
         @tvm.transform.module_pass(opt_level=0, name=name)
         def run(module: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-            transformed, matches = transform(module)
+            # A pass changes its own copy: whoever holds the module before keeps it as it was.
+            transformed, matches = transform(module.clone())
             counts = {**match_counts(module), name: matches}
             return transformed.with_attr(MATCHES, counts)
 
@@ -79,6 +85,10 @@ class Definitions:
     def uses(self, var: relax.Var) -> int:
         return self._uses.get(var, 0)
 
+    def is_parameter(self, expr: Any) -> bool:
+        """True if `expr` is known from the start of the function."""
+        return isinstance(expr, relax.Var) and expr not in self._value
+
 
 def used_vars(expr: relax.Expr) -> Iterable[relax.Var]:
     """Relax variables in an expression (dimensions are none of them)."""
@@ -103,7 +113,10 @@ class _Replace(PyExprMutator):
             return self.builder_.emit(self.visit_expr(expr))
 
         for var, expr in self._at[binding.var](emit).items():
-            self.set_var_remap(var, emit(expr))
+            # What leaves its dataflow block must not become a variable of the block.
+            inner = isinstance(var, relax.DataflowVar)
+            place = self.builder_.emit if inner else self.builder_.emit_output
+            self.set_var_remap(var, place(self.visit_expr(expr)))
             self._replaced.add(var)
 
 

@@ -37,7 +37,7 @@ def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
             continue
         norm = norms[binding.var]
         residual, x = add.args
-        if not same_type(residual, x):
+        if not (same_type(residual, x) and definitions.is_parameter(arguments_of(norm.value)["weight"])):
             continue
 
         def rewrite(emit, binding=binding, norm=norm, residual=residual, x=x):

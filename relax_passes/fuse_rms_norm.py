@@ -9,7 +9,7 @@ from tvm import relax
 
 from vllm_compile.ops import RMS_NORM
 
-from .base import Definitions, Rewrite, counted_pass, replace_by, rewrite_functions
+from .base import Definitions, Rewrite, counted_pass, replace_by, rewrite_functions, same_type
 
 
 @counted_pass("fuse_rms_norm")
@@ -44,7 +44,7 @@ def _match(d: Definitions, expr: Any) -> tuple[relax.Expr, relax.Expr, float] | 
     for weight, normed in (tuple(scaled.args), tuple(scaled.args)[::-1]):
         is_scale = isinstance(weight.ty, relax.TensorType) and len(weight.ty.shape.values) == 1
         match = _match_normed(d, _wide(d, normed)) if is_scale else None
-        if match is not None:
+        if match is not None and same_type(match[0], scaled):
             return match[0], weight, match[1]
     return None
 
@@ -59,6 +59,8 @@ def _match_normed(d: Definitions, expr: Any) -> tuple[relax.Expr, float] | None:
     mean = d.call(d.operand(shifted, "relax.add"), "relax.mean")
     power = d.call(d.operand(mean, "relax.mean"), "relax.power")
     if power is None or d.constant(power.args[1]) != 2.0 or [int(a) for a in mean.attrs.axis] != [-1]:
+        return None
+    if str(x.ty.dtype) != "float32":
         return None
     eps = d.constant(shifted.args[1])
     same = d.value(power.args[0]) is d.value(x) or power.args[0].same_as(x)

@@ -26,10 +26,12 @@ def merge_qkv(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
 
 def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
     groups: dict[tuple[relax.Var, bool], list[relax.VarBinding]] = {}
-    for binding in Definitions(function).bindings:
+    definitions = Definitions(function)
+    for binding in definitions.bindings:
         if LINEAR.matches(binding.value):
             inputs = arguments_of(binding.value)
-            if "residual" not in inputs:
+            weights = [inputs[name] for name in ("weight", "bias") if name in inputs]
+            if "residual" not in inputs and all(map(definitions.is_parameter, weights)):
                 groups.setdefault((inputs["x"], "bias" in inputs), []).append(binding)
     return {group[0].var: _merge(group) for group in groups.values() if len(group) > 1}
 

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from functools import cache
 
 import pytest
 import torch
@@ -19,3 +20,11 @@ def pytest_report_header(config):
 def generator(request) -> torch.Generator:
     """Random inputs: another seed each run and each test, repeated by setting TEST_SEED."""
     return torch.Generator().manual_seed(SEED + sum(map(ord, request.node.name)))
+
+
+@pytest.fixture(scope="session")
+def pairs():
+    """`pairs(kind)`: a random Llama of a kind of `tests.models.KINDS`, and the same imported."""
+    from tests.models import KINDS, pair
+
+    return cache(lambda kind: pair(SEED, **KINDS[kind]))

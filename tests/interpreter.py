@@ -33,7 +33,9 @@ def _slice(x: torch.Tensor, axes, begin, end, strides) -> torch.Tensor:
 
 
 def _split(call: relax.Call, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.tensor_split(x, _axes(call.attrs.indices_or_sections), dim=int(call.attrs.axis))
+    where = call.attrs.indices_or_sections
+    equal_parts = isinstance(where, int | tirx.IntImm)
+    return torch.tensor_split(x, int(where) if equal_parts else _axes(where), dim=int(call.attrs.axis))
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
@@ -90,7 +92,8 @@ class _Frame:
         if isinstance(expr, relax.ShapeExpr):
             return [self._dim(dim) for dim in expr.values]
         if isinstance(expr, GenericConst):
-            return torch.from_numpy(expr.value.numpy().copy())
+            dtype = getattr(torch, str(expr.ty.dtype))
+            return torch.from_numpy(expr.value.numpy().astype("float64")).to(dtype)
         if isinstance(expr, tirx.IntImm):
             return int(expr)
         return self._values[expr]

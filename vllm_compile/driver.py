@@ -14,7 +14,7 @@ import tvm
 from tvm import tirx
 
 from .artifact import source_digest, write_config, write_manifest
-from .errors import UnsupportedError
+from .errors import ArtifactError, UnsupportedError
 from .frontend.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from .frontend.hf import TracedModel, read_config, trace
 from .frontend.importer import ImportedModel, import_model
@@ -112,7 +112,7 @@ def compile_model(
         checkpoint = open_checkpoint(source, traced.shapes, DTYPES[dtype], options.dummy_weights)
         imported = import_model(traced, config.max_position_embeddings)
     with stage("passes"):
-        module, passes = run_passes(imported.module, _dumper(options.dump))
+        module, passes = run_passes(imported.module, _dumper(Path(options.dump) if options.dump else None))
         warnings = _check_matches(passes, options.strict)
         lowered = lower(module, lambda spec: choose(spec, machine))
     with staged(final) as directory:
@@ -148,7 +148,10 @@ def _dumper(directory: Path | None) -> Callable[[str, tvm.IRModule], None]:
     """Writes the module after each pass to a numbered file."""
     if directory is None:
         return lambda name, module: None
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{directory}: cannot be written ({error.strerror})") from error
     written: list[str] = []
 
     def dump(name: str, module: tvm.IRModule) -> None:

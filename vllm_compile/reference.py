@@ -48,7 +48,7 @@ class Reference:
         for layer in layers:
             layer.register_forward_pre_hook(self._record_layer, with_kwargs=True)
         head = self._model.get_output_embeddings()
-        head.register_forward_pre_hook(lambda module, args: self._final.append(args[0][0]))
+        head.register_forward_pre_hook(lambda module, args: self._final.append(args[0].flatten(0, 1)))
 
     @staticmethod
     def shapes(config: Any) -> dict[str, tuple[int, ...]]:
@@ -58,16 +58,16 @@ class Reference:
         return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     def run(self, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """ids [T] -> (inputs of the layers, each [T, D]; final hidden [T, D]; logits [T, V])."""
+        """ids [R, T] -> (inputs of the layers, each [R*T, D]; final hidden [R*T, D]; logits [R*T, V])."""
         self._layer_inputs.clear()
         self._final.clear()
         with torch.no_grad():
-            logits = self._model(input_ids=ids[None].long(), use_cache=False).logits[0]
+            logits = self._model(input_ids=ids.long(), use_cache=False).logits.flatten(0, 1)
         return list(self._layer_inputs), self._final[0], logits
 
     def _record_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        self._layer_inputs.append(hidden[0].clone())
+        self._layer_inputs.append(hidden.flatten(0, 1).clone())
 
     def _stream(self, module: nn.Module, prefix: str) -> None:
         places = [(name, self._names(f"{prefix}.{name}")) for name, _ in module.named_parameters()]

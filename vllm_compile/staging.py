@@ -23,6 +23,7 @@ def staged(final: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: `final` exists and is no artifact, or the disk is full.
     """
+    final = final.resolve()  # `.` has a name, and a link stays a link
     partial, old = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
     if old.exists() and not final.exists():  # killed between the two renames below
         old.rename(final)
@@ -42,6 +43,11 @@ def staged(final: Path) -> Iterator[Path]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         raise ArtifactError(f"{final}: cannot be written ({error.strerror})") from error
+    except RuntimeError as error:  # what TVM makes of a linker that could not write
+        full = os.strerror(errno.ENOSPC)
+        if full not in str(error):
+            raise
+        raise ArtifactError(f"{final}: cannot be written ({full})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,2 +1,19 @@
 """Kernel families for CPUs, in order of preference: the first that serves a call is the default."""
-FAMILIES = ()
+
+from ..family import KernelFamily
+from .attention import PagedAttention
+from .embedding import Embedding
+from .gate_up import GateUpSilu
+from .linear import Linear
+from .norm import AddRMSNorm, RMSNorm
+from .rope_cache import QKVRopeCache
+
+FAMILIES: tuple[KernelFamily, ...] = (
+    Linear(),
+    GateUpSilu(),
+    RMSNorm(),
+    AddRMSNorm(),
+    Embedding(),
+    QKVRopeCache(),
+    PagedAttention(),
+)

@@ -2,8 +2,8 @@
 
 Work is cut into items, (KV head, request, tile of queries), which the threads take one by one from a shared
 counter, so that items of different cost (causal prefill, mixed batches) balance on any number of cores.
-A request's tiles of queries sit in the slots from `query_start_loc[r] // queries_per_item + r` on: an upper bound
-known without a scan, and monotone in r, so that a slot finds its request by bisection.
+A request's tiles of queries sit in the slots from `query_start_loc[r] // queries_per_item + r` on: an upper
+bound known without a scan, and monotone in r, so that a slot finds its request by bisection.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vllm_compile.targets import Target
 
 from ..family import Config, Variant
 from ..layouts import Layout
-from .attention_tile import PagedCache
 from .attention_narrow import Narrow
+from .attention_tile import PagedCache
 from .attention_vectors import Vectors
 from .attention_wide import Wide
 
@@ -35,7 +35,7 @@ NARROW_ROWS = 16
 def paged_attention(
     heads: int, kv_heads: int, head_dim: int, dtype: str, scale: float, target: Target
 ) -> tirx.PrimFunc:
-    """q [T, H, D], kv [B, KH, N, 2*D], block_table [R, W], seq_lens [R], query_start_loc [R+1] -> [T, H, D]."""
+    """q [T, H, D], kv [B, KH, N, 2*D], table [R, W], seq_lens [R], query_start_loc [R+1] -> [T, H, D]."""
     group = heads // kv_heads
     align = DTYPE_BYTES[dtype]
     vectors = Vectors.of(target, dtype, head_dim)
@@ -122,7 +122,9 @@ def paged_attention(
                                 narrow_scratch, q_words, out_flat, spare, request, head, row, count, position
                             )
                         else:
-                            wide.run(wide_scratch, q_words, out_flat, spare, request, head, row, count, position)
+                            wide.run(
+                                wide_scratch, q_words, out_flat, spare, request, head, row, count, position
+                            )
                     item[0] = T.call_extern("int32", "vc_fetch_add_one", next_item.data)
 
     return kernel

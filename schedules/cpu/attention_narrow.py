@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .attention_tile import PagedCache, Tile
-from .attention_vectors import Vectors, prefetch, scratch
+from .attention_tile import PagedCache, Tile, row_index
+from .attention_vectors import Vectors, scratch
 from .attention_wide import NEVER
 from .vector_math import exp
 
@@ -58,15 +58,14 @@ class Narrow:
         }
 
     def run(self, b: dict, q_words, out, spare, request, head, first_row, count, position) -> None:
-        """Attention of `count` queries, the first at `position`, whose first head is row `first_row` of [T*H, D]."""
+        """Attention of `count` queries from `position` on; the first one's is row `first_row` of [T*H, D]."""
         D = self.cache.head_dim
         words = D // self.vectors.values_per_word
         rows = T.Bind(count * self.group)
         blocks = T.Bind(T.ceildiv(rows, self.block))
 
         def row_of(m):
-            inside = T.min(m, rows - 1)
-            return first_row + T.Cast("int64", inside // self.group) * self.heads + inside % self.group
+            return row_index(m, rows, first_row, self.heads, self.group)
 
         with T.serial(0, blocks * self.block) as m:
             source = T.Bind(row_of(m) * words)
@@ -83,9 +82,13 @@ class Narrow:
             with T.serial(0, blocks) as r:
                 first = T.Bind(r * self.block)
                 before = [T.Bind(b["top"][first + i]) for i in range(self.block)]
-                width = self.token_vectors * self.vectors.lanes
-                with T.serial(0, T.ceildiv(tile.count, width)) as s:
-                    self._scores(b, tile, first, s * width, position)
+                # Whole register blocks, then vector by vector: a tile may be as short as one block.
+                width, lanes = self.token_vectors * self.vectors.lanes, self.vectors.lanes
+                whole = T.Bind(tile.count // width)
+                with T.serial(0, whole) as s:
+                    self._scores(b, tile, first, s * width, self.token_vectors, position)
+                with T.serial(0, T.ceildiv(tile.count - whole * width, lanes)) as s:
+                    self._scores(b, tile, first, whole * width + s * lanes, 1, position)
                 for i in range(self.block):
                     self._softmax(b, tile, first + i, before[i])
                 self._values(b, tile, first)
@@ -94,7 +97,6 @@ class Narrow:
         with T.serial(0, rows) as m:
             target = T.Bind(row_of(m) * D)
             inverse = T.Bind(T.float32(1) / b["sum"][m])
-
 
             def write(d):
                 value = T.Cast(out.dtype, b["out"][m * D + d] * inverse)
@@ -107,9 +109,6 @@ class Narrow:
         v = self.vectors
         words = self.cache.head_dim // v.values_per_word
         rows = [T.Bind(tile.k_row(token + i)) for i in range(v.lanes)]
-        for i in range(v.lanes):
-            ahead = tile.next_base + T.Cast("int64", token + i) * tile.token_stride
-            prefetch(tile.cache, ahead, 2 * self.cache.head_dim)
         with T.serial(0, -(-words // v.lanes)) as i:
             # The last block of words overlaps the one before where D is no multiple of a block.
             d = T.Bind(T.min(i * v.lanes, words - v.lanes))
@@ -117,24 +116,25 @@ class Narrow:
             for j, column in enumerate(v.transpose(block)):
                 v.store(b["k"], column, (d + j) * self.cache.tile + token)
 
-    def _scores(self, b: dict, tile: Tile, first, token, position) -> None:
-        """Scores of `token_vectors` vectors of tokens from `token` for a block of rows, and the maximum so far."""
+    def _scores(self, b: dict, tile: Tile, first, token, vectors: int, position) -> None:
+        """Scores of `vectors` vectors of tokens from `token` for a block of rows, and the maximum so far."""
         v = self.vectors
-        words = self.cache.head_dim // v.values_per_word
-        scores = [[v.register() for _ in range(self.token_vectors)] for _ in range(self.block)]
+        D = self.cache.head_dim
+        words = D // v.values_per_word
+        scores = [[v.register() for _ in range(vectors)] for _ in range(self.block)]
+        per_word = vectors * v.lanes * v.values_per_word
         with T.serial(0, words) as d:
-            k = [
-                T.Bind(v.load(b["k"], d * self.cache.tile + token + j * v.lanes)) for j in range(self.token_vectors)
-            ]
+            tile.prefetch_following(D, 0, token * D + d * per_word, per_word)
+            k = [T.Bind(v.load(b["k"], d * self.cache.tile + token + j * v.lanes)) for j in range(vectors)]
             for i in range(self.block):
                 q = T.Bind(v.splat(b["q"][(first + i) * words + d]))
-                for j in range(self.token_vectors):
+                for j in range(vectors):
                     v.store(scores[i][j], v.dot(k[j], q, v.load(scores[i][j])))
         for i in range(self.block):
             # The first token of the tile that this row does not see.
             end = T.Bind(T.min(tile.count, position + (first + i) // self.group - tile.start + 1))
             top = v.splat(NEVER)
-            for j in range(self.token_vectors):
+            for j in range(vectors):
                 index = T.ramp(token + j * v.lanes, 1, v.lanes)
                 score = v.load(scores[i][j]) * v.splat(self.scale)
                 score = T.Bind(T.Select(index < v.splat(end), score, v.splat(NEVER)))
@@ -170,6 +170,9 @@ class Narrow:
             totals = [v.register() for _ in range(self.block)] if start == 0 else []
             with T.serial(0, T.ceildiv(tile.count, v.values_per_word)) as s:
                 row = T.Bind(tile.v_base + T.Cast("int64", s) * tile.v_stride)
+                for n in range(v.values_per_word):
+                    ahead = (s * v.values_per_word + n) * D + columns[0]
+                    tile.prefetch_following(D, D, ahead, len(columns) * v.lanes)
                 values = [T.Bind(v.load(tile.v, row + c)) for c in columns]
                 for i in range(self.block):
                     weight = T.Bind(v.splat(b["weights"][(first + i) * self.cache.tile + s]))
@@ -181,5 +184,7 @@ class Narrow:
                 for j, c in enumerate(columns):
                     v.store(b["out"], v.load(out[i][j]), (first + i) * D + c)
                 if totals:
-                    row_sum = v.register(v.fma(v.splat(b["sum"][first + i]), v.splat(scale[i]), v.load(totals[i])))
+                    row_sum = v.register(
+                        v.fma(v.splat(b["sum"][first + i]), v.splat(scale[i]), v.load(totals[i]))
+                    )
                     T.buffer_store(b["sum"], row_sum[0], [first + i])

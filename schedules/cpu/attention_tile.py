@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .attention_vectors import Vectors, scratch
+from .attention_vectors import CACHE_LINE, Vectors, prefetch, scratch
+
+
+def row_index(m, rows, first_row, heads: int, group: int) -> tirx.Expr:
+    """Row of q [T*H, D] that is row m of an item, heads fastest; rows past the end repeat the last."""
+    inside = T.min(m, rows - 1)
+    return first_row + T.Cast("int64", inside // group) * heads + inside % group
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Tile:
 
     Word d of token s's K is `k[k_base + s * k_stride + d]`; word d of V, of token s or of tokens 2s and
     2s + 1 where words are pairs, is `v[v_base + s * v_stride + d]`.  The tile that follows starts at
-    `cache[next_base]`, its tokens `token_stride` apart.
+    `cache[following]`, its tokens `token_stride` apart.
     """
 
     start: tirx.Expr
@@ -34,13 +40,25 @@ class Tile:
     v_base: tirx.Expr
     v_stride: tirx.Expr
     cache: tirx.Buffer
-    next_base: tirx.Expr
+    following: tirx.Expr
     token_stride: tirx.Expr
 
     def k_row(self, token: tirx.Expr) -> tirx.Expr:
-        """Index of the first word of a token's K; tokens past the end read the last one, never foreign memory."""
+        """Index of the first word of a token's K; past the end that of the last one, never foreign memory."""
         last = T.Cast("int64", self.count - 1)
         return self.k_base + T.min(T.Cast("int64", token), last) * self.k_stride
+
+    def prefetch_following(self, head_dim: int, column: int, start: tirx.Expr, count: int) -> None:
+        """Prefetch `count` values of the next tile, numbered token by token in the D columns from `column`.
+
+        Asked for evenly over the arithmetic of this tile: a core tracks only some 24 misses at a time, and a
+        burst of them would stall it.
+        """
+        for value in range(0, count, CACHE_LINE * 8 // self.cache.dtype.bits):
+            token, within = (start + value) // head_dim, (start + value) % head_dim
+            prefetch(
+                self.cache, self.following + T.Cast("int64", token) * self.token_stride + column + within
+            )
 
 
 @dataclass(frozen=True)
@@ -59,14 +77,19 @@ class PagedCache:
             return scratch(self.tile // 2 * self.head_dim, "int32")
         return scratch(self.tile * 2 * self.head_dim, "float32") if self.kv.dtype == "bfloat16" else None
 
-    def for_each_tile(self, request, head, limit, spare: tirx.Buffer | None, body: Callable[[Tile], None]) -> None:
+    def for_each_tile(
+        self, request, head, limit, spare: tirx.Buffer | None, body: Callable[[Tile], None]
+    ) -> None:
         """Emit `body(tile)` over the first `limit` cached tokens of `request`."""
         block_size = T.Cast("int32", self.kv.shape[2])
         block_stride, head_stride, token_stride = self.kv.strides[:3]
         blocks = T.Bind(T.ceildiv(limit, block_size))
 
         def start_of(b):
-            return T.Cast("int64", self.block_table[request, b]) * block_stride + T.Cast("int64", head) * head_stride
+            return (
+                T.Cast("int64", self.block_table[request, b]) * block_stride
+                + T.Cast("int64", head) * head_stride
+            )
 
         with T.serial(0, blocks) as b:
             block = T.Bind(start_of(b))
@@ -105,7 +128,9 @@ class PagedCache:
         def pair(p, d):
             # A last odd token is paired with itself; the weight of the second of them is zero.
             second = T.shift_left(values(T.min(2 * p + 1, count - 1), D + d), T.uint32(16))
-            T.buffer_store(spare, T.reinterpret("int32", T.bitwise_or(values(2 * p, D + d), second)), [p * D + d])
+            T.buffer_store(
+                spare, T.reinterpret("int32", T.bitwise_or(values(2 * p, D + d), second)), [p * D + d]
+            )
 
         with T.serial(0, T.ceildiv(count, 2)) as p:
             self.vectors.for_each(D, lambda d: pair(p, d))

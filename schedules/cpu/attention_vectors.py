@@ -33,7 +33,8 @@ define weak_odr hidden <16 x float> @vc_dot_bf16_pairs(<16 x float> %sum, <16 x 
     alwaysinline nounwind {
   %x = bitcast <16 x i32> %a to <32 x bfloat>
   %y = bitcast <16 x i32> %b to <32 x bfloat>
-  %r = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %sum, <32 x bfloat> %x, <32 x bfloat> %y)
+  %r = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
+      <16 x float> %sum, <32 x bfloat> %x, <32 x bfloat> %y)
   ret <16 x float> %r
 }
 define weak_odr hidden <16 x i16> @vc_round_to_bf16(<16 x float> %x) alwaysinline nounwind {
@@ -57,10 +58,9 @@ def scratch(size: int, dtype: str) -> tirx.Buffer:
     return T.decl_buffer((size,), dtype, data=pointer)
 
 
-def prefetch(buffer: tirx.Buffer, start: tirx.Expr, count: int) -> None:
-    """Ask for `count` elements of `buffer` from `start` to be brought into the L1 cache; a hint, never a fault."""
-    for element in range(0, count, CACHE_LINE * 8 // buffer.dtype.bits):
-        T.evaluate(T.call_extern("void", "vc_prefetch", T.address_of(buffer[start + element])))
+def prefetch(buffer: tirx.Buffer, index: tirx.Expr) -> None:
+    """Ask for the cache line of an element to be brought into the L1 cache; a hint, never a fault."""
+    T.evaluate(T.call_extern("void", "vc_prefetch", T.address_of(buffer[index])))
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,9 @@ class Vectors:
         wide = f"uint32x{self.lanes}"
         return T.reinterpret(
             f"int32x{self.lanes}",
-            T.bitwise_or(T.Cast(wide, low), T.shift_left(T.Cast(wide, high), T.broadcast(T.uint32(16), self.lanes))),
+            T.bitwise_or(
+                T.Cast(wide, low), T.shift_left(T.Cast(wide, high), T.broadcast(T.uint32(16), self.lanes))
+            ),
         )
 
     def maximum(self, vector: tirx.Expr) -> tirx.Expr:
@@ -140,7 +142,7 @@ class Vectors:
         return T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", vector)
 
     def transpose(self, rows: list[tirx.Expr]) -> list[tirx.Expr]:
-        """`lanes` vectors as the columns of the matrix whose rows they are: log2(lanes) rounds of shuffles."""
+        """The columns of the matrix whose rows are `lanes` vectors, in log2(lanes) rounds of shuffles."""
         step = self.lanes // 2
         while step:
             mixed = list(rows)

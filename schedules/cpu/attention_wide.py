@@ -1,8 +1,8 @@
 """Attention with queries in the lanes of a vector: for prefill, where many rows share each cached token.
 
-A row is one query of one head; the G heads of a group and up to `rows / G` neighbouring queries share K and V.
-With rows in the lanes, a cached value is broadcast and multiplies `lanes` rows at once, so that neither K nor V
-need be transposed, and maximum, sum and rescaling of the online softmax are lane by lane.
+A row is one query of one head; the G heads of a group and up to `rows / G` neighbouring queries share K
+and V.  With rows in the lanes, a cached value is broadcast and multiplies `lanes` rows at once: neither K
+nor V is transposed, and maximum, sum and rescaling of the online softmax are lane by lane.
 Per cached token and vector of rows: 2 * D / values_per_word multiply-adds and one exp; bound by arithmetic.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .attention_tile import PagedCache, Tile
+from .attention_tile import PagedCache, Tile, row_index
 from .attention_vectors import Vectors, scratch
 from .vector_math import exp
 
@@ -38,7 +38,7 @@ class Wide:
 
     @property
     def unroll(self) -> int:
-        """Cached tokens (or values of V) per register block: with two vectors of rows half of the registers."""
+        """Cached tokens (or values of V) per register block: with two vectors of rows half the registers."""
         return self.vectors.lanes // 2
 
     def scratch(self) -> dict[str, tirx.Buffer]:
@@ -56,15 +56,14 @@ class Wide:
         }
 
     def run(self, b: dict, q_words, out, spare, request, head, first_row, count, position) -> None:
-        """Attention of `count` queries, the first at `position`, whose first head is row `first_row` of [T*H, D]."""
+        """Attention of `count` queries from `position` on; the first one's is row `first_row` of [T*H, D]."""
         v, D = self.vectors, self.cache.head_dim
         words = D // v.values_per_word
         rows = T.Bind(count * self.group)
         blocks = T.Bind(T.ceildiv(rows, self.step))
 
         def row_of(m):
-            inside = T.min(m, rows - 1)
-            return first_row + T.Cast("int64", inside // self.group) * self.heads + inside % self.group
+            return row_index(m, rows, first_row, self.heads, self.group)
 
         with T.serial(0, blocks * self.step) as m:
             source = T.Bind(row_of(m) * words)
@@ -72,7 +71,9 @@ class Wide:
             T.buffer_store(b["top"], T.float32(NEVER), [m])
             T.buffer_store(b["sum"], T.float32(0), [m])
             with T.serial(0, words) as d:
-                T.buffer_store(b["q"], T.Cast(v.word, q_words[source + T.Cast("int64", d)]), [d * self.rows + m])
+                T.buffer_store(
+                    b["q"], T.Cast(v.word, q_words[source + T.Cast("int64", d)]), [d * self.rows + m]
+                )
         with T.serial(0, D) as d, T.serial(0, blocks) as g, T.vectorized(0, self.step) as j:
             T.buffer_store(b["out"], T.float32(0), [d * self.rows + g * self.step + j])
 
@@ -93,7 +94,6 @@ class Wide:
                 v.store(b["sum"], v.splat(1.0) / v.load(b["sum"], at), at)
         with T.serial(0, rows) as m:
             target = T.Bind(row_of(m) * D)
-
 
             def write(d):
                 value = b["out"][d * self.rows + m] * b["sum"][m]
@@ -127,7 +127,7 @@ class Wide:
             v.store(b["top"], top, at)
 
     def _softmax(self, b: dict, tile: Tile, first, before: list[tirx.Buffer]) -> None:
-        """Scores to weights exp(score - maximum), in place; `scale` takes what is accumulated to the new maximum."""
+        """Scores to weights exp(score - maximum), in place; `scale` takes the sums to the new maximum."""
         v = self.vectors
         for i in range(ROW_VECTORS):
             at = T.Bind(first + i * v.lanes)
@@ -138,7 +138,8 @@ class Wide:
             with T.serial(0, T.ceildiv(tile.count, v.values_per_word)) as s:
                 source = T.Bind(s * (v.values_per_word * self.rows) + at)
                 weights = [
-                    T.Bind(exp(v.load(b["scores"], source + n * self.rows) - top)) for n in range(v.values_per_word)
+                    T.Bind(exp(v.load(b["scores"], source + n * self.rows) - top))
+                    for n in range(v.values_per_word)
                 ]
                 word = T.Bind(v.pair(*map(v.to_bf16, weights)) if v.pairs else weights[0])
                 v.store(b["weights"], word, s * self.rows + at)
@@ -149,10 +150,18 @@ class Wide:
         """Rescale `unroll` values of the output and add the tile's."""
         v = self.vectors
         scale = [T.Bind(v.load(b["scale"], first + i * v.lanes)) for i in range(ROW_VECTORS)]
-        place = [[(d + u) * self.rows + first + i * v.lanes for i in range(ROW_VECTORS)] for u in range(self.unroll)]
-        out = [[v.register(v.load(b["out"], place[u][i]) * scale[i]) for i in range(ROW_VECTORS)] for u in range(self.unroll)]
+        place = [
+            [(d + u) * self.rows + first + i * v.lanes for i in range(ROW_VECTORS)]
+            for u in range(self.unroll)
+        ]
+        out = [
+            [v.register(v.load(b["out"], place[u][i]) * scale[i]) for i in range(ROW_VECTORS)]
+            for u in range(self.unroll)
+        ]
         with T.serial(0, T.ceildiv(tile.count, v.values_per_word)) as s:
-            weights = [T.Bind(v.load(b["weights"], s * self.rows + first + i * v.lanes)) for i in range(ROW_VECTORS)]
+            weights = [
+                T.Bind(v.load(b["weights"], s * self.rows + first + i * v.lanes)) for i in range(ROW_VECTORS)
+            ]
             row = T.Bind(tile.v_base + T.Cast("int64", s) * tile.v_stride + T.Cast("int64", d))
             for u in range(self.unroll):
                 value = T.Bind(v.splat(tile.v[row + u]))

@@ -19,8 +19,8 @@ from vllm_compile.targets import Target
 from ..family import Config, Variant
 from ..layouts import Layout
 
-# Rows from which waking OpenMP's threads (2 to 5 microseconds) is repaid.
-PARALLEL_ROWS = 32
+# A row of 2,048 bf16 values takes 0.06 microseconds, waking OpenMP's threads 2 to 5: here two cores gain.
+PARALLEL_ROWS = 64
 
 
 def embedding(rows: int, width: int, dtype: str, ids_dtype: str, lanes: int, parallel: bool) -> tirx.PrimFunc:

@@ -18,12 +18,16 @@ from vllm_compile.targets import Target
 
 from ..family import Config, Variant
 from ..layouts import Layout
-from .matmul import Value, default_variants, matmul, tilings, weight_layout
+from .matmul import Value, matmul
+from .matmul_tiles import default_variants, space
+from .matmul_words import weight_layout
 from .rounding import rounded
 from .vector_math import exp
 
 
-def finish(tensors: dict[str, tirx.Buffer], totals: list[tirx.Buffer], row: tirx.Expr, column: tirx.Expr) -> Value:
+def finish(
+    tensors: dict[str, tirx.Buffer], totals: list[tirx.Buffer], row: tirx.Expr, column: tirx.Expr
+) -> Value:
     """silu(gate) * up with the reference's roundings: of gate, of up, of silu, of the product."""
     gate, up = totals
     lanes, dtype = gate.shape[0], tensors["out"].dtype
@@ -50,7 +54,7 @@ class GateUpSilu:
 
     def space(self, spec: OpSpec, target: Target) -> Sequence[Config]:
         """Every tile that fits the registers."""
-        return tilings(spec, target, gated=True)
+        return space(spec, target, gated=True)
 
     def variants(self, spec: OpSpec, target: Target) -> Sequence[Variant]:
         return default_variants(spec, target, gated=True)

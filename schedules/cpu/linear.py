@@ -17,11 +17,15 @@ from vllm_compile.targets import Target
 
 from ..family import Config, Variant
 from ..layouts import Layout
-from .matmul import Value, default_variants, matmul, tilings, weight_layout
+from .matmul import Value, matmul
+from .matmul_tiles import default_variants, space
+from .matmul_words import weight_layout
 from .rounding import rounded
 
 
-def finish(tensors: dict[str, tirx.Buffer], totals: list[tirx.Buffer], row: tirx.Expr, column: tirx.Expr) -> Value:
+def finish(
+    tensors: dict[str, tirx.Buffer], totals: list[tirx.Buffer], row: tirx.Expr, column: tirx.Expr
+) -> Value:
     """Bias in float32, rounding, residual: as the reference does."""
 
     def value(j: tirx.Expr) -> tirx.Expr:
@@ -50,7 +54,7 @@ class Linear:
 
     def space(self, spec: OpSpec, target: Target) -> Sequence[Config]:
         """Every tile that fits the registers."""
-        return tilings(spec, target)
+        return space(spec, target)
 
     def variants(self, spec: OpSpec, target: Target) -> Sequence[Variant]:
         return default_variants(spec, target)

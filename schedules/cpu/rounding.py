@@ -9,10 +9,12 @@ from tvm.script import tirx as T
 
 
 def rounded(value: tirx.Expr, dtype: str) -> tirx.Expr:
-    """The float32 scalar `value` as a tensor of `dtype` would hold it, again a float32 (to nearest, ties to even)."""
+    """The float32 `value` as a tensor of `dtype` holds it (to nearest, ties to even), again a float32."""
     if dtype == "float32":
         return value
     assert dtype == "bfloat16", dtype
     bits = T.reinterpret("uint32", value)
     last_kept = T.bitwise_and(T.shift_right(bits, T.uint32(16)), T.uint32(1))
-    return T.reinterpret("float32", T.bitwise_and(bits + (T.uint32(0x7FFF) + last_kept), T.uint32(0xFFFF0000)))
+    return T.reinterpret(
+        "float32", T.bitwise_and(bits + (T.uint32(0x7FFF) + last_kept), T.uint32(0xFFFF0000))
+    )

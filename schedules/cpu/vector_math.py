@@ -11,7 +11,15 @@ LN2_HIGH = 0.693359375
 LN2_LOW = -2.1219444005469057e-4
 # exp on [-ln2/2, ln2/2]: Chebyshev interpolant of degree 6 (the near-minimax polynomial), in powers of x, rounded
 # to float32; relative error 2.1e-8.  tests/schedules/test_vector_math.py derives them again.
-EXP_COEFFICIENTS = (1.0, 1.0, 0.5, 0.16666415333747864, 0.04166635125875473, 0.008375134319067001, 0.0013941118959337473)
+EXP_COEFFICIENTS = (
+    1.0,
+    1.0,
+    0.5,
+    0.16666415333747864,
+    0.04166635125875473,
+    0.008375134319067001,
+    0.0013941118959337473,
+)
 EXP_MAX = 88.72283  # the largest float32 whose exp is finite
 EXP_MIN = -87.33654  # exp of it is the smallest normal float32
 

@@ -1,9 +1,11 @@
 """Paged attention: against the reference, and what serving relies on beyond it.
 
-A query's result does not change by one bit with the other requests of the batch, with the chunks a prompt is cut
-into, or with whether it is decoded or prefilled; memory that a request does not own never reaches it.
+A query's result does not change by one bit with the other requests of the batch, with the chunks a prompt
+is cut into, or with whether it is decoded or prefilled; memory that a request does not own never reaches it.
 """
 
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -26,13 +28,19 @@ SHAPE = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64}
 
 @cache
 def compiled(spec: OpSpec, target):
-    """One kernel per shape: the block size, the lengths and the strides are bound at each call."""
-    return compile_variants(FAMILY, spec, target, Path(mkdtemp()))[1]
+    """One kernel per shape (block size, lengths and strides are bound at each call), and its library."""
+    folder = Path(mkdtemp())
+    kernel = compile_variants(FAMILY, spec, target, folder)[1]
+    return kernel, next(folder.glob("*.so"))
+
+
+def attention_spec(inputs, attributes):
+    return op_spec(PAGED_ATTENTION, {**inputs, "seq_lens": torch.zeros_like(inputs["seq_lens"])}, attributes)
 
 
 def attend(inputs, attributes, target):
-    spec = op_spec(PAGED_ATTENTION, {**inputs, "seq_lens": torch.zeros_like(inputs["seq_lens"])}, attributes)
-    return run(compiled(spec, target), FAMILY, spec, target, inputs)[0]
+    spec = attention_spec(inputs, attributes)
+    return run(compiled(spec, target)[0], FAMILY, spec, target, inputs)[0]
 
 
 def sample(generator, dtype, lengths=MIXED, block_size=16, **shape):
@@ -51,9 +59,16 @@ def test_mixed_batch_matches(block_size, dtype, target, generator):
     check(*sample(generator, dtype, block_size=block_size), target)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim"), [(2, 2, 16), (6, 2, 32), (7, 1, 80), (20, 1, 96), (4, 2, 128), (3, 1, 256)]
+    ("num_heads", "num_kv_heads", "head_dim", "dtype"),
+    [
+        (2, 2, 16, torch.bfloat16),
+        (6, 2, 32, torch.float32),
+        (7, 1, 80, torch.bfloat16),
+        (20, 1, 96, torch.bfloat16),
+        (4, 2, 128, torch.bfloat16),
+        (3, 1, 256, torch.float32),
+    ],
 )
 def test_head_shapes(num_heads, num_kv_heads, head_dim, dtype, generator):
     shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
@@ -90,7 +105,7 @@ def test_chunks_and_neighbours_change_no_bit(dtype, target, generator):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_foreign_memory_is_never_used(dtype, target, generator):
-    """NaN in every slot that no request owns, table entries that point nowhere, padded requests and tokens."""
+    """NaN in all slots that no request owns, table entries that point nowhere, padded requests and tokens."""
     inputs, attributes = sample(generator, dtype)
     expected = attend(inputs, attributes, target)
     owned = torch.zeros(inputs["kv"].shape[0], 16, dtype=torch.bool)
@@ -117,13 +132,32 @@ def test_strides_and_misaligned_metadata(generator):
     inputs, attributes = sample(generator, torch.bfloat16)
     expected = attend(inputs, attributes, HOST)
     B, KH, N, C = inputs["kv"].shape
-    kv = torch.full((B, 2, N, KH, C), float("nan"), dtype=torch.bfloat16)[:, 1].transpose(1, 2).copy_(inputs["kv"])
+    kv = (
+        torch.full((B, 2, N, KH, C), float("nan"), dtype=torch.bfloat16)[:, 1]
+        .transpose(1, 2)
+        .copy_(inputs["kv"])
+    )
     odd = {
         name: torch.cat([inputs[name].flatten()[:1], inputs[name].flatten()])[1:].view_as(inputs[name])
         for name in ("q", "block_table", "seq_lens", "query_start_loc")
     }
     assert not kv.is_contiguous()
     assert torch.equal(attend({**inputs, **odd, "kv": kv}, attributes, HOST), expected)
+
+
+def test_runs_on_openmp_in_a_process_without_tvm(generator, tmp_path):
+    """With TVM imported, as in these tests, its runtime would supply what a kernel should not need."""
+    inputs, attributes = sample(generator, torch.bfloat16)
+    torch.save([*inputs.values(), attend(inputs, attributes, HOST)], tmp_path / "tensors")
+    script = (
+        "import sys, torch, tvm_ffi\n"
+        "*inputs, expected = torch.load(sys.argv[2])\n"
+        "out = torch.empty_like(expected)\n"
+        "tvm_ffi.load_module(sys.argv[1])['k1'](*inputs, out)\n"
+        "assert torch.equal(out, expected) and 'tvm' not in sys.modules\n"
+    )
+    _, library = compiled(attention_spec(inputs, attributes), HOST)
+    subprocess.run([sys.executable, "-c", script, str(library), str(tmp_path / "tensors")], check=True)
 
 
 def test_no_request_and_no_token(generator):

@@ -1,9 +1,12 @@
 """`linear` against its reference: every variant, dtype and instruction level, odd sizes, bias and residual."""
 
+import dataclasses
 import subprocess
+from collections.abc import Callable
 
 import pytest
 import torch
+import tvm_ffi
 
 from vllm_compile.ops import LINEAR
 from vllm_compile.schedules.build import build_library
@@ -27,40 +30,87 @@ def sample(generator, dtype, tokens, K, N, bias=False, residual=False):
     return {name: inputs[name] for name in ("x", "weight", *(["bias"] * bias), *(["residual"] * residual))}
 
 
-def serving(kernels, tokens):
-    """The variants that may serve a call of `tokens` tokens."""
-    return [kernel for min_tokens, kernel in kernels.items() if min_tokens <= tokens]
+def compile_family(family, spec, target, folder, min_tokens=None) -> dict[int, Callable[..., None]]:
+    """rows -> kernel for every tile of the family's variants, or for the variant of `min_tokens` only."""
+    variants = family.variants(spec, target)
+    rows = {v.config["rows"]: v.config for v in variants if min_tokens in (None, v.min_tokens)}
+    path = folder / "kernels.so"
+    build_library({f"k{r}": family.build(spec, config, target) for r, config in rows.items()}, target, path)
+    command = ["nm", "-D", "--undefined-only", str(path)]
+    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "TVMBackend" not in symbols, "the serving process has no TVM runtime"
+    assert "exp" not in symbols, "a vector function became calls of the C library"
+    module = tvm_ffi.load_module(str(path))
+    return {r: module[f"k{r}"] for r in rows}
+
+
+def assert_every_tile_matches(op, family, spec, target, kernels, sample) -> None:
+    """Every kernel within tolerance, a token at a time too, and all to the last bit alike."""
+    for tokens in (1, 2, 3, 7, 12, 13, 70):
+        inputs = sample(tokens)
+        expected = harness.results(op, inputs, {})
+        results = [
+            harness.run(k, family, spec, target, inputs) for rows, k in kernels.items() if rows <= tokens
+        ]
+        for result in results:
+            harness.assert_matches(op, result, expected)
+            assert torch.equal(result[0], results[0][0])
+        first = {name: t[:1] if name in ("x", "residual") else t for name, t in inputs.items()}
+        assert torch.equal(harness.run(kernels[1], family, spec, target, first)[0], results[0][0][:1])
 
 
 @levels
 @dtypes
 @pytest.mark.parametrize(
-    ("K", "N", "bias", "residual"), [(96, 64, False, False), (131, 83, True, True), (64, 96, False, True), (33, 37, True, False)]
+    ("K", "N", "bias", "residual"), [(96, 64, False, False), (131, 83, True, True)], ids=["even", "odd"]
 )
-def test_matches_reference(target, dtype, K, N, bias, residual, generator, tmp_path):
+def test_matches_reference_in_every_batch(target, dtype, K, N, bias, residual, generator, tmp_path):
     spec = harness.op_spec(LINEAR, sample(generator, dtype, 5, K, N, bias, residual), {})
-    kernels = harness.compile_variants(FAMILY, spec, target, tmp_path)
-    for tokens in (1, 2, 3, 7, 12, 13, 29):
-        inputs = sample(generator, dtype, tokens, K, N, bias, residual)
-        expected = harness.results(LINEAR, inputs, {})
-        for kernel in serving(kernels, tokens):
-            harness.assert_matches(LINEAR, harness.run(kernel, FAMILY, spec, target, inputs), expected)
+    kernels = compile_family(FAMILY, spec, target, tmp_path)
+    assert_every_tile_matches(
+        LINEAR,
+        FAMILY,
+        spec,
+        target,
+        kernels,
+        lambda tokens: sample(generator, dtype, tokens, K, N, bias, residual),
+    )
 
 
-@levels
-@dtypes
-def test_rows_do_not_depend_on_the_batch(target, dtype, generator, tmp_path):
-    inputs = sample(generator, dtype, 29, 515, 83, bias=True, residual=True)
+@pytest.mark.parametrize(("N", "bias", "residual"), [(83, True, False), (96, False, True), (5, False, False)])
+def test_optional_inputs_and_few_outputs(N, bias, residual, generator, tmp_path):
+    target = LEVELS["avx512_bf16"]
+    inputs = sample(generator, torch.bfloat16, 9, 64, N, bias, residual)
     spec = harness.op_spec(LINEAR, inputs, {})
-    kernels = harness.compile_variants(FAMILY, spec, target, tmp_path)
-    results = {}
-    for tokens in (1, 5, 12, 29):
-        part = {name: t[:tokens] if name in ("x", "residual") else t for name, t in inputs.items()}
-        for kernel in serving(kernels, tokens):
-            results[tokens, kernel] = harness.run(kernel, FAMILY, spec, target, part)[0]
-    whole = results[29, kernels[1]]
-    for (tokens, _), result in results.items():
-        assert torch.equal(result, whole[:tokens])
+    kernel = compile_family(FAMILY, spec, target, tmp_path, min_tokens=1)[1]
+    harness.assert_matches(
+        LINEAR, harness.run(kernel, FAMILY, spec, target, inputs), harness.results(LINEAR, inputs, {})
+    )
+
+
+@dtypes
+def test_passes_over_a_long_k_keep_the_bits(dtype, generator, tmp_path):
+    target = LEVELS["avx512_bf16"]
+    inputs = sample(generator, dtype, 300, 1031, 83, bias=True)
+    spec = harness.op_spec(LINEAR, inputs, {})
+    results = []
+    for l2_bytes in (1 << 30, 1 << 15):
+        sized = dataclasses.replace(target, l2_bytes=l2_bytes)
+        kernels = compile_family(FAMILY, spec, sized, tmp_path, min_tokens=8)
+        results.append(harness.run(kernels[8], FAMILY, spec, sized, inputs))
+        (tmp_path / "kernels.so").unlink()
+    harness.assert_matches(LINEAR, results[1], harness.results(LINEAR, inputs, {}))
+    assert torch.equal(results[0][0], results[1][0])
+
+
+def test_every_call_has_a_tile_that_fits_it():
+    spec = harness.op_spec(LINEAR, sample(torch.Generator(), torch.bfloat16, 5, 96, 64), {})
+    for target in LEVELS.values():
+        variants = FAMILY.variants(spec, target)
+        assert [v.min_tokens for v in variants] == sorted({v.min_tokens for v in variants})
+        assert variants[0].min_tokens == 1
+        assert all(v.config["rows"] <= v.min_tokens for v in variants)
+        assert all(v.config in FAMILY.space(spec, target) for v in variants)
 
 
 @pytest.fixture
@@ -68,7 +118,7 @@ def compiled(generator, tmp_path):
     target = LEVELS["avx512_bf16"]
     inputs = sample(generator, torch.bfloat16, 9, 96, 80, bias=True, residual=True)
     spec = harness.op_spec(LINEAR, inputs, {})
-    kernel = harness.compile_variants(FAMILY, spec, target, tmp_path)[1]
+    kernel = compile_family(FAMILY, spec, target, tmp_path, min_tokens=4)[4]
     return inputs, lambda given: harness.run(kernel, FAMILY, spec, target, given)
 
 
@@ -101,15 +151,3 @@ def test_unaligned_tensors(compiled):
         base = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
         shifted[name] = base[1:].view(tensor.shape).copy_(tensor)
     assert torch.equal(call(shifted)[0], call(inputs)[0])
-
-
-@levels
-@dtypes
-def test_library_needs_no_tvm_runtime(target, dtype, generator, tmp_path):
-    spec = harness.op_spec(LINEAR, sample(generator, dtype, 5, 515, 83, True, True), {})
-    kernels = {f"k{v.min_tokens}": FAMILY.build(spec, v.config, target) for v in FAMILY.variants(spec, target)}
-    build_library(kernels, target, tmp_path / "k.so")
-    command = ["nm", "-D", "--undefined-only", str(tmp_path / "k.so")]
-    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "TVMBackend" not in symbols
-    assert "exp" not in symbols

@@ -1,4 +1,4 @@
-"""RoPE and the write of the paged cache: results, untouched slots, strides, padding, and controls that must fail."""
+"""RoPE and the write of the paged cache: results, untouched slots, strides, padding, failing controls."""
 
 import pytest
 import torch
@@ -28,7 +28,9 @@ def both(kernel, spec, target, inputs, attributes):
 def test_every_variant_matches(
     num_heads, num_kv_heads, head_dim, block_size, dtype, target, generator, tmp_path
 ):
-    inputs, attributes = QKV_ROPE_CACHE.sample(generator, dtype, 33, num_heads, num_kv_heads, head_dim, block_size)
+    inputs, attributes = QKV_ROPE_CACHE.sample(
+        generator, dtype, 33, num_heads, num_kv_heads, head_dim, block_size
+    )
     spec = op_spec(QKV_ROPE_CACHE, inputs, attributes)
     kernels = compile_variants(FAMILY, spec, target, tmp_path)
     for kernel in kernels.values():

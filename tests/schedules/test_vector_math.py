@@ -63,7 +63,9 @@ def test_comparison_sees_a_wrong_exp(exp, generator):
 
 def test_exp_at_the_ends(exp):
     inf, nan, last = float("inf"), float("nan"), vector_math.EXP_MAX
-    x = torch.tensor([0.0, -0.0, -inf, -1e30, -104.0, -87.34, -87.3, last, last + 1, inf, nan, -1.0, 1.0, 2.0, 3.0, 88.0])
+    x = torch.tensor(
+        [0.0, -0.0, -inf, -1e30, -104.0, -87.34, -87.3, last, last + 1, inf, nan, -1.0, 1.0, 2.0, 3.0, 88.0]
+    )
     y = exp(x)
     assert y[:6].tolist() == [1, 1, 0, 0, 0, 0]
     assert y[7].isfinite()

@@ -57,12 +57,13 @@ class Checkpoint:
             return [self.directory / SINGLE]
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            shards = [self.directory / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index}: not a safetensors index ({error})") from error
-        missing = [name for name in names if not (self.directory / name).exists()]
+        missing = [shard.name for shard in shards if not shard.exists()]
         if missing:
             raise ModelError(f"{self.directory}: shard missing: {', '.join(missing)} (named in {INDEX})")
-        return [self.directory / name for name in names]
+        return shards
 
     @staticmethod
     def _open(shard: Path):

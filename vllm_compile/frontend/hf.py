@@ -61,6 +61,8 @@ def read_config(directory: Path) -> Any:
         raise ModelError(f"{directory}: config.json cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ModelError(f"{directory}/config.json: not JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{directory}/config.json: not a model's configuration")
     kind = raw.get("model_type")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         named = ", ".join(raw.get("architectures") or [str(kind)])

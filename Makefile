@@ -1,0 +1,39 @@
+# make demo | test | lint; `make help` tells what each does.
+
+PYTHON ?= python3.11
+VENV := .venv
+STAMP := $(VENV)/.installed
+CHECKED := vllm_compile relax_passes schedules targets runtime scripts examples tests
+export OMP_NUM_THREADS ?= $(shell nproc)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+venv: $(STAMP)  ## virtual environment in .venv (PYTHON=python3.11)
+
+demo: $(STAMP)  ## train a small Llama, compile it, serve it, compare it with Hugging Face (MODEL=DIR or hub id)
+	@$(VENV)/bin/python examples/demo.py $(if $(MODEL),--model "$(MODEL)")
+
+test: $(STAMP)  ## all tests
+	@$(VENV)/bin/python -m pytest
+
+lint: $(STAMP)  ## ruff and mypy
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy $(CHECKED)
+
+clean:  ## remove .venv, the demo's files and all caches
+	rm -rf $(VENV) .demo build *.egg-info requirements/vllm/build requirements/vllm/*.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Whole only when the last line has run; a change of the lock or of pyproject.toml installs again.
+$(STAMP): requirements/cpu.lock requirements/vllm/pyproject.toml pyproject.toml
+	@requirements/check.sh "$(PYTHON)"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --no-deps -r requirements/cpu.lock
+	$(VENV)/bin/pip install --no-deps --no-build-isolation ./requirements/vllm -e .
+	@touch $@

@@ -1,0 +1,68 @@
+"""Which register tiles a matrix product can use, and which it uses by default for how many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vllm_compile.spec import OpSpec
+from vllm_compile.targets import Target
+
+from ..family import Config, Variant
+from .matmul_words import Words, weight_layout
+
+# More panels than this do not pay: a block would leave the L2 cache.  More rows only fit with a single panel.
+MAX_PANELS = 4
+MAX_ROWS = 12
+# Weight vectors to have on their way: 8 KiB of them hide 200 ns at 40 GB/s, what one core of a server reads.
+IN_FLIGHT = 128
+
+
+def _shapes(spec: OpSpec, target: Target, gated: bool) -> list[tuple[int, int]]:
+    """(rows, panels) of every tile whose sums and operands fit the vector registers."""
+    words = Words.of(target, spec.input("x").dtype)
+    registers = 32 if target.vector_lanes == 16 else 16
+    count = weight_layout(spec, target, gated).shape(spec.input("weight").shape)[0]
+    step = 2 if gated else 1
+
+    def fits(rows: int, panels: int) -> bool:
+        # A vector for each panel's weights and one for a row's x; a widened word takes two.
+        operands = (panels + 1) * (2 if words.widened else 1)
+        return rows * panels <= registers * 3 // 4 and rows * panels + operands <= registers
+
+    panels = range(step, min(count, MAX_PANELS) + 1, step)
+    return [(r, p) for r in range(1, MAX_ROWS + 1) for p in panels if fits(r, p)]
+
+
+def _config(rows: int, panels: int, in_flight: int) -> Config:
+    return {"rows": rows, "panels": panels, "prefetch": in_flight // panels}
+
+
+def space(spec: OpSpec, target: Target, gated: bool = False) -> list[Config]:
+    """Every tile, with several distances of prefetching."""
+    distances = (0, IN_FLIGHT // 2, IN_FLIGHT, IN_FLIGHT * 2)
+    return [_config(*shape, distance) for shape in _shapes(spec, target, gated) for distance in distances]
+
+
+def default_variants(spec: OpSpec, target: Target, gated: bool = False) -> Sequence[Variant]:
+    """For few tokens the smallest number of tiles, evenly filled; for many the tile with the least to load."""
+    shapes = sorted(_shapes(spec, target, gated))
+    # rows -> most panels; with a single panel each load would serve one multiply-add only.
+    widest = {rows: panels for rows, panels in shapes if panels >= min(2, max(p for _, p in shapes))}
+    most = max(widest)
+
+    def loads(rows: int) -> tuple[float, int]:
+        # Per multiply-add; a vector of weights, from the L2 cache, counts twice a word of x, from the L1 cache.
+        return (rows + 2 * widest[rows]) / (rows * widest[rows]), -rows
+
+    def rows_for(tokens: int) -> int:
+        tiles = -(-tokens // most)
+        return -(-tokens // tiles) if tiles <= 2 else min(widest, key=loads)
+
+    variants: list[Variant] = []
+    for tokens in range(1, 2 * most + 2):
+        rows = rows_for(tokens)
+        # A single row leaves so much time between its loads that the hardware's own prefetching does better.
+        config = _config(rows, widest[rows], 0 if rows == 1 else IN_FLIGHT)
+        if not variants or variants[-1].config != config:
+            variants.append(Variant(tokens, config))
+    return variants

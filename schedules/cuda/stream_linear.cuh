@@ -1,0 +1,271 @@
+// Products of a few tokens with a weight matrix that is read once: y[tokens, N] = x[tokens, K] @ weight[N, K].T
+//
+// A thread block makes ROW_TILES tiles of 16 rows of the weight, for all tokens.  Its WARPS warps take blocks of 64
+// columns in turn; each lane copies its own weights of the coming STAGES blocks to shared memory (cp.async) and reads
+// back what it copied itself, so that the stream needs neither registers nor barriers.  The products go through
+// mma.m16n8k16: the weight's rows are A, eight tokens are B.  As the order of k within a block is free, lane (g, t)
+// takes 16 contiguous bytes of x and of the weight: columns 32 * h + 8 * t to + 7, for both halves h of the block.
+//
+// A lossless weight (../lossless.py) is made of bf16 numbers with exponent fields 0 to 15, which nine bit operations
+// restore for each eight weights.  x (or the weight, whichever is less work) is multiplied by 2^64, exactly, so that
+// products do not come near float32's denormals; each row's scale is applied to its sum.
+//
+// Sums: float32, in an order that depends on WARPS alone; a token's result has the same bits in every batch.
+// Weights are copied before griddepcontrol.wait, that is, while the kernel before this one still runs.
+#ifndef VLLM_COMPILE_STREAM_LINEAR
+#define VLLM_COMPILE_STREAM_LINEAR
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+namespace vllm_compile {
+
+struct Row {
+  uint32_t first;  // of its entries in the side list
+  float scale;
+};
+
+struct Entry {
+  uint32_t k;
+  float value;
+};
+
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+__device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Both bf16 numbers of a word times 2^64.
+__device__ __forceinline__ uint32_t raised(uint32_t word) {
+  uint32_t result;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(word), "r"(0x5f805f80));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t element(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// Fragment A of columns 32 * h + 8 * t + {2 * j, 2 * j + 1, 2 * j + 4, 2 * j + 5}.
+template <bool PACKED>
+__device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4* v, int h, int j) {
+  if constexpr (PACKED) {
+    const uint32_t first = element(v[0], 2 * h + j), second = element(v[1], 2 * h + j),
+                   third = element(v[2], 2 * h + j);
+    a[0] = first & 0x87ff87ff;
+    a[1] = second & 0x87ff87ff;
+    a[2] = third & 0x87ff87ff;
+    a[3] = ((first >> 4) & 0x07800780) | ((second >> 8) & 0x00780078);
+    a[3] |= __funnelshift_r(third, third, 12) & 0x80078007;
+  } else {
+    a[0] = element(v[h], j);
+    a[1] = element(v[2 + h], j);
+    a[2] = element(v[h], 2 + j);
+    a[3] = element(v[2 + h], 2 + j);
+  }
+}
+
+__device__ __forceinline__ float rounded(float value) { return __bfloat162float(__float2bfloat16_rn(value)); }
+
+// GATED: the weight's first N / 2 rows are gates, the others ups; y[tokens, N / 2] = silu(gate) * up.
+// `bias` [N] and `residual` [tokens, N] may be null.  `shared` holds the stages of all warps, and after them, in the
+// same place, their sums (matmul.py computes its size).
+template <int TOKEN_TILES, int ROW_TILES, int WARPS, int STAGES, bool PACKED, bool GATED>
+__device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ x, const void* __restrict__ weight,
+                                              const __nv_bfloat16* __restrict__ bias,
+                                              const __nv_bfloat16* residual, __nv_bfloat16* __restrict__ y,
+                                              int tokens, int N, int K, void* shared) {
+  constexpr int V = PACKED ? 3 : 4;  // 16-byte vectors of one lane in a block of 16 x 64 weights
+  constexpr int THREADS = 32 * WARPS;
+  constexpr int SUMS = ROW_TILES * TOKEN_TILES * 128;      // sums of a thread block
+  constexpr int OWN = (SUMS + THREADS - 1) / THREADS;      // of which a thread finishes these
+  constexpr bool RAISE_WEIGHT = PACKED && TOKEN_TILES > 2 * ROW_TILES;
+  static_assert(!GATED || ROW_TILES % 2 == 0, "gates and ups come in pairs of tiles");
+
+  const int token0 = blockIdx.y * 8 * TOKEN_TILES;  // more tokens than tiles: each part reads the weight again
+  tokens -= token0;
+  x += (size_t)token0 * K;
+  y += (size_t)token0 * (GATED ? N / 2 : N);
+  if (residual) residual += (size_t)token0 * N;
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int blocks = K / 64;
+
+  // First row of a tile.  Gated: gates and ups alternate.
+  auto first_row = [&](int tile) {
+    return GATED ? (blockIdx.x * (ROW_TILES / 2) + tile / 2) * 16 + tile % 2 * (N / 2)
+                 : (blockIdx.x * ROW_TILES + tile) * 16;
+  };
+
+  const char* source[ROW_TILES];
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; r++) {
+    source[r] = static_cast<const char*>(weight);
+    source[r] += PACKED ? (size_t)(first_row(r) / 16) * blocks * 1536 + lane * 16
+                        : ((size_t)(first_row(r) + g) * K + t * 8) * 2;
+  }
+  uint4* const ring = static_cast<uint4*>(shared) + warp * (STAGES * ROW_TILES * V * 32) + lane;
+  const uint32_t ring_address = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
+
+  auto load = [&](int stage, int block) {
+    if (block < blocks) {
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+          const char* from = source[r];
+          from += PACKED ? (size_t)block * 1536 + v * 512 : ((size_t)(v / 2 * 8) * K + block * 64 + v % 2 * 32) * 2;
+          copy_async(ring_address + ((stage * ROW_TILES + r) * V + v) * 512, from);
+        }
+    }
+    commit();
+  };
+
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#pragma unroll
+  for (int stage = 0; stage < STAGES; stage++) load(stage, warp + stage * WARPS);
+
+  // What the sums that this thread finishes need besides: read while the weights are on their way.
+  const char* const rows = static_cast<const char*>(weight) + (size_t)N * K / 2 * 3;
+  const Row* const row_table = reinterpret_cast<const Row*>(rows);
+  const Entry* const side = reinterpret_cast<const Entry*>(rows + 8 * ((size_t)N + 2 - N % 2));
+  float scale[OWN], extra[OWN];
+  uint32_t first[OWN], last[OWN];
+  auto place = [&](int own, int& token, int& row, int& r) {
+    const int i = own * THREADS + threadIdx.x;
+    row = i % 16;
+    r = i / 16 % ROW_TILES;
+    token = i / (16 * ROW_TILES);
+    return i < SUMS && token < tokens;
+  };
+#pragma unroll
+  for (int own = 0; own < OWN; own++) {
+    int token, row, r;
+    scale[own] = 1.f, extra[own] = 0.f, first[own] = last[own] = 0;
+    if (PACKED && place(own, token, row, r)) {
+      const Row* header = row_table + first_row(r) + row;
+      first[own] = header[0].first, last[own] = header[1].first, scale[own] = header[0].scale;
+    }
+  }
+
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+
+  float add[OWN];
+#pragma unroll
+  for (int own = 0; own < OWN; own++) {
+    int token, row, r;
+    add[own] = 0.f;
+    if (place(own, token, row, r)) {
+      for (uint32_t e = first[own]; e < last[own]; e++)
+        extra[own] += side[e].value * __bfloat162float(x[(size_t)token * K + side[e].k]);
+      if (!GATED && residual) add[own] = __bfloat162float(residual[(size_t)token * N + first_row(r) + row]);
+    }
+  }
+
+  float sums[ROW_TILES][TOKEN_TILES][4] = {};
+  uint4 now[TOKEN_TILES][2], next[TOKEN_TILES][2];
+  auto load_x = [&](uint4(&to)[TOKEN_TILES][2], int block) {
+#pragma unroll
+    for (int m = 0; m < TOKEN_TILES; m++) {
+      const __nv_bfloat16* from = x + (size_t)(m * 8 + g) * K + block * 64 + t * 8;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        to[m][h] = make_uint4(0, 0, 0, 0);
+        if (m * 8 + g < tokens && block < blocks) to[m][h] = *reinterpret_cast<const uint4*>(from + h * 32);
+      }
+    }
+  };
+  load_x(now, warp);
+  int stage = 0;
+  for (int block = warp; block < blocks; block += WARPS) {
+    if constexpr (TOKEN_TILES <= 2) load_x(next, block + WARPS);
+    wait_copies<STAGES - 1>();
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+      uint4 v[V];
+#pragma unroll
+      for (int i = 0; i < V; i++) v[i] = ring[((stage * ROW_TILES + r) * V + i) * 32];
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          uint32_t a[4];
+          fragment<PACKED>(a, v, h, j);
+          if constexpr (RAISE_WEIGHT)
+#pragma unroll
+            for (int i = 0; i < 4; i++) a[i] = raised(a[i]);
+#pragma unroll
+          for (int m = 0; m < TOKEN_TILES; m++) {
+            uint32_t b0 = element(now[m][h], j), b1 = element(now[m][h], 2 + j);
+            if constexpr (PACKED && !RAISE_WEIGHT) b0 = raised(b0), b1 = raised(b1);
+            mma(sums[r][m], a, b0, b1);
+          }
+        }
+    }
+    load(stage, block + STAGES * WARPS);
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    if constexpr (TOKEN_TILES <= 2) {
+#pragma unroll
+      for (int m = 0; m < TOKEN_TILES; m++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) now[m][h] = next[m][h];
+    } else {
+      load_x(now, block + WARPS);
+    }
+  }
+
+  // Each warp's sums: [warp][row tile][token tile][lane][4], the accumulators of the mma.
+  wait_copies<0>();
+  __syncthreads();
+  float4* const shared_sums = static_cast<float4*>(shared);
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+    for (int m = 0; m < TOKEN_TILES; m++)
+      shared_sums[((warp * ROW_TILES + r) * TOKEN_TILES + m) * 32 + lane] =
+          make_float4(sums[r][m][0], sums[r][m][1], sums[r][m][2], sums[r][m][3]);
+  __syncthreads();
+
+#pragma unroll
+  for (int own = 0; own < OWN; own++) {
+    int token, row, r;
+    if (place(own, token, row, r)) {
+      const int from = (r * TOKEN_TILES + token / 8) * 128 + (row % 8 * 4 + token % 8 / 2) * 4 + row / 8 * 2 + token % 2;
+      float sum = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) sum += static_cast<const float*>(shared)[w * SUMS + from];
+      sum = sum * scale[own] + extra[own];
+      const int n = first_row(r) + row;
+      if constexpr (GATED) {
+        // Tiles alternate, so the up of a gate is another thread's: 16 threads on.
+        const float value = rounded(sum), up = __shfl_down_sync(0xffffffff, value, 16);
+        if (r % 2 == 0) {
+          const float silu = rounded(value / (1.f + __expf(-value)));
+          y[(size_t)token * (N / 2) + n] = __float2bfloat16_rn(silu * up);
+        }
+      } else {
+        if (bias) sum += __bfloat162float(bias[n]);
+        if (residual) sum = add[own] + rounded(sum);
+        y[(size_t)token * N + n] = __float2bfloat16_rn(sum);
+      }
+    }
+  }
+}
+
+}  // namespace vllm_compile
+
+#endif

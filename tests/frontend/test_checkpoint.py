@@ -1,0 +1,123 @@
+"""Safetensors read one tensor at a time, and random weights in their place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm_compile.errors import ModelError
+from vllm_compile.frontend.checkpoint import INDEX, SINGLE, Checkpoint, DummyCheckpoint, open_checkpoint
+
+NAMES = ("embed.weight", "layer.0.weight", "layer.1.weight", "norm.weight")
+
+
+@pytest.fixture
+def tensors(generator) -> dict[str, torch.Tensor]:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float32)
+    return {
+        name: torch.randn(5, 7, generator=generator).to(dtype) for name, dtype in zip(NAMES, dtypes, strict=True)
+    }
+
+
+@pytest.fixture
+def single(tensors, tmp_path) -> Path:
+    save_file(tensors, tmp_path / SINGLE)
+    return tmp_path
+
+
+@pytest.fixture
+def sharded(tensors, tmp_path) -> Path:
+    """Two tensors in each of two shards."""
+    weight_map = {name: f"model-{i // 2 + 1:05d}-of-00002.safetensors" for i, name in enumerate(NAMES)}
+    for shard in set(weight_map.values()):
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == shard}, tmp_path / shard)
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_tensors_are_read_as_stored(layout, tensors, request):
+    checkpoint = Checkpoint(request.getfixturevalue(layout))
+    assert set(checkpoint.names()) == set(NAMES)
+    for name, tensor in tensors.items():
+        assert name in checkpoint
+        read = checkpoint.read(name)
+        assert read.dtype == tensor.dtype
+        assert read.equal(tensor)
+
+
+def test_what_was_read_survives_the_file(single, tensors):
+    read = Checkpoint(single).read(NAMES[0])
+    (single / SINGLE).write_bytes(b"\0" * 4096)
+    assert read.equal(tensors[NAMES[0]])
+
+
+def test_absent_tensor(single):
+    checkpoint = Checkpoint(single)
+    assert "lm_head.weight" not in checkpoint
+    with pytest.raises(ModelError, match=r"no tensor named 'lm_head.weight'"):
+        checkpoint.read("lm_head.weight")
+
+
+def test_no_safetensors(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle, never opened")
+    with pytest.raises(ModelError, match=r"neither model.safetensors nor .*--dummy-weights"):
+        Checkpoint(tmp_path)
+
+
+def test_shard_missing(sharded):
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelError, match="shard missing: model-00002-of-00002.safetensors"):
+        Checkpoint(sharded)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1], ids=["nothing", "half a header", "header", "all but a byte"])
+def test_truncated(single, keep):
+    path = single / SINGLE
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ModelError, match=r"model.safetensors: cannot be read .*is the file whole"):
+        Checkpoint(single)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no json", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'], ids=repr
+)
+def test_not_an_index(sharded, text):
+    (sharded / INDEX).write_text(text)
+    with pytest.raises(ModelError, match="not a safetensors index"):
+        Checkpoint(sharded)
+
+
+class TestDummyWeights:
+    SHAPES = {"b.weight": (300, 40), "a.weight": (40, 300), "norm.weight": (64,)}  # noqa: RUF012
+
+    def test_one_seed_gives_one_model(self):
+        first, second = (DummyCheckpoint(self.SHAPES, torch.float32, seed=3) for _ in range(2))
+        forwards = {name: first.read(name) for name in self.SHAPES}
+        backwards = {name: second.read(name) for name in reversed(self.SHAPES)}
+        for name in self.SHAPES:
+            assert forwards[name].equal(backwards[name])
+            assert forwards[name].equal(first.read(name)), "read twice"
+
+    def test_order_of_the_shapes_does_not_matter(self):
+        other = dict(reversed(self.SHAPES.items()))
+        first, second = (DummyCheckpoint(shapes, torch.float32, seed=3) for shapes in (self.SHAPES, other))
+        assert first.read("a.weight").equal(second.read("a.weight"))
+
+    def test_tensors_and_seeds_differ(self):
+        one, two = (DummyCheckpoint(self.SHAPES, torch.float32, seed=seed) for seed in (1, 2))
+        assert not one.read("a.weight").equal(two.read("a.weight"))
+        assert not one.read("a.weight").flatten().equal(one.read("b.weight").flatten())
+
+    def test_values(self):
+        checkpoint = open_checkpoint(Path("/nowhere"), self.SHAPES, torch.bfloat16, 5)
+        matrix, vector = checkpoint.read("a.weight"), checkpoint.read("norm.weight")
+        assert matrix.dtype == vector.dtype == torch.bfloat16
+        assert vector.eq(1).all()
+        # 12,000 samples: the standard deviation of the estimate is 0.02 / sqrt(24,000) = 0.00013
+        assert matrix.float().std().item() == pytest.approx(0.02, abs=7e-4)
+        assert matrix.float().mean().item() == pytest.approx(0.0, abs=1e-3)

@@ -1,0 +1,101 @@
+"""The imported module, run operator by operator, gives Hugging Face's logits."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from transformers.activations import ACT2FN
+from tvm import relax
+
+from tests import interpreter
+from tests.models import KINDS, MAX_POSITIONS, config
+from tests.relax_passes.harness import operators
+from vllm_compile.errors import UnsupportedError
+from vllm_compile.frontend.hf import trace
+from vllm_compile.frontend.importer import import_model
+from vllm_compile.verify import relative_error
+
+
+def logits(pair, generator):
+    """(ours, Hugging Face's, the prompt) for a random prompt."""
+    ids = torch.randint(0, 80, (29,), generator=generator, dtype=torch.int32)
+    ours = interpreter.run(pair.imported.module, "main", *pair.arguments(ids))
+    with torch.no_grad():
+        theirs = pair.model(ids[None].long()).logits
+    return ours, theirs, ids
+
+
+FLOAT32 = [kind for kind, options in KINDS.items() if "dtype" not in options]
+
+
+@pytest.mark.parametrize("kind", FLOAT32)
+def test_float32(kind, pairs, generator):
+    """Sums of tens of terms in another order: some 2**-22 relative."""
+    ours, theirs, _ = logits(pairs(kind), generator)
+    assert relative_error(ours, theirs) < 1e-5
+
+
+def test_bfloat16(pairs, generator):
+    """Rounded where Hugging Face rounds, but for attention, which keeps its scores in float32."""
+    pair = pairs("bfloat16")
+    ours, theirs, ids = logits(pair, generator)
+    exact = deepcopy(pair.model).float()(ids[None].long()).logits.detach()
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert relative_error(ours, exact) <= 1.1 * relative_error(theirs, exact)
+
+
+@pytest.mark.parametrize("broken", ["a weight", "a position"])
+def test_a_broken_model_is_noticed(broken, pairs, generator):
+    pair = pairs("two layers")
+    ids = torch.randint(0, 80, (29,), generator=generator, dtype=torch.int32)
+    arguments = pair.arguments(ids)
+    right = interpreter.run(pair.imported.module, "main", *arguments)
+    if broken == "a position":
+        arguments[1] = arguments[1] * 2
+    else:
+        names = [p.name for p in pair.imported.module["main"].params]
+        one, two = (names.index(f"model_layers_{i}_mlp_down_proj_weight") for i in (0, 1))
+        arguments[one], arguments[two] = arguments[two], arguments[one]
+    assert relative_error(interpreter.run(pair.imported.module, "main", *arguments), right) > 1e-2
+
+
+def test_operators_keep_their_meaning(pairs):
+    """Attention, linear layers, embeddings and boundaries are each one operator."""
+    main = pairs("five layers").imported.module["main"]
+    relax.analysis.well_formed(main)
+    counted = operators(main)
+    assert counted["causal_attention"] == 5
+    assert counted["linear"] == 5 * 7 + 1
+    assert counted["embedding"] == 3, "tokens, cosines, sines"
+    assert counted["layer_boundary"] == 5 + 2
+    assert not {"relax.matmul", "relax.nn.softmax", "relax.cos", "relax.sin"} & set(counted)
+
+
+def test_every_value_is_of_the_models_dtype(pairs):
+    """Outside the norms nothing of a bfloat16 model is computed in float32."""
+    main = pairs("bfloat16").imported.module["main"]
+    assert str(main.ret_ty.dtype) == "bfloat16"
+    assert {str(p.ty.dtype) for p in main.params[2:]} == {"bfloat16"}
+
+
+def test_parameters_are_the_checkpoints(pairs):
+    imported = pairs("attention bias").imported
+    names = dict(pairs("attention bias").model.named_parameters())
+    assert set(imported.weights.values()) == set(names)
+    parameters = {p.name: p.ty for p in imported.module["main"].params[2:]}
+    assert parameters.keys() == imported.weights.keys() | imported.tables.keys()
+    for parameter, name in imported.weights.items():
+        assert [int(dim) for dim in parameters[parameter].shape.values] == list(names[name].shape)
+
+
+def test_unsupported_operator_is_named(monkeypatch):
+    """An activation that TVM's importer does not know."""
+
+    class Bessel(torch.nn.Module):
+        def forward(self, x):
+            return torch.special.i0e(x)
+
+    monkeypatch.setitem(ACT2FN, "silu", Bessel)
+    traced = trace(config(num_hidden_layers=1), torch.float32)
+    with pytest.raises(UnsupportedError, match="i0e"):
+        import_model(traced, MAX_POSITIONS)
