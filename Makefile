@@ -14,7 +14,7 @@ help:  ## this list
 
 venv: $(STAMP)  ## virtual environment in .venv (PYTHON=python3.11)
 
-demo: $(STAMP)  ## train a small Llama, compile it, serve it, compare it with Hugging Face (MODEL=DIR or hub id)
+demo: $(STAMP)  ## train, compile, serve a small Llama, compare it with Hugging Face (MODEL=DIR or hub id)
 	@$(VENV)/bin/python examples/demo.py $(if $(MODEL),--model "$(MODEL)")
 
 test: $(STAMP)  ## all tests
@@ -34,6 +34,7 @@ clean:  ## remove .venv, the demo's files and all caches
 $(STAMP): requirements/cpu.lock requirements/vllm/pyproject.toml pyproject.toml
 	@requirements/check.sh "$(PYTHON)"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --no-deps -r requirements/cpu.lock
+	@$(VENV)/bin/pip install --no-deps -r requirements/cpu.lock || { echo "error: pip cannot install" \
+	  "requirements/cpu.lock (its first lines tell where torch's build for CPUs comes from)" >&2; exit 1; }
 	$(VENV)/bin/pip install --no-deps --no-build-isolation ./requirements/vllm -e .
 	@touch $@

@@ -103,7 +103,9 @@ def trained(directory: Path) -> Path:
     if (directory / "training.json").exists():
         step(f"{directory} is there already")
     else:
-        execute(sys.executable, str(Path(__file__).with_name("train_llama.py")), "--out", str(directory))
+        script = Path(__file__).with_name("train_llama.py")
+        # Threads that spin while they wait would lose to anything else that runs here.
+        execute(sys.executable, str(script), "--out", str(directory), OMP_WAIT_POLICY="passive")
     return directory
 
 
@@ -130,11 +132,10 @@ def compiled(model: Path, work: Path, dtype: str | None) -> Path:
 
 def up_to_date(artifact: Path, model: Path) -> bool:
     """Whether a whole artifact was made from this model by this version of the compiler."""
-    from vllm_compile.runtime.manifest import check_files, read_manifest
-
     from vllm_compile import __version__
     from vllm_compile.artifact import source_digest
     from vllm_compile.errors import ArtifactError
+    from vllm_compile.runtime.manifest import check_files, read_manifest
 
     if not (artifact.is_dir() and (model / "config.json").is_file()):
         return False
@@ -278,7 +279,10 @@ def hugging_face(model: Path, ids: list[int], dtype: str) -> Answer:
 
 def show(tokenizer: Any, prompt: str, ours: Answer, theirs: Answer, dtype: str) -> int:
     """Prints both answers side by side and what they have in common; returns the exit code."""
-    table = Table("vllm serve, compiled", f"Hugging Face, {dtype}", title=Text(f"after {prompt!r}"))
+    odd_width = console.width - (console.width + 1) % 2  # gives two columns of one width
+    table = Table(title=Text(f"after {prompt!r}"), width=odd_width)
+    table.add_column("vllm serve, compiled", ratio=1)
+    table.add_column(f"Hugging Face, {dtype}", ratio=1)
     table.add_row(*(Text(tokenizer.decode(answer.tokens)) for answer in (ours, theirs)))
     console.print(table)
     console.print(f"first token {ours.first:.1f} s after `vllm serve`")
@@ -316,10 +320,13 @@ def installed(command: str) -> str:
     return str(path)
 
 
-def execute(*command: str) -> None:
+def execute(*command: str, **environment: str) -> None:
     """Runs a command that prints its own progress and its own errors."""
     step(shown(list(command)))
-    if code := subprocess.run(command).returncode:
+    code = subprocess.run(command, env=environment | os.environ).returncode
+    if code == 2:  # it has said why
+        sys.exit(code)
+    if code:
         raise DemoError(f"{Path(command[0]).name} failed with exit code {code}")
 
 

@@ -120,9 +120,7 @@ class _Replace(PyExprMutator):
             self._replaced.add(var)
 
 
-def replace_bindings(
-    module: tvm.IRModule, function: relax.Function, at: dict[relax.Var, Rewrite]
-) -> relax.Function:
+def replace_bindings(module: tvm.IRModule, function: relax.Function, at: dict[relax.Var, Rewrite]) -> relax.Function:
     """`function` with new code in place of the bindings of the variables in `at`.
 
     `at[var](emit)` is called where `var` was bound.  It may `emit` expressions over variables of
@@ -136,9 +134,7 @@ class Substitute(PyExprMutator):
     """Puts other expressions in the place of variables; see `substitute`."""
 
 
-def substitute(
-    expr: relax.Expr, values: Mapping[relax.Var, relax.Expr], using: type = Substitute
-) -> relax.Expr:
+def substitute(expr: relax.Expr, values: Mapping[relax.Var, relax.Expr], using: type = Substitute) -> relax.Expr:
     """`expr` with variables replaced by `values`, rebuilt by the mutator `using`."""
     rebuild = using()
     for var, value in values.items():

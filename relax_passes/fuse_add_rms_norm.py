@@ -27,9 +27,7 @@ def fuse_add_rms_norm(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
 
 def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
     definitions = Definitions(function)
-    norms = {
-        arguments_of(b.value)["x"]: b for b in reversed(definitions.bindings) if RMS_NORM.matches(b.value)
-    }
+    norms = {arguments_of(b.value)["x"]: b for b in reversed(definitions.bindings) if RMS_NORM.matches(b.value)}
     found: dict[relax.Var, Rewrite] = {}
     for binding in definitions.bindings:
         add = definitions.call(binding.value, "relax.add")
@@ -42,9 +40,7 @@ def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
 
         def rewrite(emit, binding=binding, norm=norm, residual=residual, x=x):
             weight = arguments_of(norm.value)["weight"]
-            pair = emit(
-                ADD_RMS_NORM({"x": x, "residual": residual, "weight": weight}, eps=norm.value.attrs["eps"])
-            )
+            pair = emit(ADD_RMS_NORM({"x": x, "residual": residual, "weight": weight}, eps=norm.value.attrs["eps"]))
             return {binding.var: relax.TupleGetItem(pair, 0), norm.var: relax.TupleGetItem(pair, 1)}
 
         found[binding.var] = rewrite

@@ -31,9 +31,7 @@ def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
         add = definitions.call(binding.value, "relax.add")
         for residual, y in (tuple(add.args), tuple(add.args)[::-1]) if add is not None else ():
             linear = definitions.value(y)
-            fits = (
-                LINEAR.matches(linear) and "residual" not in arguments_of(linear) and same_type(residual, y)
-            )
+            fits = LINEAR.matches(linear) and "residual" not in arguments_of(linear) and same_type(residual, y)
             if fits and definitions.uses(y) == 1:
                 inputs = {**arguments_of(linear), "residual": residual}
                 found[binding.var] = replace_by(binding.var, LINEAR(inputs))

@@ -69,17 +69,13 @@ def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
     return found
 
 
-def _fuse(
-    binding: relax.VarBinding, attention: dict[str, relax.Expr], inputs: dict[str, relax.Expr]
-) -> Rewrite:
+def _fuse(binding: relax.VarBinding, attention: dict[str, relax.Expr], inputs: dict[str, relax.Expr]) -> Rewrite:
     _, _, num_heads, head_dim = attention["q"].ty.shape.values
     num_kv_heads = inputs["kv"].ty.shape.values[1]
 
     def rewrite(emit):
         rotated = emit(
-            QKV_ROPE_CACHE(
-                inputs, num_heads=int(num_heads), num_kv_heads=int(num_kv_heads), head_dim=int(head_dim)
-            )
+            QKV_ROPE_CACHE(inputs, num_heads=int(num_heads), num_kv_heads=int(num_kv_heads), head_dim=int(head_dim))
         )
         q, kv = emit(relax.TupleGetItem(rotated, 0)), emit(relax.TupleGetItem(rotated, 1))
         given = {**attention, "q": q, "kv": kv}
@@ -123,9 +119,7 @@ def _last_axis_start(d: Definitions, expr: Any, of: relax.Expr) -> int | None:
     cut = d.call(expr, "relax.strided_slice")
     if cut is None or not cut.args[0].same_as(of):
         return None
-    axes, begin, _, strides = (
-        [int(v.value if hasattr(v, "value") else v) for v in arg] for arg in cut.args[1:5]
-    )
+    axes, begin, _, strides = ([int(v.value if hasattr(v, "value") else v) for v in arg] for arg in cut.args[1:5])
     width = int(of.ty.shape.values[-1])
     whole = 2 * int(expr.ty.shape.values[-1]) == width
     return begin[0] if axes == [len(of.ty.shape.values) - 1] and strides == [1] and whole else None

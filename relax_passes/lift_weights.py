@@ -72,9 +72,7 @@ def _lift_from_layers(
             constant = [argument in weights for argument in call.args]
             split = _split(layer, {p for p, c in zip(layer.params, constant, strict=True) if c})
             kept = [p for p, c in zip(layer.params, constant, strict=True) if not c]
-            names = [
-                v.name if v in set(layer.params) else f"merged_{i}" for i, v in enumerate(split.frontier)
-            ]
+            names = [v.name if v in set(layer.params) else f"merged_{i}" for i, v in enumerate(split.frontier)]
             lifted[call.op] = (
                 split,
                 constant,

@@ -68,9 +68,7 @@ def _segments(main: relax.Function) -> list[list[relax.VarBinding]]:
             segments.append([])
         segments[-1].append(binding)
     if len(segments) < 4:
-        raise UnsupportedError(
-            "the traced model has no layer boundaries; its decoder layers cannot be outlined"
-        )
+        raise UnsupportedError("the traced model has no layer boundaries; its decoder layers cannot be outlined")
     return segments
 
 
@@ -99,8 +97,7 @@ def _function(
 ) -> relax.Function:
     """A function of `arguments` that runs `bindings` and returns `result`."""
     parameters = [
-        relax.Var(name, var.ty)
-        for name, var in zip(names or [v.name for v in arguments], arguments, strict=True)
+        relax.Var(name, var.ty) for name, var in zip(names or [v.name for v in arguments], arguments, strict=True)
     ]
     out = relax.Var("result", result.ty)
     block = relax.DataflowBlock([*bindings, relax.VarBinding(out, result)])

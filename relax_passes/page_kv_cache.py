@@ -29,9 +29,7 @@ def page_kv_cache(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
     """
     function = module["main"]
     calls = [b for b in Definitions(function).bindings if CAUSAL_ATTENTION.matches(b.value)]
-    dims = {
-        sym: tirx.Var(sym, "int64") for sym in (Sym.BLOCKS, Sym.BLOCK_SIZE, Sym.REQUESTS, Sym.TABLE_WIDTH)
-    }
+    dims = {sym: tirx.Var(sym, "int64") for sym in (Sym.BLOCKS, Sym.BLOCK_SIZE, Sym.REQUESTS, Sym.TABLE_WIDTH)}
     metadata = {
         "block_table": _tensor("block_table", [dims[Sym.REQUESTS], dims[Sym.TABLE_WIDTH]], "int32"),
         "seq_lens": _tensor("seq_lens", [dims[Sym.REQUESTS]], "int32"),

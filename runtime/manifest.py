@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vllm_compile.targets.cpu import host_features
-
 from vllm_compile.errors import ArtifactError
+from vllm_compile.targets.cpu import host_features
 
 SCHEMA = 1
 MANIFEST, PLAN, LIBRARY, CONFIG = "manifest.json", "plan.json", "kernels.so", "config.json"
@@ -52,13 +52,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_files(directory: Path, manifest: dict[str, Any]) -> None:
-    """Compare every file with its SHA-256 in the manifest.
+def is_weights(name: str) -> bool:
+    """True for the files that hold weights, which are most of an artifact's bytes."""
+    return name.endswith(".safetensors")
+
+
+def check_files(directory: Path, manifest: dict[str, Any], which: Callable[[str], bool] = lambda name: True) -> None:
+    """Compare files with their SHA-256 in the manifest: those whose name `which` is true of.
 
     Raises:
         ArtifactError: a file is missing or differs; it is named.
     """
-    digests = manifest["files"]
+    digests = {name: digest for name, digest in manifest["files"].items() if which(name)}
     absent = [name for name in digests if not (directory / name).is_file()]
     if absent:
         raise ArtifactError(f"{directory}: {', '.join(absent)} is missing; compile the model again")
@@ -67,6 +72,5 @@ def check_files(directory: Path, manifest: dict[str, Any]) -> None:
     changed = [name for name, digest in digests.items() if found[name] != digest]
     if changed:
         raise ArtifactError(
-            f"{directory}: {', '.join(changed)} differs from what was compiled (SHA-256); "
-            "compile the model again"
+            f"{directory}: {', '.join(changed)} differs from what was compiled (SHA-256); compile the model again"
         )

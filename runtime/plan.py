@@ -117,9 +117,7 @@ def from_json(text: str) -> Plan:
 
 
 def _function(raw: dict[str, Any]) -> Function:
-    inputs, weights, results = (
-        tuple(_argument(a) for a in raw[key]) for key in ("inputs", "weights", "results")
-    )
+    inputs, weights, results = (tuple(_argument(a) for a in raw[key]) for key in ("inputs", "weights", "results"))
     buffers = tuple(Buffer(b["name"], _spec(b["spec"]), b["slot"]) for b in raw["buffers"])
     return Function(raw["name"], inputs, weights, results, buffers, tuple(_step(s) for s in raw["steps"]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,8 +28,8 @@ class Program:
         dtype: of weights, activations and KV cache.
     """
 
-    def __init__(self, directory: Path, plan: Plan) -> None:
-        self.directory, self.plan = directory, plan
+    def __init__(self, directory: Path, plan: Plan, manifest: dict[str, Any]) -> None:
+        self.directory, self.plan, self.manifest = directory, plan, manifest
         model = plan.model
         self.num_layers, self.num_heads, self.num_kv_heads = (
             model.num_layers,
@@ -48,8 +49,11 @@ class Program:
             weights: (name, tensor) pairs as in the artifact's safetensors; None maps those.
 
         Raises:
-            ArtifactError: a weight is missing, unknown, or of another shape or dtype than the plan says.
+            ArtifactError: a weight is missing, unknown, or of another shape or dtype than the plan says;
+                or a file of the artifact's is damaged.
         """
+        if weights is None:
+            artifact.check_files(self.directory, self.manifest, artifact.is_weights)
         wanted = self._weight_specs()
         loaded = dict(weights if weights is not None else read_weights(self.directory))
         for name, spec in wanted.items():
@@ -57,9 +61,7 @@ class Program:
             if tensor is None:
                 raise ArtifactError(f"{self.directory}: weight {name!r} is missing; compile again")
             if list(tensor.shape) != spec.sizes() or tensor.dtype != getattr(torch, spec.dtype):
-                raise ArtifactError(
-                    f"{self.directory}: weight {name!r} is not as plan.json says; compile again"
-                )
+                raise ArtifactError(f"{self.directory}: weight {name!r} is not as plan.json says; compile again")
         if unknown := loaded.keys() - wanted.keys():
             raise ArtifactError(f"{self.directory}: {min(unknown)!r} is no weight of this program")
         self._executor.set_weights(loaded)
@@ -126,26 +128,24 @@ class Program:
         return {a.buffer: a.spec for function in entries for a in function.weights}
 
 
-def load(directory: str | Path, weights: bool = True, check: bool = True) -> Program:
-    """Load an artifact.
+def load(directory: str | Path, weights: bool = True) -> Program:
+    """Load an artifact; every file is compared with its SHA-256 before it is used.
 
     Args:
         directory: what `compile` wrote.
         weights: load the weights too; if False, call `Program.load_weights` later.
-        check: compare every file with its SHA-256 first.
 
     Raises:
         ArtifactError: the artifact is damaged, of another schema, or made for another CPU.
     """
     directory = Path(directory)
     manifest = artifact.read_manifest(directory)
-    if check:
-        artifact.check_files(directory, manifest)
+    artifact.check_files(directory, manifest, lambda name: not artifact.is_weights(name))
     try:
         plan = from_json((directory / artifact.PLAN).read_text())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{directory / artifact.PLAN}: not a plan ({error})") from error
-    program = Program(directory, plan)
+    program = Program(directory, plan, manifest)
     if weights:
         program.load_weights()
     return program

@@ -47,7 +47,7 @@ class VllmCompileForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         super().__init__()
         # The front end has just compared the files with their digests: once is enough.
-        program = programs.load(vllm_config.model_config.model, weights=False, check=False)
+        program = programs.load(vllm_config.model_config.model, weights=False)
         scheduler = vllm_config.scheduler_config
         program.prepare(max_tokens=scheduler.max_num_batched_tokens, max_requests=scheduler.max_num_seqs)
         self.program = program

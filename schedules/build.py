@@ -9,9 +9,9 @@ from pathlib import Path
 
 import tvm
 from tvm import tirx
-from vllm_compile.targets import Target
 
 from vllm_compile.errors import TargetError
+from vllm_compile.targets import Target
 
 PARALLEL_SOURCE = Path(__file__).parent / "cpu" / "parallel.c"
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tvm import tirx
-from vllm_compile.targets import Target
 
 from vllm_compile.spec import OpSpec
+from vllm_compile.targets import Target
 
 from .layouts import Layout
 
@@ -32,8 +32,13 @@ class Variant:
 class KernelFamily(Protocol):
     """One way to compute `op`."""
 
-    name: str
-    op: str
+    @property
+    def name(self) -> str:
+        """What records call it: `target.family`."""
+
+    @property
+    def op(self) -> str:
+        """The operator it computes."""
 
     def serves(self, spec: OpSpec, target: Target) -> bool:
         """True if `build` can make a kernel for this call on this target."""

@@ -12,12 +12,12 @@ The packed weight [N, K] is one uint8 tensor, in little-endian order (T = N / 16
 
 | part | type and shape | content |
 |---|---|---|
-| codes | uint32 [T, B, 3, 8, 4, 4] | 16 x 64 weights a block, see `_regroup` |
+| codes | uint32 [T, B, 3, 8, 16] | 16 x 64 weights a block, see `_regroup` |
 | rows | {uint32 first, float32 scale} [N + 1] | side entries `first` of this row up to those of the next; 2 ** (base - 64) |
 | side | {uint32 k, float32 value} [capacity] | the weight itself, ascending by row and k |
 
-Blocks follow the fragments of mma.m16n8k16 (and of AMD's 16x16x16): lane (g, t) of a warp holds rows g and g + 8 of
-its tile, and of each half block of 32 columns the 8 at 8 * t.  A warp reads a block as three times 32 x 16 bytes.
+Blocks follow the fragments of mma.m16n8k16: lane (g, t) of a warp holds rows g and g + 8 of its tile, and of each
+half block of 32 columns the 8 at 8 * t.  A warp reads a block as three times 32 x 16 bytes.
 
 Size: 12 bits a weight, 8 bytes a row, 8 bytes for one weight in 1024 of side list.  A row needs no more than
 `ROW_LIMIT` entries, the matrix no more than its capacity; `fits` says whether that holds, and where it does not
@@ -37,7 +37,7 @@ EXPONENTS = 15  # exponents of a window
 MAX_BASE = 191  # keeps a row's scale a normal float32
 SCALE_BIAS = 64  # a kernel multiplies codes by 2 ** 64 while it sums: products stay far from denormals
 ROW_LIMIT = 64  # side entries of one row: one thread adds them up
-CHUNK_BYTES = 512 << 10  # packed at a time: a few such buffers fit a core's L2 cache
+CHUNK_BYTES = 1 << 20  # packed at a time: a few such buffers fit a core's L2 cache
 
 SIGN, MAGNITUDE, MANTISSA_BITS = -0x8000, 0x7FFF, 7
 
@@ -65,9 +65,9 @@ def fits(weight: torch.Tensor) -> bool:
         return False
     total = 0
     for rows in _chunks(weight):
-        outside = _outside_of(rows, _bases(rows)).sum(dim=1)
-        total += int(outside.sum())
-        if int(outside.max()) > ROW_LIMIT or total > capacity(*weight.shape):
+        row = _encode(rows)[2]
+        total += len(row)
+        if (len(row) and int(torch.bincount(row).max()) > ROW_LIMIT) or total > capacity(*weight.shape):
             return False
     return True
 
@@ -85,34 +85,28 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
         )
     N, K = weight.shape
     rows_at, side_at, end = offsets(N, K)
-    packed = torch.zeros(end, dtype=torch.uint8, device=weight.device)
+    packed = torch.empty(end, dtype=torch.uint8, device=weight.device)
+    packed[rows_at:].zero_()
     codes = packed[:rows_at].view(torch.int32).view(N // TILE, K // BLOCK, WORDS)
-    scales = torch.empty(N, dtype=torch.int32, device=weight.device)
-    counts = torch.empty(N, dtype=torch.int64, device=weight.device)
-    entries = []
+    header = packed[rows_at:side_at].view(torch.int32).view(-1, 2)
+    counts, entries = [], []
     done = 0
     for rows in _chunks(weight):
-        here = slice(done, done + rows.shape[0])
-        bases = _bases(rows)
-        code = (rows & MAGNITUDE).sub_((bases << MANTISSA_BITS)[:, None])
-        outside = _outside(code)
-        code.masked_fill_(outside, 0).bitwise_or_(rows & SIGN)
-        _regroup(code, codes[done // TILE : (done + rows.shape[0]) // TILE])
-        row, k = _listed(outside, rows)
-        counts[here] = torch.bincount(row, minlength=rows.shape[0])
+        end_row = done + len(rows)
+        code, bases, row, k = _encode(rows)
+        _regroup(code.bitwise_or_(rows & SIGN), codes[done // TILE : end_row // TILE])
+        header[done:end_row, 1] = (bases.int() + (127 - SCALE_BIAS)) << 23
+        counts.append(torch.bincount(row, minlength=len(rows)))
         entries.append(torch.stack((k.int(), rows[row, k].int() << 16), dim=1))
-        scales[here] = (bases.int() + (127 - SCALE_BIAS)) << 23
-        done += rows.shape[0]
-    side = torch.cat(entries)
-    if int(counts.max()) > ROW_LIMIT or len(side) > capacity(N, K):
+        done = end_row
+    count, side = torch.cat(counts), torch.cat(entries)
+    if int(count.max()) > ROW_LIMIT or len(side) > capacity(N, K):
         raise ValueError(
             f"{len(side)} weights of {list(weight.shape)} lie outside the windows of {EXPONENTS} exponents, "
-            f"{int(counts.max())} in one row; at most {capacity(N, K)} and {ROW_LIMIT} can be listed"
+            f"{int(count.max())} in one row; at most {capacity(N, K)} and {ROW_LIMIT} can be listed"
         )
-    header = packed[rows_at:side_at].view(torch.int32).view(-1, 2)
-    header[1 : N + 1, 0] = counts.cumsum(0)
-    header[:N, 1] = scales
-    packed[side_at : side_at + 8 * len(side)] = side.reshape(-1).view(torch.uint8)
+    header[1 : N + 1, 0] = count.cumsum(0)
+    packed[side_at : side_at + 8 * len(side)] = side.view(-1).view(torch.uint8)
     return packed
 
 
@@ -129,8 +123,8 @@ def unpack(packed: torch.Tensor, N: int, K: int) -> torch.Tensor:
     for start in range(0, N, step):
         rows = weight[start : start + step]
         rows.copy_(_ungroup(codes[start // TILE : (start + step) // TILE]))
-        magnitude = rows & MAGNITUDE
-        rows.add_((magnitude != 0).to(torch.int16) * bases[start : start + step, None])
+        used = ((rows & MAGNITUDE) >> MANTISSA_BITS).clamp_(max=1)
+        rows.add_(used.mul_(bases[start : start + step, None]))
     first = header[: N + 1, 0].long()
     count = int(first[N])
     side = packed[side_at : side_at + 8 * count].view(torch.int32).view(-1, 2)
@@ -162,21 +156,38 @@ def _chunk_rows(K: int) -> int:
 def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     """The weight's bits, some rows at a time; on an accelerator in few large pieces."""
     step = _chunk_rows(weight.shape[1]) if weight.device.type == "cpu" else 4096 * TILE
-    return iter(weight.view(torch.int16).split(step))
+    return iter(weight.contiguous().view(torch.int16).split(step))
 
 
-def _bases(rows: torch.Tensor) -> torch.Tensor:
-    """One below the lowest exponent of each row's window: int16 [n].
+def _encode(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes without signs int16 [n, K], bases of the windows int16 [n], rows and columns of the side list, ascending.
 
-    The window ends at the row's largest exponent; in rows where that leaves too many weights outside
-    (an outlier, an infinity), it lies where it holds most weights.
+    A base is one below the lowest exponent of its window, which ends at the row's largest exponent; in rows where that
+    leaves too many weights outside (an outlier, an infinity), it lies where it holds most weights.
     """
-    largest = (rows & MAGNITUDE).amax(dim=1) >> MANTISSA_BITS
+    magnitude = rows & MAGNITUDE
+    largest = magnitude.amax(dim=1) >> MANTISSA_BITS
     bases = (largest - EXPONENTS).clamp_(0, MAX_BASE)
-    far = (largest == 255) | (_outside_of(rows, bases).sum(dim=1) > 1 + rows.shape[1] // 1024)
+    # Whole vectors at a time: comparisons are many times slower.
+    code = magnitude - (bases << MANTISSA_BITS)[:, None]
+    kept = torch.threshold(code, (1 << MANTISSA_BITS) - 1, 0)
+    row, k = _listed(code.sub_(kept), magnitude)
+    far = (torch.bincount(row, minlength=len(rows)) > 1 + rows.shape[1] // 1024) | (largest > MAX_BASE + EXPONENTS)
     if bool(far.any()):
         bases[far] = _best_bases(rows[far])
-    return bases
+        code = magnitude - (bases << MANTISSA_BITS)[:, None]
+        inside = (code >= 1 << MANTISSA_BITS) & (code < (EXPONENTS + 1) << MANTISSA_BITS)
+        kept = code * inside
+        row, k = _listed(code.sub_(kept), magnitude)
+    return kept, bases, row, k
+
+
+def _listed(lost: torch.Tensor, magnitude: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns of the weights for the side list, ascending: `lost` is not zero there, nor is the weight."""
+    fours = lost.view(torch.int64).view(-1).nonzero().view(-1)
+    found = fours[:, None] * 4 + torch.arange(4, device=lost.device)
+    flat = found[(lost.view(-1)[found] != 0) & (magnitude.view(-1)[found] != 0)]
+    return flat // lost.shape[1], flat % lost.shape[1]
 
 
 def _best_bases(rows: torch.Tensor) -> torch.Tensor:
@@ -190,56 +201,37 @@ def _best_bases(rows: torch.Tensor) -> torch.Tensor:
     return held.argmax(dim=1).to(torch.int16)
 
 
-def _outside(code: torch.Tensor) -> torch.Tensor:
-    """Codes [n, K] of exponents out of the window; zeros are among them."""
-    return (code < 1 << MANTISSA_BITS).bitwise_or_(code >= (EXPONENTS + 1) << MANTISSA_BITS)
-
-
-def _outside_of(rows: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
-    """Weights [n, K] for the side list, if these are the bases."""
-    magnitude = rows & MAGNITUDE
-    return _outside(magnitude - (bases << MANTISSA_BITS)[:, None]).bitwise_and_(magnitude != 0)
-
-
-def _listed(outside: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns of the weights for the side list, ascending."""
-    row, k = outside.nonzero(as_tuple=True)
-    kept = (rows[row, k] & MAGNITUDE) != 0
-    return row[kept], k[kept]
-
-
 def _regroup(code: torch.Tensor, out: torch.Tensor) -> None:
-    """Codes int16 [16 * T, 64 * B] to fragment order: int32 words `out` [T, B, 96 * 4].
+    """Codes int16 [16 * T, 64 * B] to fragment order: int32 words `out` [T, B, 384].
 
-    Two neighbouring codes are a word, as an mma takes them.  Lane (g, t) has 16 words of a block: row g + 8 * r,
-    column 32 * h + 8 * t + 4 * c + 2 * j, by (c, r, h, j).  Of each four words (c, r) with the same h and j, the
-    first three are stored in their places; the four bits that the exponent leaves free in each of their halves
-    take the bits of the fourth: 10-7 in the first, 6-3 in the second, 2-0 and the sign in the third, where the
-    signs of the two halves are swapped (a rotation by 12 brings all to their places).
+    Two neighbouring codes are a word, as an mma takes them.  Lane (g, t) has four words of rows g and g + 8 in both
+    halves of the block.  Three of the four runs are stored: (row g, half 0), (row g + 8, half 0), (row g, half 1).  The
+    four bits that the exponent leaves free in each half of their words take the bits of the fourth, (row g + 8, half
+    1): 10-7 in the first, 6-3 in the second, 2-0 and the sign in the third, where the signs of the two halves of a word
+    are swapped (a rotation by 12 brings all to their places).
     """
     T, B = out.shape[:2]
-    pairs = code.view(torch.int64).view(T, 2, 8, B, 2, 4, 2)  # tile, r, g, block, h, t, c; j inside
-    words = pairs.permute(6, 1, 0, 3, 2, 5, 4).contiguous().view(torch.int32)  # c, r, T, B, g, t, (h, j)
+    # tile, r, g, block, half, (t, word) -> half, r, tile, block, g, (t, word)
+    words = code.view(torch.int32).view(T, 2, 8, B, 2, 16).permute(4, 1, 0, 3, 2, 5).contiguous()
     fourth = words[1, 1]
-    first, second, third = out.view(T, B, 3, 8, 4, 4).unbind(dim=2)
+    first, second, third = out.view(T, B, 3, 8, 16).unbind(dim=2)
     torch.bitwise_or(words[0, 0], (fourth & 0x07800780) << 4, out=first)
     torch.bitwise_or(words[0, 1], (fourth & 0x00780078) << 8, out=second)
-    signs = (fourth & 0x8000) << 12
-    signs |= (fourth >> 20) & 0x800
-    signs |= (fourth & 0x00070007) << 12
-    torch.bitwise_or(words[1, 0], signs, out=third)
+    free = (fourth & 0x8000) << 12
+    free |= (fourth >> 20) & 0x800
+    free |= (fourth & 0x00070007) << 12
+    torch.bitwise_or(words[1, 0], free, out=third)
 
 
 def _ungroup(words: torch.Tensor) -> torch.Tensor:
-    """Codes int16 [16 * T, 64 * B] from words [T, B, 96 * 4]: the inverse of `_regroup`."""
+    """Codes int16 [16 * T, 64 * B] from words [T, B, 384]: the inverse of `_regroup`."""
     T, B = words.shape[:2]
-    first, second, third = words.view(T, B, 3, 8, 4, 4).unbind(dim=2)
+    first, second, third = words.view(T, B, 3, 8, 16).unbind(dim=2)
     fourth = (first >> 4) & 0x07800780
     fourth |= (second >> 8) & 0x00780078
     fourth |= (third >> 12) & 0x00070007
     fourth |= (third >> 12) & 0x8000
     fourth |= (third & 0x800) << 20
-    kept = torch.tensor(0x87FF87FF - (1 << 32), dtype=torch.int32, device=words.device)
-    pairs = torch.stack((first & kept, second & kept, third & kept, fourth)).view(torch.int64)
-    plain = pairs.view(2, 2, T, B, 8, 4, 2).permute(2, 1, 4, 3, 6, 5, 0)  # c, r, T, B, g, t, h -> T, r, g, B, h, t, c
-    return plain.contiguous().view(torch.int16).view(T * TILE, B * BLOCK)
+    stored = 0x87FF87FF - (1 << 32)
+    halves = torch.stack((first & stored, second & stored, third & stored, fourth)).view(2, 2, T, B, 8, 16)
+    return halves.permute(2, 1, 4, 3, 0, 5).contiguous().view(torch.int16).view(T * TILE, B * BLOCK)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vllm_compile.targets import Target
-
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.spec import OpSpec
+from vllm_compile.targets import Target
 
 from .cpu import FAMILIES as CPU_FAMILIES
 from .family import KernelFamily, Variant
@@ -35,7 +34,5 @@ def choose(spec: OpSpec, target: Target) -> Choice:
     for family in FAMILIES[target.name]:
         if family.op == spec.op and family.serves(spec, target):
             return Choice(family, family.layouts(spec, target), family.variants(spec, target))
-    inputs = ", ".join(
-        f"{name} {list(map(str, tensor.shape))} {tensor.dtype}" for name, tensor in spec.inputs
-    )
+    inputs = ", ".join(f"{name} {list(map(str, tensor.shape))} {tensor.dtype}" for name, tensor in spec.inputs)
     raise UnsupportedError(f"target {target.name} has no kernel for {spec.op}({inputs})")

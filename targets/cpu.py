@@ -48,9 +48,7 @@ def detect() -> Target:
     """
     present = host_features()
     if platform.machine() != "x86_64" or not present >= AVX2:
-        missing = (
-            ", ".join(sorted(AVX2 - present)) or f"an x86-64 processor (this one is {platform.machine()})"
-        )
+        missing = ", ".join(sorted(AVX2 - present)) or f"an x86-64 processor (this one is {platform.machine()})"
         raise TargetError(f"target cpu needs {missing}; compile on a machine with AVX2 and FMA")
     wide = present >= AVX512
     bf16 = wide and AVX512_BF16 in present

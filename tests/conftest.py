@@ -28,3 +28,29 @@ def pairs():
     from tests.models import KINDS, pair
 
     return cache(lambda kind: pair(SEED, **KINDS[kind]))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Directory of a random float32 Llama of two layers, in several shards."""
+    from tests.models import save
+
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    save(directory, SEED)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_fp32(tiny):
+    """The compiled artifact of `tiny` in float32; tests that change it take a copy."""
+    from vllm_compile import compile
+
+    return compile(tiny, out=tiny.with_name("float32")).artifact
+
+
+@pytest.fixture(scope="session")
+def tiny_bf16(tiny):
+    """The compiled artifact of `tiny` in bfloat16."""
+    from vllm_compile import compile
+
+    return compile(tiny, out=tiny.with_name("bfloat16"), dtype="bfloat16").artifact

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_compile.frontend.hf import parameter_aliases, trace
@@ -76,13 +79,29 @@ class Pair:
         return [ids, torch.arange(len(ids)), *(weights[p.name] for p in parameters)]
 
 
-def pair(seed: int, **changes) -> Pair:
-    """A random model, norm weights and biases too, and its import."""
+def llama(seed: int, **changes) -> LlamaForCausalLM:
+    """A random model, norm weights and biases too."""
     settings = config(**changes)
     torch.manual_seed(seed)
     model = LlamaForCausalLM._from_config(settings, attn_implementation="eager", dtype=settings.dtype).eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data.normal_(mean=1.0, std=0.3)
+    return model
+
+
+def pair(seed: int, **changes) -> Pair:
+    """A random model and its import."""
+    model = llama(seed, **changes)
+    settings = model.config
     traced = trace(config(**changes), settings.dtype)  # a copy: tracing sets its attention
     return Pair(model, import_model(traced, MAX_POSITIONS))
+
+
+def save(directory: Path, seed: int, **changes) -> LlamaForCausalLM:
+    """A random Llama as a Hugging Face directory, with a tokenizer and in two shards."""
+    model = llama(seed, **{"hidden_size": 64, "max_position_embeddings": 256} | changes)
+    model.save_pretrained(directory, max_shard_size="150KB")
+    words = {f"word{i}": i for i in range(model.config.vocab_size)}
+    Tokenizer(WordLevel(words, unk_token="word0")).save(str(directory / "tokenizer.json"))
+    return model

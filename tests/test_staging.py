@@ -51,9 +51,12 @@ def test_parents_are_made(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_failure_leaves_the_old_one(final, error):
-    with pytest.raises(error), staged(final) as directory:
+    def fail(directory):
         write(directory, "new")
         raise error
+
+    with pytest.raises(error), staged(final) as directory:
+        fail(directory)
     assert_only(final, "old")
 
 
@@ -127,7 +130,7 @@ def linker_failed(_: Path) -> None:
 
 @pytest.mark.parametrize("write_all", [disk_is_full, linker_failed])
 def test_full_disk(final, write_all):
-    expected = pytest.raises(ArtifactError, match="artifact: cannot be written .No space left")
+    expected = pytest.raises(ArtifactError, match=r"artifact: cannot be written .No space left")
     with expected as caught, staged(final) as directory:
         write(directory, "new")
         write_all(directory)

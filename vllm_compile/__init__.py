@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def compile(
-    model: str | Path, target: str = "cpu", out: str | Path = "artifact", **options: Any
-) -> CompileResult:
+def compile(model: str | Path, target: str = "cpu", out: str | Path = "artifact", **options: Any) -> CompileResult:
     """Compile the Hugging Face model in directory `model` for `target` into the directory `out`.
 
     Options are the fields of `vllm_compile.driver.CompileOptions`: `dtype` ("bfloat16" or

@@ -81,9 +81,7 @@ class Engine:
     def seconds(self, prompts: list[list[int]], new_tokens: int) -> float:
         """How long generating `new_tokens` tokens for each prompt takes."""
         assert self._process.stdin is not None
-        print(
-            json.dumps({"prompts": prompts, "new_tokens": new_tokens}), file=self._process.stdin, flush=True
-        )
+        print(json.dumps({"prompts": prompts, "new_tokens": new_tokens}), file=self._process.stdin, flush=True)
         return self._answer()["seconds"]
 
     def close(self) -> None:
@@ -186,9 +184,7 @@ def _interleaved(
     times: dict[str, list[float]] = {engine.name: [] for engine in engines}
     for repeat in range(repeats + 1):
         draw = random.Random(repeat)
-        prompts = [
-            [draw.randrange(plan.model.vocab_size) for _ in range(DECODE_CONTEXT)] for _ in range(batch)
-        ]
+        prompts = [[draw.randrange(plan.model.vocab_size) for _ in range(DECODE_CONTEXT)] for _ in range(batch)]
         for engine in engines:
             seconds = measure(engine, prompts)
             if repeat:
@@ -196,9 +192,7 @@ def _interleaved(
     return times
 
 
-def _rows(
-    workload: str, batch: int, times: dict[str, list[float]], plan: Plan, bandwidth: float
-) -> Iterator[Row]:
+def _rows(workload: str, batch: int, times: dict[str, list[float]], plan: Plan, bandwidth: float) -> Iterator[Row]:
     for name, seconds in times.items():
         median = statistics.median(seconds)
         tokens = batch if workload == "decode" else batch * PREFILL_TOKENS
@@ -224,7 +218,5 @@ def _write_dummy(artifact: Path, plan: Plan, seed: int | None, scratch: Path) ->
     write_plain_config(artifact, directory)
     shapes = Reference.shapes(read_config(directory))
     checkpoint = DummyCheckpoint(shapes, getattr(torch, plan.model.dtype), seed)
-    save_file(
-        {name: checkpoint.read(name) for name in shapes}, directory / "model.safetensors", {"format": "pt"}
-    )
+    save_file({name: checkpoint.read(name) for name in shapes}, directory / "model.safetensors", {"format": "pt"})
     return directory

@@ -45,9 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_compile(commands: Any) -> None:
     parser = commands.add_parser("compile", help="compile a Hugging Face model into an artifact")
-    parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory"
-    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
     parser.add_argument("--target", default="cpu", help="what to compile for (default: cpu)")
     parser.add_argument("--out", type=Path, required=True, metavar="ARTIFACT", help="directory to write")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the model's own")
@@ -60,9 +58,7 @@ def _add_compile(commands: Any) -> None:
         metavar="SEED",
         help="random Gaussian weights from a seed",
     )
-    parser.add_argument(
-        "--dump", type=Path, metavar="DIR", help="write the module after each pass as TVMScript"
-    )
+    parser.add_argument("--dump", type=Path, metavar="DIR", help="write the module after each pass as TVMScript")
     parser.add_argument("--json", action="store_true", help="a summary as the last line of stdout")
     parser.set_defaults(run=_compile)
 
@@ -86,9 +82,7 @@ def _print_result(result: Any) -> None:
     console.print(passes)
     kernels = Table("kernel", "family", "from T", "inputs", "µs", title="kernels")
     for kernel in result.kernels:
-        shapes = ", ".join(
-            f"{name} {'x'.join(shape[:-1])} {shape[-1]}" for name, shape in kernel["inputs"].items()
-        )
+        shapes = ", ".join(f"{name} {'x'.join(shape[:-1])} {shape[-1]}" for name, shape in kernel["inputs"].items())
         time = "" if kernel["microseconds"] is None else str(kernel["microseconds"])
         kernels.add_row(kernel["symbol"], kernel["family"], str(kernel["min_tokens"]), shapes, time)
     console.print(kernels)
@@ -114,9 +108,7 @@ def _verdict(verdict: dict[str, Any]) -> str:
 def _add_verify(commands: Any) -> None:
     parser = commands.add_parser("verify", help="compare an artifact with the model it was made from")
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
-    parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory"
-    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
     parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
     parser.add_argument("--json", action="store_true", help="the report as the last line of stdout")
     parser.set_defaults(run=_verify)
@@ -129,9 +121,7 @@ def _verify(options: argparse.Namespace) -> int:
     manifest = read_manifest(options.artifact)
     check_files(options.artifact, manifest)
     with console.status("comparing with Hugging Face"):
-        report = verify(
-            options.artifact, options.model, manifest["source"]["dummy_weights_seed"], seed=options.seed
-        )
+        report = verify(options.artifact, options.model, manifest["source"]["dummy_weights_seed"], seed=options.seed)
     table = Table("layer", "relative error", title="each layer on Hugging Face's input")
     for layer, error in enumerate(report.layers):
         table.add_row("final norm" if layer == len(report.layers) - 1 else str(layer), f"{error:.2e}")
@@ -145,12 +135,8 @@ def _verify(options: argparse.Namespace) -> int:
 def _add_bench(commands: Any) -> None:
     parser = commands.add_parser("bench", help="time an artifact beside its peers")
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
-    parser.add_argument(
-        "--model", type=Path, metavar="DIR", help="what it was compiled from (not for dummy weights)"
-    )
-    parser.add_argument(
-        "--against", type=_names, default=["vllm"], help="of: vllm,vllm-eager,hf (default: vllm)"
-    )
+    parser.add_argument("--model", type=Path, metavar="DIR", help="what it was compiled from (not for dummy weights)")
+    parser.add_argument("--against", type=_names, default=["vllm"], help="of: vllm,vllm-eager,hf (default: vllm)")
     parser.add_argument("--batch", type=_numbers, default=[1, 8, 16], help="batch sizes (default: 1,8,16)")
     parser.add_argument("--repeats", type=int, default=5, help="counted rounds (default: 5)")
     parser.add_argument("--json", action="store_true", help="all figures as the last line of stdout")
@@ -162,9 +148,7 @@ def _names(text: str) -> list[str]:
 
     names = text.split(",")
     if unknown := set(names) - set(ENGINES):
-        raise argparse.ArgumentTypeError(
-            f"unknown engine {', '.join(sorted(unknown))}; of {', '.join(ENGINES)}"
-        )
+        raise argparse.ArgumentTypeError(f"unknown engine {', '.join(sorted(unknown))}; of {', '.join(ENGINES)}")
     return names
 
 
@@ -176,18 +160,12 @@ def _bench(options: argparse.Namespace) -> int:
     from .bench import bench
 
     with console.status("starting") as status:
-        figures = bench(
-            options.artifact, options.model, options.against, options.batch, options.repeats, status.update
-        )
+        figures = bench(options.artifact, options.model, options.against, options.batch, options.repeats, status.update)
     title = f"medians of {options.repeats}; memory reads at {figures['bandwidth']:.1f} GB/s"
-    table = Table(
-        "workload", "batch", "engine", "ms", "tokens/s", "GB/s", "of reads", "compiled is", title=title
-    )
+    table = Table("workload", "batch", "engine", "ms", "tokens/s", "GB/s", "of reads", "compiled is", title=title)
     for row in figures["rows"]:
         reads = (
-            [f"{row.gigabytes_per_second:.1f}", f"{row.bandwidth_share:.0%}"]
-            if row.workload == "decode"
-            else ["", ""]
+            [f"{row.gigabytes_per_second:.1f}", f"{row.bandwidth_share:.0%}"] if row.workload == "decode" else ["", ""]
         )
         figures_of = [
             f"{row.milliseconds:.1f}",

@@ -172,7 +172,7 @@ def _prim_funcs(lowered: Lowered, target: Target) -> dict[str, tirx.PrimFunc]:
     return {
         symbol: kernels.choice.family.build(kernels.spec, variant.config, target)
         for kernels in lowered.kernels.values()
-        for symbol, variant in zip(kernels.symbols, kernels.choice.variants, strict=True)
+        for symbol, variant in sorted(kernels.distinct().items())
     }
 
 
@@ -188,7 +188,7 @@ def _kernel_records(lowered: Lowered) -> list[dict[str, Any]]:
             "inputs": {name: [*map(str, spec.shape), spec.dtype] for name, spec in kernels.spec.inputs},
         }
         for kernels in lowered.kernels.values()
-        for symbol, variant in zip(kernels.symbols, kernels.choice.variants, strict=True)
+        for symbol, variant in sorted(kernels.distinct().items(), key=lambda item: item[1].min_tokens)
     ]
 
 

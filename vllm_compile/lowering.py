@@ -20,6 +20,7 @@ from .relax_passes.base import Definitions
 from .relax_passes.lift_weights import WEIGHTS
 from .relax_passes.outline_layers import FORWARD, LOGITS
 from .runtime.plan import Argument, Buffer, CallStep, Function, KernelStep
+from .schedules.family import Variant
 from .schedules.layouts import Layout
 from .schedules.select import Choice
 from .spec import OpSpec, Sym, TensorSpec
@@ -42,11 +43,15 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of one call: a symbol for each variant of the family chosen."""
+    """The kernels of one call: for each variant of the family chosen, the symbol that serves it."""
 
     spec: OpSpec
     choice: Choice
     symbols: tuple[str, ...]
+
+    def distinct(self) -> dict[str, Variant]:
+        """Each kernel to be built, with the first variant that it serves."""
+        return {symbol: v for v, symbol in reversed(list(zip(self.choice.variants, self.symbols, strict=True)))}
 
 
 @dataclass
@@ -108,9 +113,7 @@ def op_spec(op: OwnOp, call: relax.Call) -> OpSpec:
     inputs = tuple((name, tensor_spec(arg.ty)) for name, arg in arguments_of(call).items())
     types = call.ty.fields if isinstance(call.ty, relax.TupleType) else [call.ty]
     written = types[: len(types) - len(op.updates)]
-    return OpSpec(
-        op.name, inputs, tuple(tensor_spec(t) for t in written), tuple(sorted(attributes_of(call).items()))
-    )
+    return OpSpec(op.name, inputs, tuple(tensor_spec(t) for t in written), tuple(sorted(attributes_of(call).items())))
 
 
 class _FunctionLowering:
@@ -201,7 +204,12 @@ class _FunctionLowering:
         if spec not in self._kernels:
             choice = self._choose(spec)
             number = sum(known.op == spec.op for known in self._kernels)
-            symbols = tuple(f"{spec.op}_{number}_t{variant.min_tokens}" for variant in choice.variants)
+            # Variants of one configuration are one kernel, named after the first of them.
+            first: dict[frozenset, int] = {}
+            for variant in choice.variants:
+                first.setdefault(frozenset(variant.config.items()), variant.min_tokens)
+            minimums = (first[frozenset(variant.config.items())] for variant in choice.variants)
+            symbols = tuple(f"{spec.op}_{number}_t{minimum}" for minimum in minimums)
             self._kernels[spec] = Kernels(spec, choice, symbols)
         return self._kernels[spec]
 
@@ -218,9 +226,7 @@ class _FunctionLowering:
         return unique
 
 
-def assign_slots(
-    scratch: dict[str, TensorSpec], steps: Sequence[KernelStep | CallStep]
-) -> tuple[Buffer, ...]:
+def assign_slots(scratch: dict[str, TensorSpec], steps: Sequence[KernelStep | CallStep]) -> tuple[Buffer, ...]:
     """Give each scratch buffer a slot that no buffer alive at the same time holds (a linear scan)."""
     used = [_buffers_of(step) for step in steps]
     last = {name: index for index, names in enumerate(used) for name in names}

@@ -27,9 +27,7 @@ class Reference:
 
     def __init__(self, config: Any, checkpoint: Checkpoint | DummyCheckpoint, dtype: torch.dtype) -> None:
         with META:
-            self._model = AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", dtype=dtype
-            ).eval()
+            self._model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
         materialise_buffers(self._model)
         self._checkpoint, self._dtype = checkpoint, dtype
         self._aliases = parameter_aliases(self._model)
@@ -39,9 +37,7 @@ class Reference:
         inside = {id(module) for layer in layers for module in layer.modules()}
         prefixes = {id(module): name for name, module in self._model.named_modules()}
         outside = (
-            m
-            for m in self._model.modules()
-            if id(m) not in inside and any(True for _ in m.parameters(recurse=False))
+            m for m in self._model.modules() if id(m) not in inside and any(True for _ in m.parameters(recurse=False))
         )
         for module in [*layers, *outside]:
             self._stream(module, prefixes[id(module)])

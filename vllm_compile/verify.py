@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -62,9 +63,7 @@ class Report:
     microseconds: dict[str, float]
 
 
-def verify(
-    artifact: Path, model: Path, dummy_seed: int | None = None, lengths=FULL_PROMPTS, seed: int = 0
-) -> Report:
+def verify(artifact: Path, model: Path, dummy_seed: int | None = None, lengths=FULL_PROMPTS, seed: int = 0) -> Report:
     """Verify the artifact's plan and kernels against the model it was made from.
 
     Args:
@@ -80,8 +79,10 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(0, plan.model.vocab_size, (n,), generator=generator) for n in lengths]
     batches = [torch.stack(list(group)) for _, group in groupby(prompts, key=len)]
-    same = _references(config, checkpoint, dtype, batches)
-    wide = same if dtype == torch.float32 else _references(config, checkpoint, torch.float32, batches)
+    with ThreadPoolExecutor() as pool:
+        dtypes = dict.fromkeys((dtype, torch.float32))
+        runs = {d: pool.submit(_references, config, checkpoint, d, batches) for d in dtypes}
+        same, wide = runs[dtype].result(), runs[torch.float32].result()
     program = StreamedProgram(artifact, plan)
     logits = torch.cat(_run(program, plan, prompts))
     layers = _layer_errors(program, plan, prompts, same)
@@ -91,9 +92,7 @@ def verify(
     limit = FP32_ERROR if dtype == torch.float32 else BF16_RATIO * reference_error
     agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
     times = {symbol: round(median(seconds) * 1e6, 1) for symbol, seconds in program.timings.items()}
-    return Report(
-        sum(lengths), layers, error, reference_error, kl, reference_kl, agreement, error <= limit, times
-    )
+    return Report(sum(lengths), layers, error, reference_error, kl, reference_kl, agreement, error <= limit, times)
 
 
 def verify_quick(artifact: Path, model: Path, dummy_seed: int | None) -> dict[str, Any]:
@@ -126,9 +125,7 @@ def mean_kl(reference: torch.Tensor, ours: torch.Tensor) -> float:
     return functional.kl_div(q, p, log_target=True, reduction="batchmean").item()
 
 
-def _checkpoint(
-    model: Path, config: Any, dtype: torch.dtype, dummy_seed: int | None
-) -> Checkpoint | DummyCheckpoint:
+def _checkpoint(model: Path, config: Any, dtype: torch.dtype, dummy_seed: int | None) -> Checkpoint | DummyCheckpoint:
     shapes = {} if dummy_seed is None else Reference.shapes(config)
     return open_checkpoint(model, shapes, dtype, dummy_seed)
 
@@ -152,9 +149,7 @@ def _run(program: StreamedProgram, plan: Plan, prompts: list[torch.Tensor]) -> l
         ids = torch.cat([p[b:e] for p, b, e in zip(prompts, begin, end, strict=True)]).int()
         hidden = program.forward(ids, batch.kv, batch.step(begin, end))
         logits = program.logits(hidden.clone()).clone()
-        for row, part in zip(
-            rows, logits.split([e - b for b, e in zip(begin, end, strict=True)]), strict=True
-        ):
+        for row, part in zip(rows, logits.split([e - b for b, e in zip(begin, end, strict=True)]), strict=True):
             row.append(part)
         begin = end
     return [torch.cat(row) for row in rows]

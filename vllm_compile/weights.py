@@ -8,7 +8,9 @@ are in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from .relax_passes.lift_weights import WEIGHTS
 from .runtime.memory import ALIGNMENT
 
 SHARD_BYTES = 1 << 29
+WORKERS = 2  # weights being computed while another is written
 SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 
 OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
@@ -51,9 +54,7 @@ class WeightProgram:
         plain = self._value(self._fields[stored.parameter])
         packed = plain.contiguous() if stored.layout is None else stored.layout.pack(plain)
         if list(packed.shape) != stored.spec.sizes():
-            raise ModelError(
-                f"weight {stored.name} has shape {list(packed.shape)}, expected {stored.spec.sizes()}"
-            )
+            raise ModelError(f"weight {stored.name} has shape {list(packed.shape)}, expected {stored.spec.sizes()}")
         return packed
 
     def _value(self, expr: Any) -> Any:
@@ -96,8 +97,20 @@ def write_shards(
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
         with (directory / f"model-{number:05d}.safetensors").open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for weight in shard:
-                file.write(evaluate(weight).view(torch.uint8).numpy().data)
+            for tensor in _ahead(evaluate, shard):
+                file.write(tensor.view(torch.uint8).numpy().data)
+
+
+def _ahead(evaluate: Callable[[StoredWeight], torch.Tensor], weights: Iterable[StoredWeight]) -> Iterator[torch.Tensor]:
+    """The weights in order, the next few computed meanwhile (torch releases the GIL)."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        pending: deque[Future[torch.Tensor]] = deque()
+        for weight in weights:
+            pending.append(pool.submit(evaluate, weight))
+            if len(pending) > WORKERS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _shards(weights: Iterable[StoredWeight]) -> list[list[StoredWeight]]:

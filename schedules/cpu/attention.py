@@ -21,8 +21,8 @@ from ..family import Config, Variant
 from ..layouts import Layout
 from .attention_narrow import Narrow
 from .attention_tile import PagedCache
-from .attention_vectors import Vectors
 from .attention_wide import Wide
+from .vectors import Vectors
 
 # More than any machine has threads: each takes items until none is left.
 WORKERS = 1024
@@ -110,21 +110,15 @@ def paged_attention(
                     begin: T.let[T.int32] = start_R[request]
                     queries: T.let[T.int32] = start_R[request + 1] - begin
                     length: T.let[T.int32] = length_R[request]
-                    first: T.let[T.int32] = (
-                        slot - T.truncdiv(begin, queries_per_item) - request
-                    ) * queries_per_item
+                    first: T.let[T.int32] = (slot - T.truncdiv(begin, queries_per_item) - request) * queries_per_item
                     if T.And(T.And(first >= 0, first < queries), length >= queries):
                         row: T.let[T.int64] = T.Cast("int64", begin + first) * heads + head * group
                         count: T.let[T.int32] = T.min(queries - first, queries_per_item)
                         position: T.let[T.int32] = length - queries + first
                         if count * group <= NARROW_ROWS:
-                            narrow.run(
-                                narrow_scratch, q_words, out_flat, spare, request, head, row, count, position
-                            )
+                            narrow.run(narrow_scratch, q_words, out_flat, spare, request, head, row, count, position)
                         else:
-                            wide.run(
-                                wide_scratch, q_words, out_flat, spare, request, head, row, count, position
-                            )
+                            wide.run(wide_scratch, q_words, out_flat, spare, request, head, row, count, position)
                     item[0] = T.call_extern("int32", "vc_fetch_add_one", next_item.data)
 
     return kernel
@@ -140,8 +134,8 @@ class PagedAttention:
     def serves(self, spec: OpSpec, target: Target) -> bool:
         if spec.op != self.op:
             return False
-        _, heads, head_dim = spec.input("q").shape
-        return head_dim % 16 == 0 and heads % spec.input("kv").shape[1] == 0
+        q, kv = spec.input("q"), spec.input("kv")
+        return q.size(2) % 16 == 0 and q.size(1) % kv.size(1) == 0
 
     def layouts(self, spec: OpSpec, target: Target) -> Mapping[str, Layout]:
         return {}
@@ -151,5 +145,4 @@ class PagedAttention:
 
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
         q, kv = spec.input("q"), spec.input("kv")
-        _, heads, head_dim = q.shape
-        return paged_attention(heads, kv.shape[1], head_dim, q.dtype, spec.attribute("scale"), target)
+        return paged_attention(q.size(1), kv.size(1), q.size(2), q.dtype, spec.attribute("scale"), target)

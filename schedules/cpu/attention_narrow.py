@@ -15,9 +15,9 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .attention_tile import PagedCache, Tile, row_index
-from .attention_vectors import Vectors, scratch
 from .attention_wide import NEVER
 from .vector_math import exp
+from .vectors import Vectors, scratch
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,5 @@ class Narrow:
                 for j, c in enumerate(columns):
                     v.store(b["out"], v.load(out[i][j]), (first + i) * D + c)
                 if totals:
-                    row_sum = v.register(
-                        v.fma(v.splat(b["sum"][first + i]), v.splat(scale[i]), v.load(totals[i]))
-                    )
+                    row_sum = v.register(v.fma(v.splat(b["sum"][first + i]), v.splat(scale[i]), v.load(totals[i])))
                     T.buffer_store(b["sum"], row_sum[0], [first + i])

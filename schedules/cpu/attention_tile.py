@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .attention_vectors import CACHE_LINE, Vectors, prefetch, scratch
+from .vectors import CACHE_LINE, Vectors, prefetch, scratch
 
 
 def row_index(m, rows, first_row, heads: int, group: int) -> tirx.Expr:
@@ -56,9 +56,7 @@ class Tile:
         """
         for value in range(0, count, CACHE_LINE * 8 // self.cache.dtype.bits):
             token, within = (start + value) // head_dim, (start + value) % head_dim
-            prefetch(
-                self.cache, self.following + T.Cast("int64", token) * self.token_stride + column + within
-            )
+            prefetch(self.cache, self.following + T.Cast("int64", token) * self.token_stride + column + within)
 
 
 @dataclass(frozen=True)
@@ -77,19 +75,14 @@ class PagedCache:
             return scratch(self.tile // 2 * self.head_dim, "int32")
         return scratch(self.tile * 2 * self.head_dim, "float32") if self.kv.dtype == "bfloat16" else None
 
-    def for_each_tile(
-        self, request, head, limit, spare: tirx.Buffer | None, body: Callable[[Tile], None]
-    ) -> None:
+    def for_each_tile(self, request, head, limit, spare: tirx.Buffer | None, body: Callable[[Tile], None]) -> None:
         """Emit `body(tile)` over the first `limit` cached tokens of `request`."""
         block_size = T.Cast("int32", self.kv.shape[2])
         block_stride, head_stride, token_stride = self.kv.strides[:3]
         blocks = T.Bind(T.ceildiv(limit, block_size))
 
         def start_of(b):
-            return (
-                T.Cast("int64", self.block_table[request, b]) * block_stride
-                + T.Cast("int64", head) * head_stride
-            )
+            return T.Cast("int64", self.block_table[request, b]) * block_stride + T.Cast("int64", head) * head_stride
 
         with T.serial(0, blocks) as b:
             block = T.Bind(start_of(b))
@@ -128,9 +121,7 @@ class PagedCache:
         def pair(p, d):
             # A last odd token is paired with itself; the weight of the second of them is zero.
             second = T.shift_left(values(T.min(2 * p + 1, count - 1), D + d), T.uint32(16))
-            T.buffer_store(
-                spare, T.reinterpret("int32", T.bitwise_or(values(2 * p, D + d), second)), [p * D + d]
-            )
+            T.buffer_store(spare, T.reinterpret("int32", T.bitwise_or(values(2 * p, D + d), second)), [p * D + d])
 
         with T.serial(0, T.ceildiv(count, 2)) as p:
             self.vectors.for_each(D, lambda d: pair(p, d))

@@ -14,8 +14,8 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .attention_tile import PagedCache, Tile, row_index
-from .attention_vectors import Vectors, scratch
 from .vector_math import exp
+from .vectors import Vectors, scratch
 
 NEVER = -1e30  # below every score; finite, so that a difference of two is not NaN
 ROW_VECTORS = 2  # vectors of rows that one block of registers holds
@@ -71,9 +71,7 @@ class Wide:
             T.buffer_store(b["top"], T.float32(NEVER), [m])
             T.buffer_store(b["sum"], T.float32(0), [m])
             with T.serial(0, words) as d:
-                T.buffer_store(
-                    b["q"], T.Cast(v.word, q_words[source + T.Cast("int64", d)]), [d * self.rows + m]
-                )
+                T.buffer_store(b["q"], T.Cast(v.word, q_words[source + T.Cast("int64", d)]), [d * self.rows + m])
         with T.serial(0, D) as d, T.serial(0, blocks) as g, T.vectorized(0, self.step) as j:
             T.buffer_store(b["out"], T.float32(0), [d * self.rows + g * self.step + j])
 
@@ -138,8 +136,7 @@ class Wide:
             with T.serial(0, T.ceildiv(tile.count, v.values_per_word)) as s:
                 source = T.Bind(s * (v.values_per_word * self.rows) + at)
                 weights = [
-                    T.Bind(exp(v.load(b["scores"], source + n * self.rows) - top))
-                    for n in range(v.values_per_word)
+                    T.Bind(exp(v.load(b["scores"], source + n * self.rows) - top)) for n in range(v.values_per_word)
                 ]
                 word = T.Bind(v.pair(*map(v.to_bf16, weights)) if v.pairs else weights[0])
                 v.store(b["weights"], word, s * self.rows + at)
@@ -150,18 +147,13 @@ class Wide:
         """Rescale `unroll` values of the output and add the tile's."""
         v = self.vectors
         scale = [T.Bind(v.load(b["scale"], first + i * v.lanes)) for i in range(ROW_VECTORS)]
-        place = [
-            [(d + u) * self.rows + first + i * v.lanes for i in range(ROW_VECTORS)]
-            for u in range(self.unroll)
-        ]
+        place = [[(d + u) * self.rows + first + i * v.lanes for i in range(ROW_VECTORS)] for u in range(self.unroll)]
         out = [
             [v.register(v.load(b["out"], place[u][i]) * scale[i]) for i in range(ROW_VECTORS)]
             for u in range(self.unroll)
         ]
         with T.serial(0, T.ceildiv(tile.count, v.values_per_word)) as s:
-            weights = [
-                T.Bind(v.load(b["weights"], s * self.rows + first + i * v.lanes)) for i in range(ROW_VECTORS)
-            ]
+            weights = [T.Bind(v.load(b["weights"], s * self.rows + first + i * v.lanes)) for i in range(ROW_VECTORS)]
             row = T.Bind(tile.v_base + T.Cast("int64", s) * tile.v_stride + T.Cast("int64", d))
             for u in range(self.unroll):
                 value = T.Bind(v.splat(tile.v[row + u]))

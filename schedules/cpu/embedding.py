@@ -62,6 +62,6 @@ class Embedding:
 
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
         table = spec.input("table")
-        rows, width = table.shape
         ids_dtype = spec.input("ids").dtype
-        return embedding(rows, width, table.dtype, ids_dtype, target.vector_lanes, config["parallel"])
+        lanes, parallel = target.vector_lanes, config["parallel"]
+        return embedding(table.size(0), table.size(1), table.dtype, ids_dtype, lanes, parallel)

@@ -1,17 +1,17 @@
 """The matrix product of `linear` and `gate_up_silu`: y[T, N] = x[T, K] @ w[N, K].T, with w in panels.
 
-A register tile is the sums of `rows` tokens and `panels` panels (panels * lanes outputs); it takes a word of x and
-a vector of weight words at a time along K.  A work item is a chunk of CHUNK tiles of rows, one after the other over
-the same block of `panels` panels; the items of one chunk come one after the other, so that its part of x stays in
-the cache.  Each sum is one chain of multiply-adds in the order of K, whatever the tile: a row's result has the same
-bits in every batch.
+A register tile is the sums of `rows` tokens and `panels` panels (panels * lanes outputs); along K it takes a
+word of x and a vector of weight words at a time.  A work item is a chunk of CHUNK tiles of rows, one after the
+other over the same block of `panels` panels; the items of a chunk come one after the other, so that its part
+of x stays in the cache.  Each sum is one chain of multiply-adds in the order of K, whatever the tile: a row's
+result has the same bits in every batch.
 
-Roofline.  N * K * size bytes of weights, read from memory once per chunk; 2 * T * N * K operations.  Up to some 8 tokens
-(2 * T / size operations per byte) memory is the bound, and what counts is many reads in flight: 8 KiB of prefetches
-ahead.  From there on it is arithmetic: a word of K costs rows + panels loads for rows * panels multiply-adds, 24 of
-which, in chains of their own, keep two multiply-add units busy.
-A block is read again for every tile of rows, so that it has to fit the L2 cache.  Where K is too long for that,
-a chunk goes through K in passes, its sums waiting in memory: float32, so that the chains stay the same.
+Roofline.  N * K * size bytes of weights, read from memory once per chunk; 2 * T * N * K operations.  Up to
+some 8 tokens (2 * T / size operations per byte) memory is the bound, and what counts is many reads in flight:
+8 KiB of prefetches.  From there on it is arithmetic: a word of K costs rows + panels loads and rows * panels
+multiply-adds, 24 of which, in chains of their own, keep two multiply-add units busy.
+A block is read again for every tile of rows, so that it has to fit the L2 cache.  Where K is too long for
+that, a chunk goes through K in passes, its sums waiting in memory: as float32, so that the chains stay the same.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from vllm_compile.spec import DTYPE_BYTES, OpSpec, Sym
 from vllm_compile.targets import Target
 
 from ..family import Config
-from .attention_vectors import scratch
 from .matmul_words import Words, weight_layout
+from .vectors import prefetch, scratch
 
 # Tiles of rows: a block of weights is read from beyond the L2 cache once for so many.
 CHUNK = 32
 
 # The value of column j of a panel, in float32.
 Value = Callable[[tirx.Expr], tirx.Expr]
-# (tensors by name, sums of a row's panel or panels, row, first column) -> Value; may emit code on whole vectors.
+# (tensors by name, sums of a row's panels, row, first column) -> Value; may compute on whole vectors.
 Finish = Callable[[dict[str, tirx.Buffer], list[tirx.Buffer], tirx.Expr, tirx.Expr], Value]
 Sums = list[list[tirx.Buffer]]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Sums [rows][panels], a vector each, of x [T, K] as values and w as words; `prefetch` words ahead, 0 for none."""
+    """Sums [rows][panels], a vector each, of x times w; prefetches `prefetch` words ahead, 0 for none."""
 
     words: Words
     K: int
@@ -59,14 +59,10 @@ class Tile:
     def add(self, sums: Sums, x: tirx.Buffer, w: tirx.Buffer, row, panel, begin, end) -> None:
         """Add the products of the words from `begin` to `end`."""
         x_rows = [T.Bind((row + r) * self.K) for r in range(self.rows)]
-        w_panels = [
-            T.Bind((panel + p) * (self.length * self.words.vectors.lanes)) for p in range(self.panels)
-        ]
+        w_panels = [T.Bind((panel + p) * (self.length * self.words.vectors.lanes)) for p in range(self.panels)]
         with T.serial(begin, end) as k:
             self._prefetch(w, w_panels, k)
-            self._step(
-                sums, w, w_panels, k, [self.words.load(x, x_row + k * self.words.size) for x_row in x_rows]
-            )
+            self._step(sums, w, w_panels, k, [self.words.load(x, x_row + k * self.words.size) for x_row in x_rows])
 
     def add_last(self, sums: Sums, x: tirx.Buffer, w: tirx.Buffer, row, panel) -> None:
         """Add the product of a last value without a neighbour, if there is one."""
@@ -86,29 +82,26 @@ class Tile:
     def _prefetch(self, w: tirx.Buffer, w_panels: list, k) -> None:
         if self.prefetch:
             # Past the end of its panel a stream goes on in the next block.
-            skip = T.Select(
-                k + self.prefetch < self.length, T.int64(0), T.int64((self.panels - 1) * self.length)
-            )
-            ahead = T.Bind(self.prefetch + k + skip)
+            skip = T.Select(k + self.prefetch < self.length, T.int64(0), T.int64((self.panels - 1) * self.length))
+            ahead = T.Bind((self.prefetch + k + skip) * self.words.vectors.lanes)
             for start in w_panels:
-                address = T.address_of(w[start + ahead * self.words.vectors.lanes])
-                read, keep, data = T.int32(0), T.int32(3), T.int32(1)
-                T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, keep, data))
+                prefetch(w, start + ahead)
 
 
 def matmul(spec: OpSpec, config: Config, target: Target, gated: bool, finish: Finish) -> tirx.PrimFunc:
     """The kernel of `spec` with the tile of `config` (rows, panels, prefetch); it needs T >= rows.
 
-    Where `rows` does not divide T, the last tile overlaps the one before it, and so does the last block of panels.
+    Where `rows` does not divide T, the last tile overlaps the one before it; so does the last block.
     """
-    _, K = spec.input("x").shape
-    dtype, N, group = spec.input("x").dtype, spec.outputs[0].shape[1], 2 if gated else 1
+    dtype, group = spec.input("x").dtype, 2 if gated else 1
+    K, N = spec.input("x").sizes()[1], spec.outputs[0].sizes()[1]
     words = Words.of(target, dtype)
     v = words.vectors
-    packed = weight_layout(spec, target, gated).shape(spec.input("weight").shape)
+    packed = weight_layout(spec, target, gated).shape(tuple(spec.input("weight").sizes()))
     tile = Tile(words, K, config["rows"], config["panels"], config["prefetch"])
     rows, panels, count, whole = tile.rows, tile.panels, packed[0], K // words.size
-    assert panels % group == 0 and panels <= count, (config, packed)
+    assert panels % group == 0, config
+    assert panels <= count, (config, packed)
     # Half of the L2 cache for the block: the other half for x, the sums and what is prefetched.
     passes = max(1, -(-panels * whole * v.lanes * 4 // (target.l2_bytes // 2)))
     per_pass = -(-whole // passes)
@@ -135,15 +128,11 @@ def matmul(spec: OpSpec, config: Config, target: Target, gated: bool, finish: Fi
         tokens = T.int64()
         tensors = {}
         for handle, (name, tensor) in zip(handles, named, strict=True):
-            shape = (
-                packed if name == "weight" else [tokens if dim == Sym.TOKENS else dim for dim in tensor.shape]
-            )
+            shape = packed if name == "weight" else [tokens if dim == Sym.TOKENS else dim for dim in tensor.shape]
             tensors[name] = T.match_buffer(handle, shape, tensor.dtype, align=DTYPE_BYTES[tensor.dtype])
         with T.attr(0, "pragma_import_llvm", v.ir):
             x = words.view(tensors["x"], tokens * K)
-            w = T.decl_buffer(
-                (count * tile.length * v.lanes,), words.type, data=tensors["weight"].data, align=2
-            )
+            w = T.decl_buffer((count * tile.length * v.lanes,), words.type, data=tensors["weight"].data, align=2)
             tiles = T.Bind(T.ceildiv(tokens, rows))
             chunks = T.Bind(T.ceildiv(tiles, CHUNK))
             blocks = -(-count // panels)
@@ -159,7 +148,7 @@ def matmul(spec: OpSpec, config: Config, target: Target, gated: bool, finish: Fi
                     place = T.Bind((i if passes > 1 else T.int64(0)) * (rows * panels * v.lanes))
 
                     def sums_at(r, p):
-                        return place + (r * panels + p) * v.lanes  # noqa: B023
+                        return place + (r * panels + p) * v.lanes
 
                     sums = [[v.register() for _ in range(panels)] for _ in range(rows)]
                     each = [(sums[r][p], sums_at(r, p)) for r in range(rows) for p in range(panels)]
@@ -172,16 +161,14 @@ def matmul(spec: OpSpec, config: Config, target: Target, gated: bool, finish: Fi
                         tile.add_last(sums, x, w, row, panel)
                     for register, at in each:
                         v.store(waiting, v.load(register), at)
-                    with build.If(n == passes - 1), build.Then():
-                        with T.serial(0, T.int64(rows)) as r, T.serial(0, T.int64(panels // group)) as p:
-                            totals = [
-                                v.register(v.load(waiting, sums_at(r, p * group + g))) for g in range(group)
-                            ]
-                            to_panel = T.Bind(T.truncdiv(panel, group) + p)
-                            store(
-                                tensors["out"],
-                                finish(tensors, totals, row + r, to_panel * v.lanes),
-                                row + r,
-                                to_panel,
-                            )
+                    with (
+                        build.If(n == passes - 1),
+                        build.Then(),
+                        T.serial(0, T.int64(rows)) as r,
+                        T.serial(0, T.int64(panels // group)) as p,
+                    ):
+                        totals = [v.register(v.load(waiting, sums_at(r, p * group + g))) for g in range(group)]
+                        to_panel = T.Bind(T.truncdiv(panel, group) + p)
+                        value = finish(tensors, totals, row + r, to_panel * v.lanes)
+                        store(tensors["out"], value, row + r, to_panel)
     return builder.get()

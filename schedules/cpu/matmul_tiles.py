@@ -21,12 +21,12 @@ def _shapes(spec: OpSpec, target: Target, gated: bool) -> list[tuple[int, int]]:
     """(rows, panels) of every tile whose sums and operands fit the vector registers."""
     words = Words.of(target, spec.input("x").dtype)
     registers = 32 if target.vector_lanes == 16 else 16
-    count = weight_layout(spec, target, gated).shape(spec.input("weight").shape)[0]
+    count = weight_layout(spec, target, gated).shape(tuple(spec.input("weight").sizes()))[0]
     step = 2 if gated else 1
 
     def fits(rows: int, panels: int) -> bool:
-        # A vector for each panel's weights and one for a row's x; a widened word takes two.
-        operands = (panels + 1) * (2 if words.widened else 1)
+        # A vector for each panel's weights and one for a row's x; widened, two for each and one for a mask.
+        operands = 2 * (panels + 1) + 1 if words.widened else panels + 1
         return rows * panels <= registers * 3 // 4 and rows * panels + operands <= registers
 
     panels = range(step, min(count, MAX_PANELS) + 1, step)
@@ -44,14 +44,14 @@ def space(spec: OpSpec, target: Target, gated: bool = False) -> list[Config]:
 
 
 def default_variants(spec: OpSpec, target: Target, gated: bool = False) -> Sequence[Variant]:
-    """For few tokens the smallest number of tiles, evenly filled; for many the tile with the least to load."""
+    """For few tokens the fewest tiles, evenly filled; for many the tile with the least to load."""
     shapes = sorted(_shapes(spec, target, gated))
     # rows -> most panels; with a single panel each load would serve one multiply-add only.
     widest = {rows: panels for rows, panels in shapes if panels >= min(2, max(p for _, p in shapes))}
     most = max(widest)
 
     def loads(rows: int) -> tuple[float, int]:
-        # Per multiply-add; a vector of weights, from the L2 cache, counts twice a word of x, from the L1 cache.
+        # Per multiply-add; a vector of weights, from the L2 cache, counts twice, a word of x from L1 once.
         return (rows + 2 * widest[rows]) / (rows * widest[rows]), -rows
 
     def rows_for(tokens: int) -> int:

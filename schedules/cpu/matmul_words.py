@@ -1,7 +1,8 @@
 """What a matrix product multiplies in one step, and the layout of the weights that follows from it.
 
-A word is one float32, or two bf16 values that are neighbours along K.  Pairs are multiplied by vdpbf16ps where the CPU
-has it; elsewhere both values are widened to float32 (their upper half) and multiplied one after the other.
+A word is one float32, or two bf16 values that are neighbours along K.  Pairs are multiplied by vdpbf16ps
+where the CPU has it; elsewhere both values are widened to float32 (whose upper half they are) and
+multiplied one after the other.
 """
 
 from __future__ import annotations
@@ -16,12 +17,18 @@ from vllm_compile.targets import Target
 from vllm_compile.targets.cpu import AVX512_BF16
 
 from ..layouts import Panels
-from .attention_vectors import Vectors
+from .vectors import Vectors
 
 
 def weight_layout(spec: OpSpec, target: Target, gated: bool = False) -> Panels:
     """The layout that every variant reads: a vector of words for each step along K."""
     return Panels(target.vector_lanes, Words.of(target, spec.input("x").dtype).size, gated)
+
+
+def serves_dtypes(spec: OpSpec) -> bool:
+    """True if all tensors of the call have one dtype, and there are words of it."""
+    dtypes = {tensor.dtype for _, tensor in spec.inputs} | {tensor.dtype for tensor in spec.outputs}
+    return dtypes in ({"float32"}, {"bfloat16"})
 
 
 @dataclass(frozen=True)

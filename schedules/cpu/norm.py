@@ -46,9 +46,7 @@ def _row_kernel(width: int, dtype: str, eps: float, lanes: int):
             squares[j] = T.float32(0)
         for i in T.serial(width // chunk):
             for j in T.vectorized(chunk):
-                squares[j] += T.Cast("float32", x_TD[t, i * chunk + j]) * T.Cast(
-                    "float32", x_TD[t, i * chunk + j]
-                )
+                squares[j] += T.Cast("float32", x_TD[t, i * chunk + j]) * T.Cast("float32", x_TD[t, i * chunk + j])
         mean: T.let[T.float32] = pairwise_sum(squares, chunk) / T.float32(width)
         inverse: T.let[T.float32] = T.float32(1) / T.sqrt(mean + T.float32(eps))
         for i in T.serial(width // chunk):
@@ -99,8 +97,7 @@ def add_rms_norm(width: int, dtype: str, eps: float, lanes: int, parallel: bool)
                 for j in T.vectorized(chunk):
                     total_TD[t, i * chunk + j] = T.Cast(
                         dtype,
-                        T.Cast("float32", residual_TD[t, i * chunk + j])
-                        + T.Cast("float32", x_TD[t, i * chunk + j]),
+                        T.Cast("float32", residual_TD[t, i * chunk + j]) + T.Cast("float32", x_TD[t, i * chunk + j]),
                     )
             normalise(total_TD, weight_D, out_TD, t)
 
@@ -126,7 +123,7 @@ class RMSNorm:
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
         x = spec.input("x")
         build = rms_norm if self.op == "rms_norm" else add_rms_norm
-        return build(x.shape[-1], x.dtype, spec.attribute("eps"), target.vector_lanes, config["parallel"])
+        return build(x.size(-1), x.dtype, spec.attribute("eps"), target.vector_lanes, config["parallel"])
 
 
 @dataclass(frozen=True)

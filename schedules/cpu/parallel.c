@@ -15,7 +15,8 @@ typedef struct {
 
 typedef int (*ParallelBody)(int task_id, ParallelGroup* group, void* captured);
 
-extern void* __TVMBackendParallelLaunch;
+/* Not there if no kernel of the library has a parallel loop. */
+extern void* __TVMBackendParallelLaunch __attribute__((weak));
 
 static int launch(ParallelBody body, void* captured, int num_task) {
   int failed = 0;
@@ -26,4 +27,6 @@ static int launch(ParallelBody body, void* captured, int num_task) {
   return failed ? -1 : 0;
 }
 
-__attribute__((constructor)) static void use_openmp(void) { __TVMBackendParallelLaunch = (void*)launch; }
+__attribute__((constructor)) static void use_openmp(void) {
+  if (&__TVMBackendParallelLaunch) __TVMBackendParallelLaunch = (void*)launch;
+}

@@ -26,9 +26,7 @@ from .rounding import rounded
 PARALLEL_TOKENS = 16
 
 
-def qkv_rope_cache(
-    heads: int, kv_heads: int, head_dim: int, dtype: str, lanes: int, parallel: bool
-) -> tirx.PrimFunc:
+def qkv_rope_cache(heads: int, kv_heads: int, head_dim: int, dtype: str, lanes: int, parallel: bool) -> tirx.PrimFunc:
     """qkv [T, (H+2*KH)*D], cos, sin [T, D], kv [B, KH, N, 2*D] in place, slot_mapping [T] -> q [T, H, D]."""
     half = head_dim // 2
     chunk = math.gcd(half, 2 * lanes)
@@ -50,9 +48,7 @@ def qkv_rope_cache(
         return T.Cast(dtype, product(y, cos_TD[t, half + j]) + product(x, sin_TD[t, half + j]))
 
     @T.prim_func(s_tir=True)
-    def kernel(
-        qkv: T.handle, cos: T.handle, sin: T.handle, kv: T.handle, slot_mapping: T.handle, out: T.handle
-    ):
+    def kernel(qkv: T.handle, cos: T.handle, sin: T.handle, kv: T.handle, slot_mapping: T.handle, out: T.handle):
         tokens = T.int64()
         blocks = T.int64()
         block_size = T.int64()
@@ -74,9 +70,7 @@ def qkv_rope_cache(
         for t in loop(tokens):
             for h, i in T.grid(heads, half // chunk):
                 for j in T.vectorized(chunk):
-                    q_THD[t, h, i * chunk + j] = rotated_first(
-                        qkv_TC, cos_TD, sin_TD, t, h * head_dim, i * chunk + j
-                    )
+                    q_THD[t, h, i * chunk + j] = rotated_first(qkv_TC, cos_TD, sin_TD, t, h * head_dim, i * chunk + j)
                     q_THD[t, h, half + i * chunk + j] = rotated_second(
                         qkv_TC, cos_TD, sin_TD, t, h * head_dim, i * chunk + j
                     )

@@ -15,6 +15,4 @@ def rounded(value: tirx.Expr, dtype: str) -> tirx.Expr:
     assert dtype == "bfloat16", dtype
     bits = T.reinterpret("uint32", value)
     last_kept = T.bitwise_and(T.shift_right(bits, T.uint32(16)), T.uint32(1))
-    return T.reinterpret(
-        "float32", T.bitwise_and(bits + (T.uint32(0x7FFF) + last_kept), T.uint32(0xFFFF0000))
-    )
+    return T.reinterpret("float32", T.bitwise_and(bits + (T.uint32(0x7FFF) + last_kept), T.uint32(0xFFFF0000)))

@@ -6,11 +6,11 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 LOG2_E = 1.4426950408889634
-# ln 2 in two parts (Cody & Waite 1980): the first has 9 significant bits, so that n * LN2_HIGH is exact for |n| < 2**15.
+# ln 2 in two parts (Cody & Waite 1980): the first has 9 significant bits, so that n * LN2_HIGH is exact.
 LN2_HIGH = 0.693359375
 LN2_LOW = -2.1219444005469057e-4
-# exp on [-ln2/2, ln2/2]: Chebyshev interpolant of degree 6 (the near-minimax polynomial), in powers of x, rounded
-# to float32; relative error 2.1e-8.  tests/schedules/test_vector_math.py derives them again.
+# exp on [-ln2/2, ln2/2]: the Chebyshev interpolant of degree 6, in powers of x, rounded to float32; relative
+# error 2.1e-8.  tests/schedules/test_vector_math.py derives them again.
 EXP_COEFFICIENTS = (
     1.0,
     1.0,
@@ -25,11 +25,11 @@ EXP_MIN = -87.33654  # exp of it is the smallest normal float32
 
 
 def exp(x: tirx.Expr) -> tirx.Expr:
-    """exp of a float32 scalar or vector, with a relative error below 2e-7 (that of one rounding, and a little more).
+    """exp of a float32 scalar or vector, with a relative error below 2e-7.
 
-    x = n * ln 2 + r with an integer n and |r| <= ln2 / 2; exp(r) by a polynomial; 2**n added to the exponent bits.
-    Below EXP_MIN, also for -inf, the result is 0; above EXP_MAX, also for inf, it is the largest finite value;
-    for NaN it is NaN.
+    x = n * ln 2 + r with an integer n and |r| <= ln2 / 2; exp(r) by a polynomial; n added to its exponent.
+    Below EXP_MIN, also for -inf, the result is 0; above EXP_MAX, also for inf, that of EXP_MAX; for NaN, NaN.
+    Pass whole vectors, or bind the result: inside T.vectorized it must not occur twice in an expression.
     """
     lanes = x.ty.dtype.lanes
     float_type, int_type = (f"{base}x{lanes}" if lanes > 1 else base for base in ("float32", "int32"))

@@ -60,35 +60,35 @@ __device__ __forceinline__ uint32_t element(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Fragment A of columns 32 * h + 8 * t + {2 * j, 2 * j + 1, 2 * j + 4, 2 * j + 5}.
+// Fragment A of rows g and g + 8 and of columns 8 * t + 2 * i, 8 * t + 2 * i + 1 of both halves of the block.
 template <bool PACKED>
-__device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4* v, int h, int j) {
+__device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4* v, int i) {
+  a[0] = element(v[0], i);
+  a[1] = element(v[1], i);
+  a[2] = element(v[2], i);
   if constexpr (PACKED) {
-    const uint32_t first = element(v[0], 2 * h + j), second = element(v[1], 2 * h + j),
-                   third = element(v[2], 2 * h + j);
-    a[0] = first & 0x87ff87ff;
-    a[1] = second & 0x87ff87ff;
-    a[2] = third & 0x87ff87ff;
-    a[3] = ((first >> 4) & 0x07800780) | ((second >> 8) & 0x00780078);
-    a[3] |= __funnelshift_r(third, third, 12) & 0x80078007;
+    a[3] = ((a[0] >> 4) & 0x07800780) | ((a[1] >> 8) & 0x00780078);
+    a[3] |= __funnelshift_r(a[2], a[2], 12) & 0x80078007;
+    a[0] &= 0x87ff87ff;
+    a[1] &= 0x87ff87ff;
+    a[2] &= 0x87ff87ff;
   } else {
-    a[0] = element(v[h], j);
-    a[1] = element(v[2 + h], j);
-    a[2] = element(v[h], 2 + j);
-    a[3] = element(v[2 + h], 2 + j);
+    a[3] = element(v[3], i);
   }
 }
 
 __device__ __forceinline__ float rounded(float value) { return __bfloat162float(__float2bfloat16_rn(value)); }
 
 // GATED: the weight's first N / 2 rows are gates, the others ups; y[tokens, N / 2] = silu(gate) * up.
-// `bias` [N] and `residual` [tokens, N] may be null.  `shared` holds the stages of all warps, and after them, in the
+// Bias [N] and residual [tokens, N] may be null, and are if GATED.  `shared` holds the stages of all warps, and after them, in the
 // same place, their sums (matmul.py computes its size).
 template <int TOKEN_TILES, int ROW_TILES, int WARPS, int STAGES, bool PACKED, bool GATED>
 __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ x, const void* __restrict__ weight,
-                                              const __nv_bfloat16* __restrict__ bias,
-                                              const __nv_bfloat16* residual, __nv_bfloat16* __restrict__ y,
-                                              int tokens, int N, int K, void* shared) {
+                                              const void* __restrict__ bias_or_null,
+                                              const void* __restrict__ residual_or_null,
+                                              __nv_bfloat16* __restrict__ y, int tokens, int N, int K, void* shared) {
+  const __nv_bfloat16* const bias = static_cast<const __nv_bfloat16*>(bias_or_null);
+  const __nv_bfloat16* residual = static_cast<const __nv_bfloat16*>(residual_or_null);
   constexpr int V = PACKED ? 3 : 4;  // 16-byte vectors of one lane in a block of 16 x 64 weights
   constexpr int THREADS = 32 * WARPS;
   constexpr int SUMS = ROW_TILES * TOKEN_TILES * 128;      // sums of a thread block
@@ -128,7 +128,7 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
 #pragma unroll
         for (int v = 0; v < V; v++) {
           const char* from = source[r];
-          from += PACKED ? (size_t)block * 1536 + v * 512 : ((size_t)(v / 2 * 8) * K + block * 64 + v % 2 * 32) * 2;
+          from += PACKED ? (size_t)block * 1536 + v * 512 : ((size_t)(v % 2 * 8) * K + block * 64 + v / 2 * 32) * 2;
           copy_async(ring_address + ((stage * ROW_TILES + r) * V + v) * 512, from);
         }
     }
@@ -191,6 +191,7 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
   };
   load_x(now, warp);
   int stage = 0;
+#pragma unroll 1
   for (int block = warp; block < blocks; block += WARPS) {
     if constexpr (TOKEN_TILES <= 2) load_x(next, block + WARPS);
     wait_copies<STAGES - 1>();
@@ -200,21 +201,19 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
 #pragma unroll
       for (int i = 0; i < V; i++) v[i] = ring[((stage * ROW_TILES + r) * V + i) * 32];
 #pragma unroll
-      for (int h = 0; h < 2; h++)
+      for (int i = 0; i < 4; i++) {
+        uint32_t a[4];
+        fragment<PACKED>(a, v, i);
+        if constexpr (RAISE_WEIGHT)
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-          uint32_t a[4];
-          fragment<PACKED>(a, v, h, j);
-          if constexpr (RAISE_WEIGHT)
+          for (int n = 0; n < 4; n++) a[n] = raised(a[n]);
 #pragma unroll
-            for (int i = 0; i < 4; i++) a[i] = raised(a[i]);
-#pragma unroll
-          for (int m = 0; m < TOKEN_TILES; m++) {
-            uint32_t b0 = element(now[m][h], j), b1 = element(now[m][h], 2 + j);
-            if constexpr (PACKED && !RAISE_WEIGHT) b0 = raised(b0), b1 = raised(b1);
-            mma(sums[r][m], a, b0, b1);
-          }
+        for (int m = 0; m < TOKEN_TILES; m++) {
+          uint32_t b0 = element(now[m][0], i), b1 = element(now[m][1], i);
+          if constexpr (PACKED && !RAISE_WEIGHT) b0 = raised(b0), b1 = raised(b1);
+          mma(sums[r][m], a, b0, b1);
         }
+      }
     }
     load(stage, block + STAGES * WARPS);
     stage = stage + 1 == STAGES ? 0 : stage + 1;

@@ -18,9 +18,7 @@ NAMES = ("embed.weight", "layer.0.weight", "layer.1.weight", "norm.weight")
 @pytest.fixture
 def tensors(generator) -> dict[str, torch.Tensor]:
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float32)
-    return {
-        name: torch.randn(5, 7, generator=generator).to(dtype) for name, dtype in zip(NAMES, dtypes, strict=True)
-    }
+    return {name: torch.randn(5, 7, generator=generator).to(dtype) for name, dtype in zip(NAMES, dtypes, strict=True)}
 
 
 @pytest.fixture
@@ -71,7 +69,7 @@ def test_no_safetensors(tmp_path):
 
 def test_shard_missing(sharded):
     (sharded / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ModelError, match="shard missing: model-00002-of-00002.safetensors"):
+    with pytest.raises(ModelError, match=r"shard missing: model-00002-of-00002\.safetensors"):
         Checkpoint(sharded)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -113,9 +114,7 @@ class Served:
         """Logits of one prompt, fed whole or in chunks."""
         batch = self.batch([len(ids)])
         bounds = [*range(0, len(ids), chunk or len(ids)), len(ids)]
-        return torch.cat(
-            [self.logits(ids[b:e], batch, batch.step([b], [e])) for b, e in zip(bounds, bounds[1:], strict=False)]
-        )
+        return torch.cat([self.logits(ids[b:e], batch, batch.step([b], [e])) for b, e in pairwise(bounds)])
 
     def _run(self, name: str, given: dict[str, torch.Tensor]) -> torch.Tensor:
         return interpreter.run(self._module, name, *(given[p.name] for p in self._functions[name].params))

@@ -21,12 +21,12 @@ pytest.importorskip("vllm")
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-from vllm_compile.runtime import program as programs
 
 from tests.conftest import SEED
 from tests.runtime import torch_program
 from tests.runtime.tiny_llama import TEXT, as_artifact, save_model
 from vllm_compile.errors import ArtifactError, UnsupportedError
+from vllm_compile.runtime import program as programs
 
 NEW_TOKENS = 24
 OPTIONS = {
@@ -219,7 +219,7 @@ def test_refusals(artifact, options, words):
 
 
 def test_damage_is_reported_before_an_engine_starts(artifact, monkeypatch):
-    def damaged(directory, weights=True, check=True):
+    def damaged(directory, weights=True):
         raise ArtifactError("kernels.so: SHA-256 differs from the manifest's")
 
     monkeypatch.setattr(programs, "load", damaged)

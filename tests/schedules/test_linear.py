@@ -1,4 +1,4 @@
-"""`linear` against its reference: every variant, dtype and instruction level, odd sizes, bias and residual."""
+"""`linear` against its reference: every tile, dtype and instruction level, odd sizes, bias and residual."""
 
 import dataclasses
 import subprocess
@@ -49,9 +49,7 @@ def assert_every_tile_matches(op, family, spec, target, kernels, sample) -> None
     for tokens in (1, 2, 3, 7, 12, 13, 70):
         inputs = sample(tokens)
         expected = harness.results(op, inputs, {})
-        results = [
-            harness.run(k, family, spec, target, inputs) for rows, k in kernels.items() if rows <= tokens
-        ]
+        results = [harness.run(k, family, spec, target, inputs) for rows, k in kernels.items() if rows <= tokens]
         for result in results:
             harness.assert_matches(op, result, expected)
             assert torch.equal(result[0], results[0][0])
@@ -120,6 +118,14 @@ def compiled(generator, tmp_path):
     spec = harness.op_spec(LINEAR, inputs, {})
     kernel = compile_family(FAMILY, spec, target, tmp_path, min_tokens=4)[4]
     return inputs, lambda given: harness.run(kernel, FAMILY, spec, target, given)
+
+
+def test_no_tokens_and_foreign_dtypes(compiled):
+    inputs, call = compiled
+    none = {name: t[:0] if name in ("x", "residual") else t for name, t in inputs.items()}
+    assert call(none)[0].shape == (0, 80)
+    mixed = harness.op_spec(LINEAR, {**inputs, "residual": inputs["residual"].float()}, {})
+    assert not FAMILY.serves(mixed, LEVELS["avx512_bf16"])
 
 
 @pytest.mark.parametrize("broken", ["x", "weight", "bias", "residual"])

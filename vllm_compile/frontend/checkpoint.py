@@ -70,9 +70,7 @@ class Checkpoint:
         try:
             return safe_open(shard, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{shard}: cannot be read as safetensors ({error}); is the file whole?"
-            ) from error
+            raise ModelError(f"{shard}: cannot be read as safetensors ({error}); is the file whole?") from error
 
 
 DUMMY_STD = 0.02  # what transformers initialises with by default

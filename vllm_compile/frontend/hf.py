@@ -66,9 +66,7 @@ def read_config(directory: Path) -> Any:
     kind = raw.get("model_type")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         named = ", ".join(raw.get("architectures") or [str(kind)])
-        raise UnsupportedError(
-            f"{directory}: architecture {named} is not a causal language model of transformers"
-        )
+        raise UnsupportedError(f"{directory}: architecture {named} is not a causal language model of transformers")
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its validators do
@@ -99,9 +97,7 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
             )
     except Exception as error:  # torch.export raises many kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UnsupportedError(
-            f"{type(model).__name__} cannot be traced by torch.export: {reason[0]}"
-        ) from error
+        raise UnsupportedError(f"{type(model).__name__} cannot be traced by torch.export: {reason[0]}") from error
     return TracedModel(program, config, shapes, aliases)
 
 
@@ -119,13 +115,9 @@ def _check_supported(config: Any) -> None:
 
 def decoder_layers(model: nn.Module, config: Any) -> nn.ModuleList:
     """The list of `num_hidden_layers` modules in a model; UnsupportedError unless there is just one."""
-    found = [
-        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers
-    ]
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers]
     if len(found) != 1:
-        raise UnsupportedError(
-            f"{type(model).__name__}: found {len(found)} lists of decoder layers, expected one"
-        )
+        raise UnsupportedError(f"{type(model).__name__}: found {len(found)} lists of decoder layers, expected one")
     return found[0]
 
 

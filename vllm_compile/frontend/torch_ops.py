@@ -59,7 +59,5 @@ def mark_layers(layers: nn.ModuleList, head: nn.Module) -> None:
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(before(index), with_kwargs=True)
     count = len(layers)
-    layers[-1].register_forward_hook(
-        lambda module, args, out: torch.ops.vllm_compile.layer_boundary(out, count)
-    )
+    layers[-1].register_forward_hook(lambda module, args, out: torch.ops.vllm_compile.layer_boundary(out, count))
     head.register_forward_pre_hook(before(count + 1), with_kwargs=True)

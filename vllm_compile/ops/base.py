@@ -58,9 +58,7 @@ class OwnOp:
         tvm_ffi.get_global_func("ir.RegisterOp")(full_name, full_name)
         op = tvm.ir.Op.get(full_name)
         op.set_num_inputs(-1)
-        register_op_attr(
-            full_name, "FInferType", lambda call, _: self.infer(inputs_of(call), attributes_of(call))
-        )
+        register_op_attr(full_name, "FInferType", lambda call, _: self.infer(inputs_of(call), attributes_of(call)))
         register_op_attr(full_name, "FPurity", True)
         register_op_attr(full_name, "TScriptPrinterName", full_name)
         object.__setattr__(self, "relax_op", op)

@@ -17,14 +17,9 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, l
     return (weights @ v).to(q.dtype).transpose(1, 2)
 
 
-def sample(
-    generator: torch.Generator, dtype: torch.dtype, tokens: int = 9, num_heads: int = 4, num_kv_heads: int = 2
-):
+def sample(generator: torch.Generator, dtype: torch.dtype, tokens: int = 9, num_heads: int = 4, num_kv_heads: int = 2):
     shapes = {"q": num_heads, "k": num_kv_heads, "v": num_kv_heads}
-    inputs = {
-        name: torch.randn(1, heads, tokens, 32, generator=generator).to(dtype)
-        for name, heads in shapes.items()
-    }
+    inputs = {name: torch.randn(1, heads, tokens, 32, generator=generator).to(dtype) for name, heads in shapes.items()}
     return inputs, {"scale": 32**-0.5, "layer": 0}
 
 

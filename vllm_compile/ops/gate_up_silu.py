@@ -13,18 +13,14 @@ def reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return functional.silu(gate) * up
 
 
-def sample(
-    generator: torch.Generator, dtype: torch.dtype, tokens: int = 5, K: int = 96, intermediate: int = 64
-):
+def sample(generator: torch.Generator, dtype: torch.dtype, tokens: int = 5, K: int = 96, intermediate: int = 64):
     inputs, _ = linear.sample(generator, dtype, tokens, K, 2 * intermediate)
     return {"x": inputs["x"], "weight": inputs["weight"]}, {}
 
 
 GATE_UP_SILU = OwnOp(
     "gate_up_silu",
-    lambda i, a: like(
-        i["x"], last=[a["out_features"] if "out_features" in a else i["weight"].shape.values[0] // 2]
-    ),
+    lambda i, a: like(i["x"], last=[a["out_features"] if "out_features" in a else i["weight"].shape.values[0] // 2]),
     reference,
     sample,
     linear.TOLERANCE,

@@ -5,12 +5,8 @@ import torch
 from .base import OwnOp, Tolerance, like
 
 TOLERANCE = {
-    "float32": Tolerance(
-        1e-4, 1e-4, "fp32 sums of K products in another order: error grows like sqrt(K) * 2**-24"
-    ),
-    "bfloat16": Tolerance(
-        2**-7, 2e-2, "fp32 accumulation in another order, then one rounding to bf16 per step"
-    ),
+    "float32": Tolerance(1e-4, 1e-4, "fp32 sums of K products in another order: error grows like sqrt(K) * 2**-24"),
+    "bfloat16": Tolerance(2**-7, 2e-2, "fp32 accumulation in another order, then one rounding to bf16 per step"),
 }
 
 

@@ -34,12 +34,7 @@ def reference(
         if length == 0 or begin == end:
             continue
         pages = kv[block_table[r, : -(-length // block_size)].long()].to(wide)
-        k, v = (
-            pages.transpose(0, 1)
-            .flatten(1, 2)[:, :length]
-            .repeat_interleave(group, 0)
-            .split(head_dim, dim=-1)
-        )
+        k, v = pages.transpose(0, 1).flatten(1, 2)[:, :length].repeat_interleave(group, 0).split(head_dim, dim=-1)
         scores = torch.einsum("thd,hsd->hts", q[begin:end].to(wide), k) * scale
         position = torch.arange(length - (end - begin), length)
         future = torch.arange(length)[None] > position[:, None]
@@ -64,9 +59,7 @@ def sample(
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), queries.cumsum(0)])
     inputs = {
         "q": torch.randn(int(queries.sum()), num_heads, head_dim, generator=generator).to(dtype),
-        "kv": torch.randn(blocks.numel(), num_kv_heads, block_size, 2 * head_dim, generator=generator).to(
-            dtype
-        ),
+        "kv": torch.randn(blocks.numel(), num_kv_heads, block_size, 2 * head_dim, generator=generator).to(dtype),
         "block_table": blocks[: len(lengths) * width].view(len(lengths), width).int(),
         "seq_lens": torch.tensor([length for _, length in lengths], dtype=torch.int32),
         "query_start_loc": starts.int(),

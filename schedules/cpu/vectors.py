@@ -132,9 +132,7 @@ class Vectors:
         wide = f"uint32x{self.lanes}"
         return T.reinterpret(
             f"int32x{self.lanes}",
-            T.bitwise_or(
-                T.Cast(wide, low), T.shift_left(T.Cast(wide, high), T.broadcast(T.uint32(16), self.lanes))
-            ),
+            T.bitwise_or(T.Cast(wide, low), T.shift_left(T.Cast(wide, high), T.broadcast(T.uint32(16), self.lanes))),
         )
 
     def maximum(self, vector: tirx.Expr) -> tirx.Expr:

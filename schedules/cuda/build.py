@@ -1,0 +1,93 @@
+"""PrimFuncs to one shared library with machine code for a GPU, on a machine with or without one.
+
+TVM's `cuda_host` code generator writes kernels and the host code that launches them as one CUDA C++ source, on
+apache-tvm-ffi's ABI: argument checks, device guard, the stream of `TVMFFIEnvGetStream` (PyTorch's current one), launch
+attributes.  nvcc makes the library of it.  Loading it needs neither TVM nor a GPU; running needs a driver.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import tvm
+import tvm_ffi.libinfo
+from tvm import tirx
+from tvm.backend.cuda import export_cuda_host
+
+from vllm_compile.errors import TargetError
+from vllm_compile.targets.cuda import CudaTarget
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the assembler says of a kernel: registers of a thread, and bytes of local memory it spills to."""
+
+    registers: int
+    spilled_bytes: int
+
+
+def find_nvcc() -> str:
+    """CUDA's compiler, of $CUDA_HOME or the path.
+
+    Raises:
+        TargetError: there is none.
+    """
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
+    if nvcc is None:
+        raise TargetError("nvcc was not found; compiling for CUDA needs CUDA's toolkit 13.0 (or set CUDA_HOME); no GPU")
+    return nvcc
+
+
+def source(kernels: Mapping[str, tirx.PrimFunc], target: CudaTarget) -> str:
+    """The CUDA C++ source of `kernels` (symbol -> function) and of their host functions."""
+    functions = {
+        symbol: function.with_attr("global_symbol", symbol).with_attr("tirx.noalias", True)
+        for symbol, function in sorted(kernels.items())
+    }
+    machine = tvm.target.Target(target.tvm_config(), host=tvm.target.Target({"kind": "cuda_host"}))
+    return export_cuda_host(tvm.compile(tvm.IRModule(functions), target=machine).mod)
+
+
+def build_library(kernels: Mapping[str, tirx.PrimFunc], target: CudaTarget, path: Path) -> dict[str, Resources]:
+    """Compile `kernels` (symbol -> function) for `target` into the shared library `path`.
+
+    The library depends on apache-tvm-ffi's ABI and the CUDA driver alone.
+
+    Returns:
+        The resources of each kernel by its symbol.
+
+    Raises:
+        TargetError: nvcc is missing or fails.
+    """
+    nvcc = find_nvcc()
+    with tempfile.TemporaryDirectory() as scratch:
+        code = Path(scratch) / "kernels.cu"
+        code.write_text(source(kernels, target))
+        command = [nvcc, "-shared", "-O3", "-std=c++17", "-cudart=static", "-Xcompiler=-fPIC", "-Xptxas=-v"]
+        command += [f"-gencode=arch={target.arch.replace('sm', 'compute')},code={target.arch}"]
+        command += [
+            f"-I{folder}"
+            for folder in (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())
+        ]
+        done = subprocess.run([*command, "-o", str(path), str(code)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise TargetError(f"nvcc failed: {done.stderr.strip()[-3000:]}")
+    return _resources(done.stdout + done.stderr)
+
+
+def _resources(report: str) -> dict[str, Resources]:
+    """By symbol, of the assembler's report."""
+    found = {}
+    for part in report.split("Compiling entry function '")[1:]:
+        numbers = [re.search(pattern, part) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")]
+        registers, spilled = (int(match[1]) if match else 0 for match in numbers)
+        found[part.split("'")[0].removesuffix("_kernel")] = Resources(registers, spilled)
+    return found

@@ -1,0 +1,328 @@
+"""A compiled model, loaded: what it computes, what it refuses, what it needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from vllm_compile.errors import ArtifactError
+from vllm_compile.paged_batch import PagedBatch
+from vllm_compile.runtime.program import Program, load, read_weights
+from vllm_compile.verify import relative_error
+
+# Kernels for another number of tokens add the same terms in another order.
+CLOSE = 1e-5
+VOCABULARY = 80
+
+
+@pytest.fixture(scope="module")
+def program(tiny_fp32) -> Program:
+    return load(tiny_fp32)
+
+
+@pytest.fixture
+def copy(tiny_fp32, tmp_path) -> Path:
+    """An artifact that a test may damage."""
+    return Path(shutil.copytree(tiny_fp32, tmp_path / "artifact"))
+
+
+def tokens(count: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (count,), generator=generator, dtype=torch.int32)
+
+
+def run(program: Program, prompts: list[torch.Tensor], steps: list[list[int]]) -> list[torch.Tensor]:
+    """Logits of each prompt when step i feeds the tokens of request r up to steps[i][r]."""
+    batch = PagedBatch(program.plan.model, [len(prompt) for prompt in prompts])
+    rows: list[list[torch.Tensor]] = [[] for _ in prompts]
+    begin = [0] * len(prompts)
+    for end in steps:
+        ids = torch.cat([p[b:e] for p, b, e in zip(prompts, begin, end, strict=True)])
+        hidden = program(ids, kv=batch.kv, **batch.step(begin, end))
+        logits = program.logits(hidden)
+        parts = logits.clone().split([e - b for b, e in zip(begin, end, strict=True)])
+        for row, part in zip(rows, parts, strict=True):
+            row.append(part)
+        begin = end
+    return [torch.cat(row) for row in rows]
+
+
+class TestForward:
+    @pytest.fixture(scope="class")
+    def hugging_face(self, tiny):
+        model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+        return lambda ids: model(ids[None].long()).logits[0].detach()
+
+    def test_attributes(self, program):
+        assert (program.num_layers, program.num_heads, program.num_kv_heads) == (2, 4, 2)
+        assert (program.head_dim, program.hidden_size, program.vocab_size) == (16, 64, VOCABULARY)
+        assert (program.max_positions, program.dtype) == (256, torch.float32)
+
+    def test_prefill_decode_and_both_equal_hugging_face(self, program, hugging_face, generator):
+        prompts = [tokens(count, generator) for count in (70, 1, 33)]
+        steps = [[40, 0, 0], [41, 1, 30], [69, 1, 31], [70, 1, 33]]
+        for ours, prompt in zip(run(program, prompts, steps), prompts, strict=True):
+            assert relative_error(ours, hugging_face(prompt)) < 1e-4
+
+    def test_another_weight_is_noticed(self, tiny_fp32, hugging_face, generator):
+        """Negative control of the comparison above."""
+        broken, prompt = load(tiny_fp32), tokens(40, generator)
+        weights = dict(read_weights(tiny_fp32))
+        name = next(name for name in weights if "layers_1_self_attn_o_proj" in name)
+        broken.load_weights({**weights, name: weights[name].flip(0).contiguous()}.items())
+        assert relative_error(run(broken, [prompt], [[40]])[0], hugging_face(prompt)) > 1e-2
+
+    def test_company_does_not_matter(self, program, generator):
+        prompts = [tokens(count, generator) for count in (21, 48, 5)]
+        together = run(program, prompts, [[21, 48, 5]])
+        for ours, prompt in zip(together, prompts, strict=True):
+            assert relative_error(ours, run(program, [prompt], [[len(prompt)]])[0]) < CLOSE
+
+    def test_same_call_gives_same_bits(self, program, generator):
+        prompt = tokens(48, generator)
+        first, second = (run(program, [prompt], [[47], [48]])[0] for _ in range(2))
+        assert first.equal(second)
+
+    def test_padding_does_no_harm(self, program, generator):
+        """Rows of length 0 and tokens without a slot, as an engine pads a batch for a captured graph."""
+        ids = tokens(20, generator)
+        batch, padded = (PagedBatch(program.plan.model, [20]) for _ in range(2))
+        plain = program(ids, kv=batch.kv, **batch.step([0], [20])).clone()
+        step = padded.step([0], [20])
+        zeros = torch.zeros(12, dtype=torch.int64)
+        hidden = program(
+            torch.cat([ids, zeros.int()]),
+            torch.cat([step["positions"], zeros]),
+            padded.kv,
+            torch.cat([step["block_table"], torch.zeros_like(step["block_table"]).repeat(3, 1)]),
+            torch.cat([step["seq_lens"], torch.zeros(3, dtype=torch.int32)]),
+            torch.cat([step["query_start_loc"], torch.full((3,), 20, dtype=torch.int32)]),
+            torch.cat([step["slot_mapping"], zeros - 1]),
+        )
+        assert relative_error(hidden[:20], plain) < CLOSE
+        for ours, expected in zip(padded.kv, batch.kv, strict=True):
+            assert ours.isnan().equal(expected.isnan()), "written where nothing was asked for"
+            assert relative_error(ours.nan_to_num(), expected.nan_to_num()) < CLOSE
+
+    def test_outer_strides_of_the_cache_are_free(self, program, generator):
+        ids = tokens(20, generator)
+        batch = PagedBatch(program.plan.model, [20])
+        plain = program(ids, kv=batch.kv, **batch.step([0], [20])).clone()
+        strided = PagedBatch(program.plan.model, [20])
+        shape = [strided.kv[0].shape[axis] for axis in (2, 0, 1, 3)]
+        strided.kv = [torch.full(shape, float("nan")).permute(1, 2, 0, 3) for _ in strided.kv]
+        assert program(ids, kv=strided.kv, **strided.step([0], [20])).equal(plain)
+        assert all(a.nan_to_num().equal(b.nan_to_num()) for a, b in zip(strided.kv, batch.kv, strict=True))
+
+    def test_observer_sees_and_changes_every_layer(self, program, generator):
+        ids = tokens(20, generator)
+        batch = PagedBatch(program.plan.model, [20])
+        step = batch.step([0], [20])
+        seen: list[tuple[int, torch.Tensor]] = []
+        plain = program(
+            ids, kv=batch.kv, **step, observer=lambda layer, hidden: seen.append((layer, hidden.clone()))
+        ).clone()
+        assert [layer for layer, _ in seen] == [0, 1]
+        assert seen[0][1].equal(program.embed(ids))
+        assert seen[1][1].shape == (20, 64)
+
+        def replay(layer, hidden):
+            hidden.copy_(seen[layer][1])
+
+        other = tokens(20, generator)
+        assert program(other, kv=batch.kv, **step, observer=replay).equal(plain)
+        assert not program(other, kv=batch.kv, **step).equal(plain)
+
+    def test_more_tokens_than_prepared_for(self, tiny_fp32, generator):
+        program, prompt = load(tiny_fp32), tokens(60, generator)
+        unprepared = run(program, [prompt], [[60]])[0]
+        program.prepare(8, 2)
+        assert run(program, [prompt], [[5], [60]])[0].shape == unprepared.shape
+        assert run(program, [prompt], [[60]])[0].equal(unprepared)
+
+    def test_bfloat16(self, tiny_bf16, generator):
+        program, prompt = load(tiny_bf16), tokens(40, generator)
+        (logits,) = run(program, [prompt], [[39], [40]])
+        assert program.dtype == logits.dtype == torch.bfloat16
+        assert logits.isfinite().all()
+
+
+def few_caches(step):
+    step["kv"] = step["kv"][:1]
+
+
+def narrow_caches(step):
+    step["kv"] = [cache[..., :16] for cache in step["kv"]]
+
+
+def caches_of_another_dtype(step):
+    step["kv"] = [cache.bfloat16() for cache in step["kv"]]
+
+
+def caches_with_strided_rows(step):
+    step["kv"] = [cache.transpose(2, 3).contiguous().transpose(2, 3) for cache in step["kv"]]
+
+
+def changed(name, change):
+    def apply(step):
+        step[name] = change(step[name])
+
+    apply.__name__ = name
+    return apply
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        changed("input_ids", torch.Tensor.long),
+        changed("input_ids", lambda t: t[None]),
+        changed("positions", torch.Tensor.int),
+        changed("positions", lambda t: t[:-1]),
+        changed("positions", lambda t: torch.cat([t, t])),
+        changed("slot_mapping", torch.Tensor.int),
+        changed("slot_mapping", lambda t: t[:-1]),
+        changed("block_table", torch.Tensor.long),
+        changed("block_table", lambda t: t.repeat(2, 1)),
+        changed("seq_lens", torch.Tensor.long),
+        changed("seq_lens", lambda t: t.repeat(2)),
+        changed("query_start_loc", torch.Tensor.long),
+        few_caches,
+        narrow_caches,
+        caches_of_another_dtype,
+        caches_with_strided_rows,
+    ],
+    ids=lambda spoil: spoil.__name__,
+)
+def test_wrong_arguments(program, spoil, generator):
+    batch = PagedBatch(program.plan.model, [20])
+    step = {"input_ids": tokens(20, generator), "kv": batch.kv, **batch.step([0], [20])}
+    program(**step)
+    spoil(step)
+    with pytest.raises((ValueError, TypeError), match=r"Mismatched|Invalid|shorter"):
+        program(**step)
+
+
+@pytest.mark.parametrize("hidden", [torch.zeros(3, 63), torch.zeros(64), torch.zeros(3, 64).bfloat16()])
+def test_wrong_hidden_states(program, hidden):
+    with pytest.raises((ValueError, TypeError), match=r"Mismatched|Invalid"):
+        program.logits(hidden)
+
+
+class TestWeights:
+    @pytest.fixture
+    def weights(self, tiny_fp32) -> dict[str, torch.Tensor]:
+        return {
+            name: tensor for shard in tiny_fp32.glob("model-*.safetensors") for name, tensor in load_file(shard).items()
+        }
+
+    def test_given_by_hand(self, tiny_fp32, program, weights, generator):
+        other, prompt = load(tiny_fp32, weights=False), tokens(20, generator)
+        other.load_weights(weights.items())
+        assert run(other, [prompt], [[20]])[0].equal(run(program, [prompt], [[20]])[0])
+
+    def test_missing(self, tiny_fp32, weights):
+        name = sorted(weights)[0]
+        del weights[name]
+        with pytest.raises(ArtifactError, match=f"{name}' is missing"):
+            load(tiny_fp32, weights=False).load_weights(weights.items())
+
+    def test_unknown(self, tiny_fp32, weights):
+        with pytest.raises(ArtifactError, match="'extra' is no weight"):
+            load(tiny_fp32, weights=False).load_weights([*weights.items(), ("extra", torch.zeros(1))])
+
+    @pytest.mark.parametrize("change", [torch.Tensor.bfloat16, lambda t: t[..., :-1]], ids=["dtype", "shape"])
+    def test_of_another_kind(self, tiny_fp32, weights, change):
+        name = sorted(weights)[0]
+        weights[name] = change(weights[name])
+        with pytest.raises(ArtifactError, match=f"{name}' is not as plan.json says"):
+            load(tiny_fp32, weights=False).load_weights(weights.items())
+
+
+FILES = ("config.json", "plan.json", "kernels.so", "model-00001.safetensors", "tokenizer.json")
+
+
+class TestDamage:
+    @pytest.mark.parametrize("name", FILES)
+    def test_one_byte(self, copy, name):
+        content = bytearray((copy / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (copy / name).write_bytes(content)
+        with pytest.raises(ArtifactError, match=rf"{name} differs from what was compiled \(SHA-256\)"):
+            load(copy)
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_missing_file(self, copy, name):
+        (copy / name).unlink()
+        with pytest.raises(ArtifactError, match=f"{name} is missing"):
+            load(copy)
+
+    def test_no_manifest(self, copy):
+        (copy / "manifest.json").unlink()
+        with pytest.raises(ArtifactError, match="no compiled artifact here"):
+            load(copy)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 1}'], ids=repr)
+    def test_not_a_manifest(self, copy, text):
+        (copy / "manifest.json").write_text(text)
+        with pytest.raises(ArtifactError, match="not a manifest"):
+            load(copy)
+
+    @pytest.mark.parametrize(("schema", "advice"), [(99, "update vllm-compile"), (0, "compile the model again")])
+    def test_another_schema(self, copy, schema, advice):
+        self.change_manifest(copy, schema=schema)
+        with pytest.raises(ArtifactError, match=f"artifact schema {schema}.*{advice}"):
+            load(copy)
+
+    def test_another_processor(self, copy):
+        self.change_manifest(copy, target={"features": ["avx2", "avx1024_fp3"]})
+        with pytest.raises(ArtifactError, match=r"compiled for a CPU with avx1024_fp3, which this machine lacks"):
+            load(copy)
+
+    def test_unchecked_plan(self, copy):
+        (copy / "plan.json").write_text("{}")
+        with pytest.raises(ArtifactError, match=r"plan.json: not a plan"):
+            load(copy, check=False)
+
+    @staticmethod
+    def change_manifest(directory: Path, **fields) -> None:
+        path = directory / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+RUN = """
+import sys, torch
+from vllm_compile import load
+from vllm_compile.paged_batch import PagedBatch
+program = load(sys.argv[1])
+batch = PagedBatch(program.plan.model, [9])
+hidden = program(torch.zeros(9, dtype=torch.int32), kv=batch.kv, **batch.step([0], [9]))
+assert program.logits(hidden).isfinite().all()
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+def test_runs_without_tvm(tiny_fp32):
+    done = subprocess.run([sys.executable, "-c", RUN, tiny_fp32], capture_output=True, text=True, check=True)
+    modules = set(done.stdout.split())
+    assert "tvm_ffi" in modules
+    assert {"tvm", "transformers"}.isdisjoint(modules)
+
+
+def test_library_needs_no_tvm(tiny_fp32):
+    linked = subprocess.run(["ldd", tiny_fp32 / "kernels.so"], capture_output=True, text=True, check=True)
+    names = {line.split()[0].split(".")[0] for line in linked.stdout.splitlines()}
+    assert not any("libtvm" in name and name != "libtvm_ffi" for name in names)
+
+
+def test_no_pickle(tiny_fp32):
+    """Known kinds of files only, and none begins as a pickle or an archive of pickles does."""
+    for path in tiny_fp32.iterdir():
+        assert path.suffix in (".json", ".so", ".safetensors"), path.name
+        assert not path.read_bytes().startswith((b"\x80", b"PK"))
