@@ -43,8 +43,8 @@ SIGN, MAGNITUDE, MANTISSA_BITS = -0x8000, 0x7FFF, 7
 
 
 def capacity(N: int, K: int) -> int:
-    """Entries of the side list: one weight in 1024, or one in each row."""
-    return max(N * K // 1024, N)
+    """Entries of the side list: one weight in 1024, or two in each row."""
+    return max(N * K // 1024, 2 * N)
 
 
 def serves(N: int, K: int) -> bool:
@@ -171,14 +171,14 @@ def _encode(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     # Whole vectors at a time: comparisons are many times slower.
     code = magnitude - (bases << MANTISSA_BITS)[:, None]
     kept = torch.threshold(code, (1 << MANTISSA_BITS) - 1, 0)
-    row, k = _listed(code.sub_(kept), magnitude)
+    row, k = _listed(code.sub_(1 << MANTISSA_BITS).clamp_(max=0), magnitude)
     far = (torch.bincount(row, minlength=len(rows)) > 1 + rows.shape[1] // 1024) | (largest > MAX_BASE + EXPONENTS)
     if bool(far.any()):
         bases[far] = _best_bases(rows[far])
         code = magnitude - (bases << MANTISSA_BITS)[:, None]
         inside = (code >= 1 << MANTISSA_BITS) & (code < (EXPONENTS + 1) << MANTISSA_BITS)
         kept = code * inside
-        row, k = _listed(code.sub_(kept), magnitude)
+        row, k = _listed((~inside).to(torch.int16), magnitude)
     return kept, bases, row, k
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,7 +16,7 @@ from examples import demo, train_llama
 from tests.conftest import SEED
 from tests.runtime.tiny_llama import save_model
 
-TEXTS = [Path(module.__file__).read_text() for module in (subprocess, json, os)]
+TEXTS = [inspect.getsource(module) for module in (subprocess, json, os)]
 STUBBORN = """
 import signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -65,9 +65,10 @@ def test_heldout_files_are_not_trained_on():
 
 def test_stop_leaves_nothing_of_the_process_group(monkeypatch):
     monkeypatch.setattr(demo, "STOP_LIMIT", 0.2)
-    parent = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(600)"
+    parent = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(60)"
     command = [sys.executable, "-c", parent, STUBBORN]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout
         assert process.stdout.readline() == b"up\n"
         demo.stop(process)
         assert process.stdout.read() == b""  # ends when the last process that has it open has gone

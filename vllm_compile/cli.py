@@ -80,18 +80,28 @@ def _print_result(result: Any) -> None:
     for record in result.passes:
         passes.add_row(record.name, str(record.matches))
     console.print(passes)
-    kernels = Table("kernel", "family", "from T", "inputs", "µs", title="kernels")
-    for kernel in result.kernels:
-        shapes = ", ".join(f"{name} {'x'.join(shape[:-1])} {shape[-1]}" for name, shape in kernel["inputs"].items())
-        time = "" if kernel["microseconds"] is None else str(kernel["microseconds"])
-        kernels.add_row(kernel["symbol"], kernel["family"], str(kernel["min_tokens"]), shapes, time)
-    console.print(kernels)
+    console.print(_kernel_table(result.kernels))
     for warning in result.warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}")
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
     console.print(f"{stages}; total {sum(result.seconds.values()):.1f} s")
     console.print(f"verified: {_verdict(result.verdict)}")
     console.print(f"wrote {result.artifact}; serve it with: vllm serve {result.artifact}", soft_wrap=True)
+
+
+def _kernel_table(kernels: list[dict[str, Any]]) -> Table:
+    """One row per call of an operator, its variants side by side."""
+    table = Table("operator", "family", "inputs", "variants from T", "µs", title="kernels")
+    calls: dict[str, list[dict[str, Any]]] = {}
+    for kernel in kernels:
+        calls.setdefault(json.dumps([kernel["op"], kernel["family"], kernel["inputs"]]), []).append(kernel)
+    for variants in calls.values():
+        first = variants[0]
+        inputs = ", ".join(f"{name} {'x'.join(shape[:-1])}" for name, shape in first["inputs"].items())
+        minimums = " ".join(str(kernel["min_tokens"]) for kernel in variants)
+        times = [f"{k['min_tokens']}: {k['microseconds']:.0f}" for k in variants if k["microseconds"] is not None]
+        table.add_row(first["op"], first["family"], inputs, minimums, "  ".join(times))
+    return table
 
 
 def _verdict(verdict: dict[str, Any]) -> str:

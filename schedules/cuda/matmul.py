@@ -69,12 +69,12 @@ def space(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool = False) -
 
 
 def default_variants(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool = False) -> Sequence[Variant]:
-    """Where there are at most two tiles of rows for each multiprocessor, many warps to a tile; else more tiles at once.
+    """Many warps to a tile of rows where a multiprocessor has no more than two, or the weight is plain; else more tiles.
 
-    All variants of a product have the same number of warps, so that a token's result has the same bits in each.
+    Two stages, which leave most of the memory to L1 and so to x.  All variants of a product have the same number of warps, so that a token's result has the same bits in each.
     """
     tiles = spec.input("weight").size(0) // lossless.TILE // (2 if gated else 1)
-    warps = 16 if tiles <= 2 * target.multiprocessors else 8
+    warps = 16 if tiles <= 2 * target.multiprocessors or not packed else 8
     variants = []
     for min_tokens, token_tiles in ((1, 1), (9, 2), (17, 4), (33, 8)):
         if warps * token_tiles > 64:
@@ -83,7 +83,7 @@ def default_variants(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool
             "token_tiles": token_tiles,
             "row_tiles": 2 if gated else 1,
             "warps": warps,
-            "stages": 2 if packed and token_tiles == 1 else 3,
+            "stages": 2,
             "lossless": packed,
         }
         variants.append(Variant(min_tokens, config))

@@ -177,23 +177,22 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
   }
 
   float sums[ROW_TILES][TOKEN_TILES][4] = {};
-  uint4 now[TOKEN_TILES][2], next[TOKEN_TILES][2];
-  auto load_x = [&](uint4(&to)[TOKEN_TILES][2], int block) {
+  uint4 part[TOKEN_TILES][2];
+  auto load_x = [&](int block) {
 #pragma unroll
     for (int m = 0; m < TOKEN_TILES; m++) {
       const __nv_bfloat16* from = x + (size_t)(m * 8 + g) * K + block * 64 + t * 8;
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        to[m][h] = make_uint4(0, 0, 0, 0);
-        if (m * 8 + g < tokens && block < blocks) to[m][h] = *reinterpret_cast<const uint4*>(from + h * 32);
+        part[m][h] = make_uint4(0, 0, 0, 0);
+        if (m * 8 + g < tokens && block < blocks) part[m][h] = *reinterpret_cast<const uint4*>(from + h * 32);
       }
     }
   };
-  load_x(now, warp);
+  load_x(warp);
   int stage = 0;
 #pragma unroll 1
   for (int block = warp; block < blocks; block += WARPS) {
-    if constexpr (TOKEN_TILES <= 2) load_x(next, block + WARPS);
     wait_copies<STAGES - 1>();
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
@@ -209,7 +208,7 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
           for (int n = 0; n < 4; n++) a[n] = raised(a[n]);
 #pragma unroll
         for (int m = 0; m < TOKEN_TILES; m++) {
-          uint32_t b0 = element(now[m][0], i), b1 = element(now[m][1], i);
+          uint32_t b0 = element(part[m][0], i), b1 = element(part[m][1], i);
           if constexpr (PACKED && !RAISE_WEIGHT) b0 = raised(b0), b1 = raised(b1);
           mma(sums[r][m], a, b0, b1);
         }
@@ -217,14 +216,7 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
     }
     load(stage, block + STAGES * WARPS);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
-    if constexpr (TOKEN_TILES <= 2) {
-#pragma unroll
-      for (int m = 0; m < TOKEN_TILES; m++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) now[m][h] = next[m][h];
-    } else {
-      load_x(now, block + WARPS);
-    }
+    load_x(block + WARPS);
   }
 
   // Each warp's sums: [warp][row tile][token tile][lane][4], the accumulators of the mma.

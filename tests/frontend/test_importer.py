@@ -16,13 +16,15 @@ from vllm_compile.frontend.importer import import_model
 from vllm_compile.verify import relative_error
 
 
-def logits(pair, generator):
-    """(ours, Hugging Face's, the prompt) for a random prompt."""
-    ids = torch.randint(0, 80, (29,), generator=generator, dtype=torch.int32)
+def logits(pair, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ours and Hugging Face's for one prompt."""
     ours = interpreter.run(pair.imported.module, "main", *pair.arguments(ids))
     with torch.no_grad():
-        theirs = pair.model(ids[None].long()).logits
-    return ours, theirs, ids
+        return ours, pair.model(ids[None].long()).logits
+
+
+def prompt(generator: torch.Generator, tokens: int = 29) -> torch.Tensor:
+    return torch.randint(0, 80, (tokens,), generator=generator, dtype=torch.int32)
 
 
 FLOAT32 = [kind for kind, options in KINDS.items() if "dtype" not in options]
@@ -31,15 +33,16 @@ FLOAT32 = [kind for kind, options in KINDS.items() if "dtype" not in options]
 @pytest.mark.parametrize("kind", FLOAT32)
 def test_float32(kind, pairs, generator):
     """Sums of tens of terms in another order: some 2**-22 relative."""
-    ours, theirs, _ = logits(pairs(kind), generator)
-    assert relative_error(ours, theirs) < 1e-5
+    assert relative_error(*logits(pairs(kind), prompt(generator))) < 1e-5
 
 
 def test_bfloat16(pairs, generator):
     """Rounded where Hugging Face rounds, but for attention, which keeps its scores in float32."""
     pair = pairs("bfloat16")
-    ours, theirs, ids = logits(pair, generator)
-    exact = deepcopy(pair.model).float()(ids[None].long()).logits.detach()
+    prompts = [prompt(generator, MAX_POSITIONS) for _ in range(4)]
+    ours, theirs = (torch.cat(parts) for parts in zip(*(logits(pair, ids) for ids in prompts), strict=True))
+    wide = deepcopy(pair.model).float()
+    exact = torch.cat([wide(ids[None].long()).logits.detach() for ids in prompts])
     assert ours.dtype == theirs.dtype == torch.bfloat16
     assert relative_error(ours, exact) <= 1.1 * relative_error(theirs, exact)
 
@@ -47,8 +50,7 @@ def test_bfloat16(pairs, generator):
 @pytest.mark.parametrize("broken", ["a weight", "a position"])
 def test_a_broken_model_is_noticed(broken, pairs, generator):
     pair = pairs("two layers")
-    ids = torch.randint(0, 80, (29,), generator=generator, dtype=torch.int32)
-    arguments = pair.arguments(ids)
+    arguments = pair.arguments(prompt(generator))
     right = interpreter.run(pair.imported.module, "main", *arguments)
     if broken == "a position":
         arguments[1] = arguments[1] * 2

@@ -1,0 +1,292 @@
+"""CUDA's `linear` and `gate_up_silu`: machine code without a GPU; with one, numbers, graphs and streams.
+
+Building needs nvcc, the second half a Hopper GPU; both are skipped where they are missing.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import tvm_ffi
+
+from vllm_compile.errors import TargetError
+from vllm_compile.ops import GATE_UP_SILU, LINEAR
+from vllm_compile.schedules import lossless
+from vllm_compile.schedules.cuda import build as cuda_build
+from vllm_compile.schedules.cuda import matmul
+from vllm_compile.schedules.cuda.gate_up import GateUpSilu
+from vllm_compile.schedules.cuda.linear import Linear
+from vllm_compile.targets import cuda
+
+from . import harness
+
+TARGET = cuda.detect()
+N, K = 320, 576  # 9 blocks of 64: no multiple of the warps
+FORMS = {
+    "linear": (LINEAR, Linear, ()),
+    "linear_bias_residual": (LINEAR, Linear, ("bias", "residual")),
+    "gate_up_silu": (GATE_UP_SILU, GateUpSilu, ()),
+}
+KINDS = {"plain": False, "lossless": True}
+# What apache-tvm-ffi has had since 0.1.10, which vLLM pins.
+ABI = {"TVMFFIBacktrace", "TVMFFIEnvGetStream", "TVMFFIErrorSetRaised", "TVMFFIErrorSetRaisedFromCStrParts"}
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != cuda.CAPABILITY, reason="needs a Hopper GPU"
+)
+
+
+def sample(form, generator, tokens):
+    op, _, optional = FORMS[form]
+    width = {"intermediate": N // 2} if op is GATE_UP_SILU else {"N": N}
+    inputs, _ = op.sample(generator, torch.bfloat16, tokens, K, **width)
+    return {name: inputs[name] for name in ("x", "weight", *optional)}
+
+
+def spec_of(form):
+    return harness.op_spec(FORMS[form][0], sample(form, torch.Generator(), 5), {})
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(library, resources by symbol, variants by form and kind)."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    kernels, variants = {}, {}
+    for form, (_, family_of, _) in FORMS.items():
+        spec = spec_of(form)
+        for kind, packed in KINDS.items():
+            family = family_of(packed)
+            assert family.serves(spec, TARGET)
+            variants[form, kind] = [v.min_tokens for v in family.variants(spec, TARGET)]
+            for variant in family.variants(spec, TARGET):
+                kernels[f"{form}_{kind}_{variant.min_tokens}"] = family.build(spec, variant.config, TARGET)
+    path = tmp_path_factory.mktemp("cuda") / "kernels.so"
+    return path, cuda_build.build_library(kernels, TARGET, path), variants
+
+
+@pytest.fixture(scope="module")
+def machine_code(built):
+    """SASS of each kernel by symbol."""
+    folders = [str(folder) for folder in Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")]
+    cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=":".join(folders))
+    if cuobjdump is None:
+        pytest.skip("needs cuobjdump (CUDA's toolkit, or pip install nvidia-cuda-cuobjdump)")
+    text = subprocess.run([cuobjdump, "--dump-sass", str(built[0])], check=True, capture_output=True, text=True).stdout
+    parts = re.split(r"Function : (\w+)_kernel\n", text)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_nothing_is_spilled(built):
+    _, resources, variants = built
+    assert len(resources) == sum(map(len, variants.values()))
+    for symbol, used in resources.items():
+        assert used.spilled_bytes == 0, symbol
+        assert 0 < used.registers <= (64 if symbol.endswith("_1") else 255), symbol
+
+
+def test_machine_code_has_what_the_kernels_are_about(machine_code, built):
+    assert machine_code.keys() == built[1].keys()
+    for symbol, code in machine_code.items():
+        for instruction in ("HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS", "LDG.E.128", "LDS.128", "ACQBULK", "PREEXIT"):
+            assert instruction in code, f"{symbol} has no {instruction}"
+        assert not re.search(r"\b(LDL|STL)\b", code), f"{symbol} uses local memory"
+        # The weights of a lossless kernel are on their way before the kernel waits for the one before it.
+        assert code.index("LDGSTS") < code.index("ACQBULK"), symbol
+
+
+def test_library_needs_the_ffi_abi_alone(built):
+    command = ["nm", "-D", "--undefined-only", str(built[0])]
+    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert {symbol for symbol in symbols if symbol.startswith("TVM")} <= ABI
+    assert not [symbol for symbol in symbols if re.match(r"cu(da)?[A-Z]", symbol)]
+
+
+def test_library_loads_without_tvm_or_gpu(built):
+    code = (
+        "import sys, torch, tvm_ffi\n"
+        f"kernel = tvm_ffi.load_module({str(built[0])!r})['linear_plain_1']\n"
+        f"x, w, y = (torch.zeros(s, dtype=torch.bfloat16) for s in ((1, {K}), ({N}, {K}), (1, {N})))\n"
+        "assert 'tvm' not in sys.modules\n"
+        "try: kernel(x, w, y)\n"
+        "except ValueError as error: assert 'expected cuda' in str(error), error\n"
+        "else: raise SystemExit('ran on CPU tensors')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_missing_nvcc_is_reported(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    with pytest.raises(TargetError, match="nvcc was not found"):
+        cuda_build.find_nvcc()
+
+
+@pytest.mark.parametrize(("n", "k", "served"), [(320, 576, True), (328, 576, False), (320, 570, False)])
+def test_serves_whole_blocks_only(n, k, served):
+    inputs, _ = LINEAR.sample(torch.Generator(), torch.bfloat16, 5, k, n)
+    spec = harness.op_spec(LINEAR, {"x": inputs["x"], "weight": inputs["weight"]}, {})
+    assert Linear(packed=True).serves(spec, TARGET) is served
+
+
+def test_halves_of_a_gated_weight_are_whole_tiles():
+    inputs, _ = GATE_UP_SILU.sample(torch.Generator(), torch.bfloat16, 5, 64, 24)
+    assert not GateUpSilu(packed=False).serves(harness.op_spec(GATE_UP_SILU, inputs, {}), TARGET)
+
+
+def test_every_configuration_fits_shared_memory():
+    for packed in KINDS.values():
+        space = Linear(packed).space(spec_of("linear"), TARGET)
+        assert len(space) > 20
+        assert all(matmul.shared_bytes(config) <= TARGET.shared_bytes for config in space)
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "message"), [((8, 0), (590, 1), "sm_90a"), ((10, 0), (590, 1), "10.0"), ((9, 0), (535, 2), "535.2")]
+)
+def test_other_gpus_and_old_drivers_are_refused(capability, driver, message):
+    cuda.require(cuda.CAPABILITY, cuda.MIN_DRIVER)
+    with pytest.raises(TargetError, match=message):
+        cuda.require(capability, driver)
+
+
+class OnGPU:
+    """One form of a kernel on the GPU."""
+
+    def __init__(self, built, form, kind):
+        self.module = tvm_ffi.load_module(str(built[0]))
+        self.form, self.kind, self.variants = form, kind, built[2][form, kind]
+        self.op = FORMS[form][0]
+
+    def arguments(self, inputs):
+        on_gpu = {name: tensor.cuda() for name, tensor in inputs.items()}
+        if self.kind == "lossless":
+            on_gpu["weight"] = lossless.pack(on_gpu["weight"])
+        out = torch.full((len(inputs["x"]), N // 2 if self.op is GATE_UP_SILU else N), float("nan"))
+        return [*on_gpu.values(), out.to("cuda", torch.bfloat16)]
+
+    def run(self, inputs, variant=None):
+        """Results of the variant made for this many tokens."""
+        arguments = self.arguments(inputs)
+        chosen = variant or max(m for m in self.variants if m <= max(len(inputs["x"]), 1))
+        with tvm_ffi.use_torch_stream():
+            self.module[f"{self.form}_{self.kind}_{chosen}"](*arguments)
+        return arguments[-1].cpu()
+
+
+@pytest.fixture(params=[(form, kind) for form in FORMS for kind in KINDS], ids="-".join)
+def on_gpu(request, built):
+    return OnGPU(built, *request.param)
+
+
+@needs_gpu
+def test_matches_reference(on_gpu, generator):
+    for tokens in (1, 2, 7, 8, 9, 16, 23, 32, 33, 64, 70):
+        inputs = sample(on_gpu.form, generator, tokens)
+        expected = harness.results(on_gpu.op, inputs, {})
+        for variant in on_gpu.variants:
+            harness.assert_matches(on_gpu.op, (on_gpu.run(inputs, variant),), expected)
+
+
+@needs_gpu
+def test_comparison_sees_one_wrong_input(on_gpu, generator):
+    inputs = sample(on_gpu.form, generator, 9)
+    expected = harness.results(on_gpu.op, inputs, {})
+    for name in inputs:
+        changed = inputs[name].clone()
+        changed.view(-1)[-1] += 4
+        with pytest.raises(AssertionError):
+            harness.assert_matches(on_gpu.op, (on_gpu.run({**inputs, name: changed}),), expected)
+
+
+@needs_gpu
+def test_rows_do_not_depend_on_the_batch(on_gpu, generator):
+    inputs = sample(on_gpu.form, generator, 64)
+    whole = on_gpu.run(inputs)
+    for tokens in (1, 5, 12, 29, 40):
+        part = {name: t[:tokens] if name in ("x", "residual") else t for name, t in inputs.items()}
+        assert torch.equal(on_gpu.run(part), whole[:tokens])
+
+
+@needs_gpu
+def test_nan_stays_in_its_row(on_gpu, generator):
+    inputs = sample(on_gpu.form, generator, 9)
+    clean = on_gpu.run(inputs)
+    x = inputs["x"].clone()
+    x[4, 3] = float("nan")
+    dirty = on_gpu.run({**inputs, "x": x})
+    assert dirty[4].isnan().all()
+    others = torch.arange(9) != 4
+    assert torch.equal(dirty[others], clean[others])
+
+
+@needs_gpu
+def test_no_tokens(on_gpu, generator):
+    inputs = sample(on_gpu.form, generator, 3)
+    assert len(on_gpu.run({name: t[:0] if name in ("x", "residual") else t for name, t in inputs.items()})) == 0
+
+
+@needs_gpu
+def test_graph_replay_equals_eager(on_gpu, generator):
+    inputs = sample(on_gpu.form, generator, 8)
+    arguments = on_gpu.arguments(inputs)
+    kernel = on_gpu.module[f"{on_gpu.form}_{on_gpu.kind}_1"]
+    graph = torch.cuda.CUDAGraph()
+    with tvm_ffi.use_torch_stream(torch.cuda.graph(graph)):
+        kernel(*arguments)
+    for _ in range(3):
+        again = sample(on_gpu.form, generator, 8)
+        again["weight"] = inputs["weight"]
+        arguments[0].copy_(again["x"])
+        for place, name in enumerate(inputs):
+            if name not in ("x", "weight"):
+                arguments[place].copy_(again[name])
+        arguments[-1].fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(arguments[-1].cpu(), on_gpu.run(again))
+
+
+@needs_gpu
+def test_runs_on_the_current_stream(on_gpu, generator):
+    """What is queued on the stream before the kernel is done before it reads."""
+    inputs = sample(on_gpu.form, generator, 8)
+    arguments = on_gpu.arguments(inputs)
+    x = arguments[0].clone()
+    arguments[0].zero_()
+    torch.cuda.synchronize()
+    with tvm_ffi.use_torch_stream(torch.cuda.stream(torch.cuda.Stream())):
+        torch.cuda._sleep(20_000_000)
+        arguments[0].copy_(x)
+        on_gpu.module[f"{on_gpu.form}_{on_gpu.kind}_1"](*arguments)
+        result = arguments[-1].clone()
+    torch.cuda.synchronize()
+    assert torch.equal(result.cpu(), on_gpu.run(inputs))
+
+
+@needs_gpu
+def test_chain_of_dependent_launches(built, generator):
+    """Kernels that start while the one before still runs see its results all the same."""
+    linear = OnGPU(built, "linear", "lossless")
+    square = (torch.randn(N, K, generator=generator) * K**-0.5).bfloat16()
+    packed, x = lossless.pack(square.cuda()), torch.randn(8, K, generator=generator).bfloat16().cuda()
+    kernel = linear.module["linear_lossless_1"]
+
+    def chain():
+        y = torch.zeros(8, N, device="cuda", dtype=torch.bfloat16)
+        wide = x.clone()
+        for _ in range(40):
+            with tvm_ffi.use_torch_stream():
+                kernel(wide, packed, y)
+                kernel(wide, packed, y)
+            wide[:, :N] = y
+        return y
+
+    first = chain()
+    for _ in range(5):
+        assert torch.equal(chain(), first)
