@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests import models
@@ -212,6 +213,7 @@ class TestVerify:
         code, report = verify(tiny_bf16)
         assert code == 0
         assert report["error"] <= 1.1 * report["reference_error"]
+        assert torch.get_default_dtype() == torch.float32, "as it was before"
 
     BREAKS = {  # noqa: RUF012
         "mask": lambda step, decoding: step["seq_lens"].add_(1),

@@ -79,9 +79,10 @@ def verify(artifact: Path, model: Path, dummy_seed: int | None = None, lengths=F
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(0, plan.model.vocab_size, (n,), generator=generator) for n in lengths]
     batches = [torch.stack(list(group)) for _, group in groupby(prompts, key=len)]
+    # Built one after the other: transformers sets torch's default dtype while it builds a model.
+    models = {d: Reference(config, checkpoint, d) for d in (dtype, torch.float32)}
     with ThreadPoolExecutor() as pool:
-        dtypes = dict.fromkeys((dtype, torch.float32))
-        runs = {d: pool.submit(_references, config, checkpoint, d, batches) for d in dtypes}
+        runs = {d: pool.submit(lambda m: [m.run(ids) for ids in batches], m) for d, m in models.items()}
         same, wide = runs[dtype].result(), runs[torch.float32].result()
     program = StreamedProgram(artifact, plan)
     logits = torch.cat(_run(program, plan, prompts))
@@ -128,14 +129,6 @@ def mean_kl(reference: torch.Tensor, ours: torch.Tensor) -> float:
 def _checkpoint(model: Path, config: Any, dtype: torch.dtype, dummy_seed: int | None) -> Checkpoint | DummyCheckpoint:
     shapes = {} if dummy_seed is None else Reference.shapes(config)
     return open_checkpoint(model, shapes, dtype, dummy_seed)
-
-
-def _references(
-    config: Any, checkpoint: Checkpoint | DummyCheckpoint, dtype: torch.dtype, batches: list[torch.Tensor]
-) -> list[tuple]:
-    """Hugging Face's layer inputs, final hidden states and logits of each batch."""
-    reference = Reference(config, checkpoint, dtype)
-    return [reference.run(ids) for ids in batches]
 
 
 def _run(program: StreamedProgram, plan: Plan, prompts: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -27,6 +27,7 @@ from ..family import Config, Variant
 
 SOURCE = (Path(__file__).parent / "stream_linear.cuh").read_text()
 TOKENS = 8  # of one mma
+MOST_SUMS = 64  # tiles of sums of a thread block's warps that its registers hold without spilling
 LAUNCH = ("blockIdx.x", "blockIdx.y", "threadIdx.x")
 # Start while the kernel before runs; it is waited for before anything but weights is read.
 DEPENDENT_LAUNCH = "tirx.use_programtic_dependent_launch"
@@ -59,31 +60,37 @@ def serves(spec: OpSpec) -> bool:
 def space(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool = False) -> Sequence[Config]:
     """Every configuration that can be built."""
     configs = [
-        {"token_tiles": m, "row_tiles": r, "warps": warps, "stages": stages, "lossless": packed}
+        {"token_tiles": m, "row_tiles": r, "warps": warps, "stages": stages, "ahead": ahead, "lossless": packed}
         for m in (1, 2, 4, 8)
         for r in (1, 2, 4)
         for warps in (4, 8, 16)
         for stages in (2, 3, 4, 6)
+        for ahead in (False, True)
+        if warps * m * r <= MOST_SUMS
     ]
     return [config for config in configs if fits(spec, config, target, gated)]
 
 
 def default_variants(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool = False) -> Sequence[Variant]:
-    """Many warps to a tile of rows where a multiprocessor has no more than two, or the weight is plain; else more tiles.
+    """What was fastest on an H200 (benchmarks/baseline.md).
 
-    Two stages, which leave most of the memory to L1 and so to x.  All variants of a product have the same number of warps, so that a token's result has the same bits in each.
+    Many warps to a tile of rows where a multiprocessor has no more than two tiles.  Two stages, which leave most of the
+    memory to L1 and so to x.  x ahead for up to eight tokens, save where a multiprocessor has three tiles.
+    All variants of a product have the same number of warps, so that a token's result has the same bits in each.
     """
-    tiles = spec.input("weight").size(0) // lossless.TILE // (2 if gated else 1)
-    warps = 16 if tiles <= 2 * target.multiprocessors or not packed else 8
+    row_tiles = 2 if gated else 1
+    shares = spec.input("weight").size(0) / (lossless.TILE * row_tiles) / target.multiprocessors
+    warps = 16 if shares <= 2 or not (packed or gated) else 8
     variants = []
     for min_tokens, token_tiles in ((1, 1), (9, 2), (17, 4), (33, 8)):
-        if warps * token_tiles > 64:
-            break  # 512 threads have 128 registers each: too few for eight tiles of tokens
+        if warps * token_tiles * row_tiles > MOST_SUMS:
+            break
         config = {
             "token_tiles": token_tiles,
-            "row_tiles": 2 if gated else 1,
+            "row_tiles": row_tiles,
             "warps": warps,
-            "stages": 2,
+            "stages": 2 if packed or not gated else 3,
+            "ahead": token_tiles == 1 and not 2 < shares <= 3,
             "lossless": packed,
         }
         variants.append(Variant(min_tokens, config))
@@ -96,7 +103,8 @@ def matmul(spec: OpSpec, config: Config, target: CudaTarget, gated: bool) -> tir
     N, K = spec.input("weight").size(0), spec.input("weight").size(1)
     packed, warps = config["lossless"], config["warps"]
     weight_shape = (lossless.offsets(N, K)[2],) if packed else (N, K)
-    template = (config["token_tiles"], config["row_tiles"], warps, config["stages"], *map(_cpp, (packed, gated)))
+    flags = map(_cpp, (config["ahead"], packed, gated))
+    template = (config["token_tiles"], config["row_tiles"], warps, config["stages"], *flags)
     function = f"vllm_compile::stream_linear<{', '.join(map(str, template))}>"
 
     with IRBuilder() as builder, build.prim_func(s_tir=True):

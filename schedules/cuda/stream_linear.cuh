@@ -79,10 +79,11 @@ __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4* v, int i
 
 __device__ __forceinline__ float rounded(float value) { return __bfloat162float(__float2bfloat16_rn(value)); }
 
+// AHEAD: x is loaded before the weights of the block before it are waited for, for more registers.
 // GATED: the weight's first N / 2 rows are gates, the others ups; y[tokens, N / 2] = silu(gate) * up.
 // Bias [N] and residual [tokens, N] may be null, and are if GATED.  `shared` holds the stages of all warps, and after them, in the
 // same place, their sums (matmul.py computes its size).
-template <int TOKEN_TILES, int ROW_TILES, int WARPS, int STAGES, bool PACKED, bool GATED>
+template <int TOKEN_TILES, int ROW_TILES, int WARPS, int STAGES, bool AHEAD, bool PACKED, bool GATED>
 __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ x, const void* __restrict__ weight,
                                               const void* __restrict__ bias_or_null,
                                               const void* __restrict__ residual_or_null,
@@ -177,22 +178,23 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
   }
 
   float sums[ROW_TILES][TOKEN_TILES][4] = {};
-  uint4 part[TOKEN_TILES][2];
-  auto load_x = [&](int block) {
+  uint4 part[TOKEN_TILES][2], ahead[AHEAD ? TOKEN_TILES : 1][2];
+  auto load_x = [&](uint4(*to)[2], int block) {
 #pragma unroll
     for (int m = 0; m < TOKEN_TILES; m++) {
       const __nv_bfloat16* from = x + (size_t)(m * 8 + g) * K + block * 64 + t * 8;
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        part[m][h] = make_uint4(0, 0, 0, 0);
-        if (m * 8 + g < tokens && block < blocks) part[m][h] = *reinterpret_cast<const uint4*>(from + h * 32);
+        to[m][h] = make_uint4(0, 0, 0, 0);
+        if (m * 8 + g < tokens && block < blocks) to[m][h] = *reinterpret_cast<const uint4*>(from + h * 32);
       }
     }
   };
-  load_x(warp);
+  load_x(part, warp);
   int stage = 0;
 #pragma unroll 1
   for (int block = warp; block < blocks; block += WARPS) {
+    if constexpr (AHEAD) load_x(ahead, block + WARPS);
     wait_copies<STAGES - 1>();
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
@@ -216,7 +218,12 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
     }
     load(stage, block + STAGES * WARPS);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
-    load_x(block + WARPS);
+    if constexpr (AHEAD) {
+#pragma unroll
+      for (int m = 0; m < TOKEN_TILES; m++) part[m][0] = ahead[m][0], part[m][1] = ahead[m][1];
+    } else {
+      load_x(part, block + WARPS);
+    }
   }
 
   // Each warp's sums: [warp][row tile][token tile][lane][4], the accumulators of the mma.

@@ -11,12 +11,12 @@ from vllm_compile.relax_passes.page_kv_cache import page_kv_cache
 from vllm_compile.verify import relative_error
 
 
-@counted_pass("double_epsilon")
-def double_epsilon(module):
+@counted_pass("larger_epsilon")
+def larger_epsilon(module):
     def find(function):
         norms = [b for b in Definitions(function).bindings if RMS_NORM.matches(b.value)]
         return {
-            b.var: replace_by(b.var, RMS_NORM({"x": b.value.args[0], "weight": b.value.args[1]}, eps=2e-5))
+            b.var: replace_by(b.var, RMS_NORM({"x": b.value.args[0], "weight": b.value.args[1]}, eps=1e-2))
             for b in norms
         }
 
@@ -33,7 +33,7 @@ def add_becomes_multiply(module):
     return rewrite_functions(module, find)
 
 
-@pytest.mark.parametrize("broken", [double_epsilon, add_becomes_multiply])
+@pytest.mark.parametrize("broken", [larger_epsilon, add_becomes_multiply])
 def test_apply_notices_another_meaning(broken, generator):
     def build(emit, x, weight):
         return emit(RMS_NORM({"x": emit(relax.op.add(x, x)), "weight": weight}, eps=1e-5))

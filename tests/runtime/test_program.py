@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from vllm_compile.errors import ArtifactError
 from vllm_compile.paged_batch import PagedBatch
+from vllm_compile.runtime.manifest import sha256
 from vllm_compile.runtime.program import Program, load, read_weights
 from vllm_compile.verify import relative_error
 
@@ -285,10 +286,13 @@ class TestDamage:
         with pytest.raises(ArtifactError, match=r"compiled for a CPU with avx1024_fp3, which this machine lacks"):
             load(copy)
 
-    def test_unchecked_plan(self, copy):
+    def test_not_a_plan(self, copy):
+        """One that its manifest knows."""
         (copy / "plan.json").write_text("{}")
+        digests = json.loads((copy / "manifest.json").read_text())["files"]
+        self.change_manifest(copy, files=digests | {"plan.json": sha256(copy / "plan.json")})
         with pytest.raises(ArtifactError, match=r"plan.json: not a plan"):
-            load(copy, check=False)
+            load(copy)
 
     @staticmethod
     def change_manifest(directory: Path, **fields) -> None:
