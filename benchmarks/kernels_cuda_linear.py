@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from vllm_compile.schedules import lossless
 from vllm_compile.spec import OpSpec, Sym, TensorSpec
 
-MODELS = {
-    "Llama-3.2-1B": {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192), "lm_head": (128256, 2048)},
-    "Llama-3.1-8B": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "lm_head": (128256, 4096)},
+LAYERS = ("qkv", "o", "gate_up", "down", "lm_head")
+MODELS = {  # [N, K] of each layer
+    "Llama-3.2-1B": ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048)),
+    "Llama-3.1-8B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)),
 }
 TOKENS = (1, 8, 16, 32, 64)
 COLD_BYTES = 400_000_000
@@ -44,7 +45,8 @@ def spec_of(op: str, N: int, K: int, residual: bool) -> OpSpec:
 def calls() -> list[tuple[str, str, OpSpec]]:
     """(model, layer, call): the bare products, and the fused forms that a compiled model calls."""
     found = []
-    for model, layers in MODELS.items():
+    for model, shapes in MODELS.items():
+        layers = dict(zip(LAYERS, shapes, strict=True))
         for layer, (N, K) in layers.items():
             found.append((model, layer, spec_of("linear", N, K, residual=False)))
         for layer in ("o", "down"):
@@ -115,7 +117,7 @@ def adversarial(N: int, K: int) -> torch.Tensor:
     weight[3, ::5] = -0.0
     weight[4, :60] = 1e-39  # denormal
     weight[5, 7] = 3e4
-    weight[::7, 11] = -2.0**-60
+    weight[::7, 11] = -(2.0**-60)
     weight[N - 1, K - 1] = 1e20
     return weight
 
@@ -126,7 +128,7 @@ def reference(spec: OpSpec, x: torch.Tensor, weight: torch.Tensor, residual: tor
     slack = 2.0**-18 * size
     if spec.op == "gate_up_silu":
         gate, up = y.chunk(2, dim=-1)
-        gate_error, up_error = (2.0**-8 * part.abs() + s for part, s in zip((gate, up), slack.chunk(2, dim=-1), strict=True))
+        gate_error, up_error = (2.0**-8 * y.abs() + slack).chunk(2, dim=-1)
         silu = F.silu(gate)
         error = (1.1 * gate_error + 2.0**-8 * silu.abs()) * up.abs() + silu.abs() * up_error + 2 * gate_error * up_error
         return silu * up, error + 2.0**-8 * (silu * up).abs()

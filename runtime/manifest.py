@@ -34,7 +34,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-        schema, features = manifest["schema"], set(manifest["target"]["features"])
+        schema = manifest["schema"]
     except FileNotFoundError as error:
         raise ArtifactError(f"{directory}: no compiled artifact here ({MANIFEST} is missing)") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -44,12 +44,24 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{directory}: artifact schema {schema}, this version of vllm-compile reads {SCHEMA}; "
             + ("update vllm-compile" if schema > SCHEMA else "compile the model again")
         )
+    try:
+        features, intact = set(manifest["target"]["features"]), manifest["digest"] == content_digest(manifest)
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{directory / MANIFEST}: incomplete ({error}); compile the model again") from error
     if missing := features - host_features():
         raise ArtifactError(
             f"{directory}: compiled for a CPU with {', '.join(sorted(missing))}, which this machine lacks; "
             "compile the model again on a machine like this one"
         )
+    if not intact:
+        raise ArtifactError(f"{directory / MANIFEST} differs from what was compiled; compile the model again")
     return manifest
+
+
+def content_digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of everything a manifest says but when and where it was built."""
+    content = {key: value for key, value in manifest.items() if key not in ("digest", "built")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_weights(name: str) -> bool:

@@ -112,6 +112,8 @@ def from_json(text: str) -> Plan:
         ValueError, KeyError, TypeError: the text is no plan of this schema.
     """
     raw = json.loads(text)
+    if raw["schema"] != SCHEMA:
+        raise ValueError(f"schema {raw['schema']}, this version reads {SCHEMA}")
     functions = {name: _function(value) for name, value in raw["functions"].items()}
     return Plan(ModelShape(**raw["model"]), functions, raw["schema"])
 

@@ -98,8 +98,13 @@ class Program:
             hidden states [T, D] for `logits`, valid until the next call.
 
         Raises:
-            ValueError: an argument has another shape or dtype than the above.
+            ValueError, TypeError: an argument has another shape or dtype than the above.
         """
+        if query_start_loc.shape[0] != seq_lens.shape[0] + 1:
+            raise ValueError(
+                f"query_start_loc has {query_start_loc.shape[0]} entries; "
+                f"for {seq_lens.shape[0]} requests it needs {seq_lens.shape[0] + 1}"
+            )
         inputs = {
             "input_ids": input_ids,
             "positions": positions,

@@ -13,13 +13,14 @@ The packed weight [N, K] is one uint8 tensor, in little-endian order (T = N / 16
 | part | type and shape | content |
 |---|---|---|
 | codes | uint32 [T, B, 3, 8, 16] | 16 x 64 weights a block, see `_regroup` |
-| rows | {uint32 first, float32 scale} [N + 1] | side entries `first` of this row up to those of the next; 2 ** (base - 64) |
+| rows | {uint32 first, float32 scale} [N + 1] | its side entries: `first` to the next row's; 2 ** (base - 64) |
 | side | {uint32 k, float32 value} [capacity] | the weight itself, ascending by row and k |
 
 Blocks follow the fragments of mma.m16n8k16: lane (g, t) of a warp holds rows g and g + 8 of its tile, and of each
 half block of 32 columns the 8 at 8 * t.  A warp reads a block as three times 32 x 16 bytes.
 
-Size: 12 bits a weight, 8 bytes a row, 8 bytes for one weight in 1024 of side list.  A row needs no more than
+Size: 12 bits a weight, 8 bytes a row, 8 bytes for one weight in 1024 (two in a row, if
+more) of side list.  A row needs no more than
 `ROW_LIMIT` entries, the matrix no more than its capacity; `fits` says whether that holds, and where it does not
 (exponents spread evenly, say) the weight stays plain bf16.
 """

@@ -56,5 +56,6 @@ def require(capability: tuple[int, int], driver: tuple[int, int], name: str = "t
         )
     if driver < MIN_DRIVER:
         raise TargetError(
-            f"kernels need an NVIDIA driver of version {MIN_DRIVER[0]} or later, but {driver[0]}.{driver[1]} is installed"
+            f"kernels need an NVIDIA driver of version {MIN_DRIVER[0]} or later, "
+            f"but {driver[0]}.{driver[1]} is installed"
         )

@@ -2,7 +2,10 @@
 
 import os
 import secrets
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,3 +57,28 @@ def tiny_bf16(tiny):
     from vllm_compile import compile
 
     return compile(tiny, out=tiny.with_name("bfloat16"), dtype="bfloat16").artifact
+
+
+@pytest.fixture(scope="session")
+def trained_llama(tmp_path_factory):
+    """Directory of a small Llama that has learnt some Python, in float32, with held-out text beside it."""
+    directory = tmp_path_factory.mktemp("trained") / "model"
+    script = Path(__file__).parents[1] / "examples" / "train_llama.py"
+    subprocess.run([sys.executable, script, "--out", directory, "--steps", "150"], check=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def compiled_fp32(trained_llama):
+    """The compiled artifact of `trained_llama` in float32."""
+    from vllm_compile import compile
+
+    return compile(trained_llama, out=trained_llama.with_name("float32")).artifact
+
+
+@pytest.fixture(scope="session")
+def compiled_bf16(trained_llama):
+    """The compiled artifact of `trained_llama` in bfloat16."""
+    from vllm_compile import compile
+
+    return compile(trained_llama, out=trained_llama.with_name("bfloat16"), dtype="bfloat16").artifact

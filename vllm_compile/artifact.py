@@ -68,7 +68,7 @@ def write_manifest(
     verdict: dict[str, Any],
 ) -> None:
     """Describe all files in `directory`; only the field `built` differs between two equal compiles."""
-    manifest = {
+    manifest: dict[str, Any] = {
         "schema": files.SCHEMA,
         "compiler": {"vllm_compile": __version__, "tvm": tvm.__version__},
         "source": source,
@@ -80,6 +80,7 @@ def write_manifest(
         "files": {path.name: files.sha256(path) for path in sorted(directory.iterdir())},
         "built": {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "host": platform.node()},
     }
+    manifest["digest"] = files.content_digest(json.loads(json.dumps(manifest)))
     (directory / files.MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 

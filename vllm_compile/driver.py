@@ -14,7 +14,7 @@ import tvm
 from tvm import tirx
 
 from .artifact import source_digest, write_config, write_manifest
-from .errors import ArtifactError, UnsupportedError
+from .errors import ArtifactError, ModelError, UnsupportedError
 from .frontend.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from .frontend.hf import TracedModel, read_config, trace
 from .frontend.importer import ImportedModel, import_model
@@ -111,6 +111,7 @@ def compile_model(
         traced = trace(config, DTYPES[dtype])
         checkpoint = open_checkpoint(source, traced.shapes, DTYPES[dtype], options.dummy_weights)
         imported = import_model(traced, config.max_position_embeddings)
+        _check_names(source, traced, imported, checkpoint)
     with stage("passes"):
         module, passes = run_passes(imported.module, _dumper(Path(options.dump) if options.dump else None))
         warnings = _check_matches(passes, options.strict)
@@ -190,6 +191,15 @@ def _kernel_records(lowered: Lowered) -> list[dict[str, Any]]:
         for kernels in lowered.kernels.values()
         for symbol, variant in sorted(kernels.distinct().items(), key=lambda item: item[1].min_tokens)
     ]
+
+
+def _check_names(
+    source: Path, traced: TracedModel, imported: ImportedModel, checkpoint: Checkpoint | DummyCheckpoint
+) -> None:
+    """Miss a tensor before the kernels are built, not after."""
+    missing = [n for n in imported.weights.values() if not any(alias in checkpoint for alias in traced.aliases[n])]
+    if missing:
+        raise ModelError(f"{source}: tensors missing in its safetensors: {', '.join(sorted(missing)[:5])}")
 
 
 def _reader(

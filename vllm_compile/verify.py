@@ -77,7 +77,8 @@ def verify(artifact: Path, model: Path, dummy_seed: int | None = None, lengths=F
     config = read_config(model)
     checkpoint = _checkpoint(model, config, dtype, dummy_seed)
     generator = torch.Generator().manual_seed(seed)
-    prompts = [torch.randint(0, plan.model.vocab_size, (n,), generator=generator) for n in lengths]
+    longest = plan.model.max_positions
+    prompts = [torch.randint(0, plan.model.vocab_size, (min(n, longest),), generator=generator) for n in lengths]
     batches = [torch.stack(list(group)) for _, group in groupby(prompts, key=len)]
     # Built one after the other: transformers sets torch's default dtype while it builds a model.
     models = {d: Reference(config, checkpoint, d) for d in (dtype, torch.float32)}

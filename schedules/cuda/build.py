@@ -12,17 +12,21 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import tvm
+import tvm_ffi
 import tvm_ffi.libinfo
 from tvm import tirx
 from tvm.backend.cuda import export_cuda_host
 
 from vllm_compile.errors import TargetError
 from vllm_compile.targets.cuda import CudaTarget
+
+COMPILE = "tvm_callback_cuda_compile"
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,19 @@ def source(kernels: Mapping[str, tirx.PrimFunc], target: CudaTarget) -> str:
         for symbol, function in sorted(kernels.items())
     }
     machine = tvm.target.Target(target.tvm_config(), host=tvm.target.Target({"kind": "cuda_host"}))
-    return export_cuda_host(tvm.compile(tvm.IRModule(functions), target=machine).mod)
+    with _uncompiled():
+        return export_cuda_host(tvm.compile(tvm.IRModule(functions), target=machine).mod)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Where there is a CUDA driver, TVM would compile the kernels by themselves, which is not needed here."""
+    usual = tvm_ffi.get_global_func(COMPILE)
+    tvm_ffi.register_global_func(COMPILE, lambda code: b"not compiled", override=True)
+    try:
+        yield
+    finally:
+        tvm_ffi.register_global_func(COMPILE, usual, override=True)
 
 
 def build_library(kernels: Mapping[str, tirx.PrimFunc], target: CudaTarget, path: Path) -> dict[str, Resources]:

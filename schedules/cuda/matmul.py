@@ -75,8 +75,9 @@ def default_variants(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool
     """What was fastest on an H200 (benchmarks/baseline.md).
 
     Many warps to a tile of rows where a multiprocessor has no more than two tiles.  Two stages, which leave most of the
-    memory to L1 and so to x.  x ahead for up to eight tokens, save where a multiprocessor has three tiles.
-    All variants of a product have the same number of warps, so that a token's result has the same bits in each.
+    memory to L1 and so to x.  x ahead for up to eight tokens, save for gated weights and where a multiprocessor has
+    three tiles.  All variants of a product have the same number of warps, so that a token's result has the same bits
+    in each.
     """
     row_tiles = 2 if gated else 1
     shares = spec.input("weight").size(0) / (lossless.TILE * row_tiles) / target.multiprocessors
@@ -90,7 +91,7 @@ def default_variants(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool
             "row_tiles": row_tiles,
             "warps": warps,
             "stages": 2 if packed or not gated else 3,
-            "ahead": token_tiles == 1 and not 2 < shares <= 3,
+            "ahead": token_tiles == 1 and not (gated or 2 < shares <= 3),
             "lossless": packed,
         }
         variants.append(Variant(min_tokens, config))

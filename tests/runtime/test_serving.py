@@ -6,8 +6,10 @@ prefixes, with requests preempted for lack of memory, with speculation.  One eng
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,7 +93,22 @@ def test_batches_chunks_and_cached_prefixes(compiled_fp32, prompts, expected):
         hits = metric(llm, "prefix_cache_hits")
         assert generate(llm, prompts) == expected, "with their prefixes cached"
         assert metric(llm, "prefix_cache_hits") > hits
-        assert "tvm" not in sys.modules, "the engine runs in this process"
+
+
+ENGINE = """
+import sys
+from vllm import LLM, SamplingParams, TokensPrompt
+llm = LLM(sys.argv[1], max_model_len=512)
+llm.generate([TokensPrompt(prompt_token_ids=[5, 6, 7])], SamplingParams(max_tokens=3), use_tqdm=False)
+loaded = llm.apply_model(lambda model: type(model).__name__)
+assert loaded == ["VllmCompileForCausalLM"], loaded
+assert "tvm" not in sys.modules
+"""
+
+
+def test_engine_does_not_import_tvm(compiled_fp32):
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    subprocess.run([sys.executable, "-c", ENGINE, compiled_fp32], check=True, env=environment)
 
 
 def test_preemption(compiled_fp32, prompts, expected):
@@ -103,10 +120,15 @@ def test_preemption(compiled_fp32, prompts, expected):
 
 
 def test_speculation(compiled_fp32, prompts, expected):
-    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    with serving(compiled_fp32, speculative_config=speculative) as llm:
-        assert generate(llm, prompts) == expected
-        assert metric(llm, "spec_decode_num_accepted_tokens") > 0
+    """In a process of its own: once vLLM's n-gram proposer has loaded numba, no second engine starts beside it."""
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    command = [sys.executable, "-m", "tests.runtime.speculate", compiled_fp32, str(NEW_TOKENS)]
+    done = subprocess.run(
+        command, input=json.dumps(prompts), stdout=subprocess.PIPE, text=True, check=True, env=environment
+    )
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["texts"] == expected
+    assert answer["accepted"] > 0
 
 
 def test_sampling_features(compiled_fp32, prompts):

@@ -18,7 +18,7 @@ from vllm_compile.targets import Target
 T, R, R1, W, B, N = Sym.TOKENS, Sym.REQUESTS, Sym.BOUNDARIES, Sym.TABLE_WIDTH, Sym.BLOCKS, Sym.BLOCK_SIZE
 # Axes that are bound at each call, by input name; all others are known when a kernel is built.
 SYMBOLIC: dict[str, dict[int, Sym]] = {
-    **dict.fromkeys(("x", "residual", "q", "qkv", "cos", "sin", "ids", "slot_mapping"), {0: T}),
+    **{name: {0: T} for name in ("x", "residual", "q", "qkv", "cos", "sin", "ids", "slot_mapping")},
     "kv": {0: B, 2: N},
     "block_table": {0: R, 1: W},
     "seq_lens": {0: R},

@@ -148,7 +148,8 @@ def test_every_configuration_fits_shared_memory():
 
 
 @pytest.mark.parametrize(
-    ("capability", "driver", "message"), [((8, 0), (590, 1), "sm_90a"), ((10, 0), (590, 1), "10.0"), ((9, 0), (535, 2), "535.2")]
+    ("capability", "driver", "message"),
+    [((8, 0), (590, 1), "sm_90a"), ((10, 0), (590, 1), "10.0"), ((9, 0), (535, 2), "535.2")],
 )
 def test_other_gpus_and_old_drivers_are_refused(capability, driver, message):
     cuda.require(cuda.CAPABILITY, cuda.MIN_DRIVER)
