@@ -108,9 +108,7 @@ def measure(path: str, shape: dict, repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
@@ -120,10 +118,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    shape = {
-        name: getattr(options, name)
-        for name in ("dtype", "heads", "kv_heads", "head_dim", "block_size", "level")
-    }
+    shape = {name: getattr(options, name) for name in ("dtype", "heads", "kv_heads", "head_dim", "block_size", "level")}
     if options.measure:
         measure(options.measure, shape, options.repeats)
         return

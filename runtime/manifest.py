@@ -47,7 +47,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         features, intact = set(manifest["target"]["features"]), manifest["digest"] == content_digest(manifest)
     except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{directory / MANIFEST}: incomplete ({error}); compile the model again") from error
+        raise ArtifactError(f"{directory / MANIFEST}: not a manifest ({error})") from error
     if missing := features - host_features():
         raise ArtifactError(
             f"{directory}: compiled for a CPU with {', '.join(sorted(missing))}, which this machine lacks; "

@@ -103,7 +103,6 @@ def matmul(spec: OpSpec, config: Config, target: CudaTarget, gated: bool) -> tir
     assert fits(spec, config, target, gated), (spec, config)
     N, K = spec.input("weight").size(0), spec.input("weight").size(1)
     packed, warps = config["lossless"], config["warps"]
-    weight_shape = (lossless.offsets(N, K)[2],) if packed else (N, K)
     flags = map(_cpp, (config["ahead"], packed, gated))
     template = (config["token_tiles"], config["row_tiles"], warps, config["stages"], *flags)
     function = f"vllm_compile::stream_linear<{', '.join(map(str, template))}>"
@@ -116,7 +115,9 @@ def matmul(spec: OpSpec, config: Config, target: CudaTarget, gated: bool) -> tir
         tensors = {}
         for handle, (name, tensor) in zip(handles, (*spec.inputs, ("out", spec.outputs[0])), strict=True):
             shape = [tokens if dim == Sym.TOKENS else dim for dim in tensor.shape]
-            shape, dtype = (weight_shape, "uint8") if name == "weight" and packed else (shape, tensor.dtype)
+            dtype = tensor.dtype
+            if name == "weight" and packed:
+                shape, dtype = [lossless.offsets(N, K)[2]], "uint8"
             tensors[name] = IRBuilder.name(name, T.match_buffer(handle, shape, dtype, align=16))
         row_blocks = N // (lossless.TILE * config["row_tiles"])
         with (

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from vllm_compile.errors import ArtifactError
 from vllm_compile.paged_batch import PagedBatch
-from vllm_compile.runtime.manifest import sha256
+from vllm_compile.runtime.manifest import content_digest, sha256
 from vllm_compile.runtime.program import Program, load, read_weights
 from vllm_compile.verify import relative_error
 
@@ -206,7 +206,7 @@ def test_wrong_arguments(program, spoil, generator):
     step = {"input_ids": tokens(20, generator), "kv": batch.kv, **batch.step([0], [20])}
     program(**step)
     spoil(step)
-    with pytest.raises((ValueError, TypeError), match=r"Mismatched|Invalid|shorter"):
+    with pytest.raises((ValueError, TypeError), match=r"Mismatched|Invalid|shorter|it needs"):
         program(**step)
 
 
@@ -297,7 +297,16 @@ class TestDamage:
     @staticmethod
     def change_manifest(directory: Path, **fields) -> None:
         path = directory / "manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+        manifest = json.loads(path.read_text()) | fields
+        path.write_text(json.dumps(manifest | {"digest": content_digest(manifest)}))
+
+    def test_manifest_changed_by_hand(self, copy):
+        path = copy / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["verdict"]["outcome"] = "unknown"
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(ArtifactError, match=r"manifest.json differs from what was compiled"):
+            load(copy)
 
 
 RUN = """

@@ -32,9 +32,7 @@ def tensor_spec(name: str, tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(shape, str(tensor.dtype).removeprefix("torch."), strided=name == "kv")
 
 
-def results(
-    op: OwnOp, inputs: dict[str, torch.Tensor], attributes: dict[str, Any]
-) -> tuple[torch.Tensor, ...]:
+def results(op: OwnOp, inputs: dict[str, torch.Tensor], attributes: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     """The reference's results; inputs that the operator updates are changed in place."""
     result = op.reference(**inputs, **attributes)
     return result if isinstance(result, tuple) else (result,)
@@ -71,9 +69,7 @@ def run(
     arguments = [layouts[name].pack(tensor) if name in layouts else tensor for name, tensor in inputs.items()]
     tokens = next(iter(inputs.values())).shape[0]
     outputs = tuple(
-        torch.full(
-            [tokens if dim == T else dim for dim in out.shape], float("nan"), dtype=getattr(torch, out.dtype)
-        )
+        torch.full([tokens if dim == T else dim for dim in out.shape], float("nan"), dtype=getattr(torch, out.dtype))
         for out in spec.outputs
     )
     kernel(*arguments, *outputs)

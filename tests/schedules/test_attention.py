@@ -132,11 +132,7 @@ def test_strides_and_misaligned_metadata(generator):
     inputs, attributes = sample(generator, torch.bfloat16)
     expected = attend(inputs, attributes, HOST)
     B, KH, N, C = inputs["kv"].shape
-    kv = (
-        torch.full((B, 2, N, KH, C), float("nan"), dtype=torch.bfloat16)[:, 1]
-        .transpose(1, 2)
-        .copy_(inputs["kv"])
-    )
+    kv = torch.full((B, 2, N, KH, C), float("nan"), dtype=torch.bfloat16)[:, 1].transpose(1, 2).copy_(inputs["kv"])
     odd = {
         name: torch.cat([inputs[name].flatten()[:1], inputs[name].flatten()])[1:].view_as(inputs[name])
         for name in ("q", "block_table", "seq_lens", "query_start_loc")

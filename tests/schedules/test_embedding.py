@@ -31,9 +31,7 @@ def test_odd_bit_patterns_and_misaligned_ids(generator, tmp_path):
     ids = torch.randint(0, 30, (9,), generator=generator, dtype=torch.int32)[1:]
     inputs = {"ids": ids, "table": bits.view(torch.bfloat16)}
     spec = op_spec(EMBEDDING, inputs, {})
-    (actual,) = run(
-        compile_variants(Embedding(), spec, target, tmp_path)[1], Embedding(), spec, target, inputs
-    )
+    (actual,) = run(compile_variants(Embedding(), spec, target, tmp_path)[1], Embedding(), spec, target, inputs)
     assert torch.equal(actual.view(torch.int16), bits[ids.long()])
 
 

@@ -50,10 +50,7 @@ def test_tensors_need_no_alignment_and_no_tokens(target, generator, tmp_path):
     inputs, attributes = RMS_NORM.sample(generator, torch.float32, tokens=4, width=64)
     spec = op_spec(RMS_NORM, inputs, attributes)
     kernel = compile_variants(RMSNorm(), spec, target, tmp_path)[1]
-    odd = {
-        name: torch.empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
-        for name, tensor in inputs.items()
-    }
+    odd = {name: torch.empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor) for name, tensor in inputs.items()}
     out = torch.empty(4 * 64 + 3)[3:].view(4, 64)
     kernel(*odd.values(), out)
     assert_matches(RMS_NORM, (out,), results(RMS_NORM, inputs, attributes))

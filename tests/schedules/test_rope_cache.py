@@ -25,12 +25,8 @@ def both(kernel, spec, target, inputs, attributes):
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "block_size"), [(8, 2, 64, 16), (3, 3, 80, 7), (6, 1, 128, 128)]
 )
-def test_every_variant_matches(
-    num_heads, num_kv_heads, head_dim, block_size, dtype, target, generator, tmp_path
-):
-    inputs, attributes = QKV_ROPE_CACHE.sample(
-        generator, dtype, 33, num_heads, num_kv_heads, head_dim, block_size
-    )
+def test_every_variant_matches(num_heads, num_kv_heads, head_dim, block_size, dtype, target, generator, tmp_path):
+    inputs, attributes = QKV_ROPE_CACHE.sample(generator, dtype, 33, num_heads, num_kv_heads, head_dim, block_size)
     spec = op_spec(QKV_ROPE_CACHE, inputs, attributes)
     kernels = compile_variants(FAMILY, spec, target, tmp_path)
     for kernel in kernels.values():
