@@ -255,6 +255,7 @@ class TestVerify:
         save_file(tensors, shard, metadata={"format": "pt"})
         manifest = json.loads((artifact / "manifest.json").read_text())
         manifest["files"][shard.name] = files.sha256(shard)
+        manifest["digest"] = files.content_digest(manifest)
         (artifact / "manifest.json").write_text(json.dumps(manifest))
         code, report = verify(artifact)
         assert code == 1

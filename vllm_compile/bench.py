@@ -32,7 +32,8 @@ from .reference import Reference
 from .runtime.manifest import PLAN, read_manifest
 from .runtime.plan import Plan, from_json
 
-ENGINES = ("vllm", "vllm-eager", "hf")
+# By default vLLM keeps one core for its scheduler and computes on the others; on two cores that is one.
+ENVIRONMENTS = {"vllm-all-cores": {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))))}}
 DECODE_CONTEXT = 128  # tokens in each prompt when decoding is timed
 DECODE_STEPS = 32
 PREFILL_TOKENS = 1024
@@ -74,7 +75,7 @@ class Engine:
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
             text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **ENVIRONMENTS.get(name, {})},
         )
         self.load_seconds = self._answer()["loaded"]
 
@@ -115,7 +116,7 @@ def bench(
     Args:
         artifact: what `compile` wrote.
         model: the Hugging Face directory it was made from; None for dummy weights, which are made again.
-        against: names out of `ENGINES`.
+        against: names out of `bench_worker.PEERS`.
         batches: numbers of requests decoded at once.
         repeats: how often every engine does every workload.
     """

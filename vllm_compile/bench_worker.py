@@ -2,7 +2,7 @@
 
 Reads one JSON request per line, `{"prompts": [[ids...], ...], "new_tokens": n}`, and answers
 with the seconds that greedy generation of exactly n tokens for each prompt took.  Engines:
-`compiled` and `vllm` (vLLM as its users run it), `vllm-eager`, `hf` (transformers).
+`compiled` and `vllm` (vLLM as its users run it), `vllm-all-cores`, `vllm-eager`, `hf` (transformers).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 Generate = Callable[[list[list[int]], int], None]
 
+PEERS = ("vllm", "vllm-all-cores", "vllm-eager", "hf")
 MAX_MODEL_LEN = 2048
 
 

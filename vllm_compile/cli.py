@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .bench_worker import PEERS
 from .errors import VllmCompileError
 
 console = Console(stderr=True)
@@ -146,7 +147,7 @@ def _add_bench(commands: Any) -> None:
     parser = commands.add_parser("bench", help="time an artifact beside its peers")
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
     parser.add_argument("--model", type=Path, metavar="DIR", help="what it was compiled from (not for dummy weights)")
-    parser.add_argument("--against", type=_names, default=["vllm"], help="of: vllm,vllm-eager,hf (default: vllm)")
+    parser.add_argument("--against", type=_names, default=["vllm"], help=f"of: {','.join(PEERS)} (default: vllm)")
     parser.add_argument("--batch", type=_numbers, default=[1, 8, 16], help="batch sizes (default: 1,8,16)")
     parser.add_argument("--repeats", type=int, default=5, help="counted rounds (default: 5)")
     parser.add_argument("--json", action="store_true", help="all figures as the last line of stdout")
@@ -154,11 +155,9 @@ def _add_bench(commands: Any) -> None:
 
 
 def _names(text: str) -> list[str]:
-    from .bench import ENGINES
-
     names = text.split(",")
-    if unknown := set(names) - set(ENGINES):
-        raise argparse.ArgumentTypeError(f"unknown engine {', '.join(sorted(unknown))}; of {', '.join(ENGINES)}")
+    if unknown := set(names) - set(PEERS):
+        raise argparse.ArgumentTypeError(f"unknown engine {', '.join(sorted(unknown))}; of {', '.join(PEERS)}")
     return names
 
 
