@@ -107,7 +107,7 @@ def run_in_engine_process(parallel_config: Any) -> None:
 
 
 def size_cache(vllm_config: Any, program: Program) -> None:
-    """Gives the cache a sixteenth of the free memory, at least 32,768 tokens, at most half of it.
+    """Gives the cache a thirty-second of the free memory, at least 16,384 tokens, at most half of it.
 
     vLLM would take nine tenths of all memory, which fails on a machine that does anything else, and takes as
     long as it takes to write zeros there.  Whoever names a size or a share of memory gets that.
@@ -125,7 +125,7 @@ def size_cache(vllm_config: Any, program: Program) -> None:
     weights = sum(file.stat().st_size for file in Path(model.model).glob("*.safetensors"))
     free = max(get_memory_node_info(get_visible_memory_node()[0]).available_memory - weights, 0)
     token = 2 * program.num_layers * program.num_kv_heads * program.head_dim * program.dtype.itemsize
-    wanted = max(free // 16, 32768 * token)
+    wanted = max(free // 32, 16384 * token)
     if model.original_max_model_len is None:
         model.original_max_model_len = -1  # vLLM's word for "as long a context as the cache can hold"
     else:

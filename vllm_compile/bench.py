@@ -36,7 +36,8 @@ from .runtime.plan import Plan, from_json
 ENVIRONMENTS = {"vllm-all-cores": {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))))}}
 DECODE_CONTEXT = 128  # tokens in each prompt when decoding is timed
 DECODE_STEPS = 32
-PREFILL_TOKENS = 1024
+PREFILL_TOKENS = 1024  # or half of the positions that the model has
+MAX_MODEL_LEN = 2048
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Row:
     Attributes:
         engine: compiled, vllm, vllm-eager or hf.
         workload: decode or prefill.
-        batch: requests at once.
+        size: requests decoded at once, or tokens of the prompt.
         milliseconds: median time of a decode step, or of the whole prefill.
         tokens_per_second: of all requests together.
         gigabytes_per_second: bytes of weights and cache that a step must read, over its time; 0 for prefill.
@@ -56,7 +57,7 @@ class Row:
 
     engine: str
     workload: str
-    batch: int
+    size: int
     milliseconds: float
     tokens_per_second: float
     gigabytes_per_second: float
@@ -67,10 +68,10 @@ class Row:
 class Engine:
     """A worker process."""
 
-    def __init__(self, name: str, model: Path, log: Path) -> None:
+    def __init__(self, name: str, model: Path, max_model_len: int, log: Path) -> None:
         self.name, self._log = name, log
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_compile.bench_worker", name, str(model)],
+            [sys.executable, "-m", "vllm_compile.bench_worker", name, str(model), str(max_model_len)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
@@ -131,26 +132,32 @@ def bench(
         engines = []
         for name in ("compiled", *against):
             progress(f"starting {name}")
-            engine = Engine(name, artifact if name == "compiled" else peer, scratch / f"{name}.log")
+            directory = artifact if name == "compiled" else peer
+            engine = Engine(name, directory, min(MAX_MODEL_LEN, plan.model.max_positions), scratch / f"{name}.log")
             stack.callback(engine.close)
             engines.append(engine)
         for batch in batches:
             progress(f"decode, batch {batch}")
-            times = _interleaved(engines, plan, repeats, _decode_step, batch)
+            times = _interleaved(engines, plan, repeats, _decode_step, batch, DECODE_CONTEXT)
             rows += _rows("decode", batch, times, plan, bandwidth)
-        progress(f"prefill, {PREFILL_TOKENS} tokens")
-        rows += _rows("prefill", 1, _interleaved(engines, plan, repeats, _prefill, 1), plan, bandwidth)
+        length = min(PREFILL_TOKENS, plan.model.max_positions // 2)
+        progress(f"prefill, {length} tokens")
+        times = _interleaved(engines, plan, repeats, _prefill, 1, length)
+        rows += _rows("prefill", length, times, plan, bandwidth)
         loads = {engine.name: engine.load_seconds for engine in engines}
     return {"bandwidth": bandwidth, "load_seconds": loads, "rows": rows}
 
 
 def read_bandwidth(size: int = 1 << 30, repeats: int = 5) -> float:
-    """GB/s at which all cores together read memory: the best of several sums over `size` bytes."""
-    data = torch.ones(size // 4)
+    """GB/s at which torch reads memory on all cores: the best of several dot products over `size` bytes.
+
+    A kernel that has more loads in flight can be faster.
+    """
+    data = torch.ones(2, size // 8)
     best = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()
-        data.sum()
+        torch.dot(data[0], data[1])
         best = min(best, time.perf_counter() - began)
     return size / best / 1e9
 
@@ -171,7 +178,7 @@ def _decode_step(engine: Engine, prompts: list[list[int]]) -> float:
 
 
 def _prefill(engine: Engine, prompts: list[list[int]]) -> float:
-    return engine.seconds([ids * (PREFILL_TOKENS // len(ids)) for ids in prompts], 1)
+    return engine.seconds(prompts, 1)
 
 
 def _interleaved(
@@ -180,12 +187,16 @@ def _interleaved(
     repeats: int,
     measure: Callable[[Engine, list[list[int]]], float],
     batch: int,
+    length: int,
 ) -> dict[str, list[float]]:
-    """Seconds by engine, one figure per repeat; the first round warms up and is not counted."""
+    """Seconds by engine, one figure per repeat, on `batch` random prompts of `length` tokens.
+
+    The first round warms up and is not counted.
+    """
     times: dict[str, list[float]] = {engine.name: [] for engine in engines}
     for repeat in range(repeats + 1):
         draw = random.Random(repeat)
-        prompts = [[draw.randrange(plan.model.vocab_size) for _ in range(DECODE_CONTEXT)] for _ in range(batch)]
+        prompts = [[draw.randrange(plan.model.vocab_size) for _ in range(length)] for _ in range(batch)]
         for engine in engines:
             seconds = measure(engine, prompts)
             if repeat:
@@ -193,17 +204,16 @@ def _interleaved(
     return times
 
 
-def _rows(workload: str, batch: int, times: dict[str, list[float]], plan: Plan, bandwidth: float) -> Iterator[Row]:
+def _rows(workload: str, size: int, times: dict[str, list[float]], plan: Plan, bandwidth: float) -> Iterator[Row]:
     for name, seconds in times.items():
         median = statistics.median(seconds)
-        tokens = batch if workload == "decode" else batch * PREFILL_TOKENS
-        read = step_bytes(plan, batch, DECODE_CONTEXT + DECODE_STEPS // 2) if workload == "decode" else 0
+        read = step_bytes(plan, size, DECODE_CONTEXT + DECODE_STEPS // 2) if workload == "decode" else 0
         yield Row(
             engine=name,
             workload=workload,
-            batch=batch,
+            size=size,
             milliseconds=median * 1e3,
-            tokens_per_second=tokens / median,
+            tokens_per_second=size / median,
             gigabytes_per_second=read / median / 1e9,
             bandwidth_share=read / median / 1e9 / bandwidth,
             speedup=statistics.median(t / c for t, c in zip(seconds, times["compiled"], strict=True)),

@@ -17,7 +17,6 @@ from typing import Any
 Generate = Callable[[list[list[int]], int], None]
 
 PEERS = ("vllm", "vllm-all-cores", "vllm-eager", "hf")
-MAX_MODEL_LEN = 2048
 
 
 def vllm_engine(model: str, options: dict[str, Any]) -> Generate:
@@ -26,7 +25,6 @@ def vllm_engine(model: str, options: dict[str, Any]) -> Generate:
 
     llm = LLM(
         model,
-        max_model_len=MAX_MODEL_LEN,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         disable_log_stats=True,
@@ -62,20 +60,20 @@ def hf_engine(model: str) -> Generate:
     return generate
 
 
-def start(engine: str, model: str) -> Generate:
+def start(engine: str, model: str, max_model_len: int) -> Generate:
     """The engine called `engine`, loaded with the model in directory `model`."""
     if engine == "hf":
         return hf_engine(model)
     cache = {} if engine == "compiled" else {"kv_cache_memory_bytes": 2 << 30}
-    return vllm_engine(model, {**cache, "enforce_eager": engine == "vllm-eager"})
+    return vllm_engine(model, {**cache, "max_model_len": max_model_len, "enforce_eager": engine == "vllm-eager"})
 
 
-def main(engine: str, model: str) -> None:
+def main(engine: str, model: str, max_model_len: str = "2048") -> None:
     """Serve requests from stdin until it ends; answers go to the stdout this process was given."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever an engine prints must not be taken for an answer
     began = time.perf_counter()
-    generate = start(engine, model)
+    generate = start(engine, model, int(max_model_len))
     print(json.dumps({"loaded": time.perf_counter() - began}), file=answers)
     for line in sys.stdin:
         request = json.loads(line)

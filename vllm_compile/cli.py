@@ -171,7 +171,7 @@ def _bench(options: argparse.Namespace) -> int:
     with console.status("starting") as status:
         figures = bench(options.artifact, options.model, options.against, options.batch, options.repeats, status.update)
     title = f"medians of {options.repeats}; memory reads at {figures['bandwidth']:.1f} GB/s"
-    table = Table("workload", "batch", "engine", "ms", "tokens/s", "GB/s", "of reads", "compiled is", title=title)
+    table = Table("workload", "size", "engine", "ms", "tokens/s", "GB/s", "of reads", "compiled is", title=title)
     for row in figures["rows"]:
         reads = (
             [f"{row.gigabytes_per_second:.1f}", f"{row.bandwidth_share:.0%}"] if row.workload == "decode" else ["", ""]
@@ -182,7 +182,7 @@ def _bench(options: argparse.Namespace) -> int:
             *reads,
             f"{row.speedup:.2f}x",
         ]
-        table.add_row(row.workload, str(row.batch), row.engine, *figures_of)
+        table.add_row(row.workload, str(row.size), row.engine, *figures_of)
     console.print(table)
     loads = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in figures["load_seconds"].items())
     console.print(f"engines loaded in: {loads}")
