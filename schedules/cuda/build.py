@@ -26,6 +26,7 @@ from tvm.backend.cuda import export_cuda_host
 from vllm_compile.errors import TargetError
 from vllm_compile.targets.cuda import CudaTarget
 
+HEADERS = Path(__file__).parent  # the device functions that kernels call
 COMPILE = "tvm_callback_cuda_compile"
 
 
@@ -91,7 +92,7 @@ def build_library(kernels: Mapping[str, tirx.PrimFunc], target: CudaTarget, path
         command += [f"-gencode=arch={target.arch.replace('sm', 'compute')},code={target.arch}"]
         command += [
             f"-I{folder}"
-            for folder in (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())
+            for folder in (HEADERS, tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())
         ]
         done = subprocess.run([*command, "-o", str(path), str(code)], capture_output=True, text=True, check=False)
     if done.returncode:

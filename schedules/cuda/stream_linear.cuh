@@ -15,9 +15,7 @@
 #ifndef VLLM_COMPILE_STREAM_LINEAR
 #define VLLM_COMPILE_STREAM_LINEAR
 
-#include <cuda_bf16.h>
-
-#include <cstdint>
+#include "ptx.cuh"
 
 namespace vllm_compile {
 
@@ -30,31 +28,6 @@ struct Entry {
   uint32_t k;
   float value;
 };
-
-__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int PENDING>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
-__device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Both bf16 numbers of a word times 2^64.
-__device__ __forceinline__ uint32_t raised(uint32_t word) {
-  uint32_t result;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(word), "r"(0x5f805f80));
-  return result;
-}
 
 __device__ __forceinline__ uint32_t element(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
@@ -120,7 +93,7 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
                         : ((size_t)(first_row(r) + g) * K + t * 8) * 2;
   }
   uint4* const ring = static_cast<uint4*>(shared) + warp * (STAGES * ROW_TILES * V * 32) + lane;
-  const uint32_t ring_address = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
+  const uint32_t ring_address = shared_address(ring);
 
   auto load = [&](int stage, int block) {
     if (block < blocks) {
@@ -133,10 +106,10 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
           copy_async(ring_address + ((stage * ROW_TILES + r) * V + v) * 512, from);
         }
     }
-    commit();
+    commit_copies();
   };
 
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  launch_dependents();
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++) load(stage, warp + stage * WARPS);
 
@@ -163,7 +136,7 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
     }
   }
 
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  wait_for_kernels_before();
 
   float add[OWN];
 #pragma unroll
