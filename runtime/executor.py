@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,9 @@ import tvm_ffi
 
 from vllm_compile.spec import TensorSpec
 
+from . import vendor
 from .memory import aligned, allocate
-from .plan import CallStep, Function, KernelStep, Plan
+from .plan import CallStep, Function, KernelStep, Plan, VendorCall
 
 BOUND_SIZES = 64  # numbers of tokens whose bindings are kept
 
@@ -37,6 +39,26 @@ class Call:
     arguments: list[Any]
     late: tuple[tuple[int, str], ...]
 
+    def run(self, inputs: Mapping[str, torch.Tensor], converted: Mapping[str, Any]) -> None:
+        for position, name in self.late:
+            self.arguments[position] = converted[name]
+        self.kernel(*self.arguments)
+
+
+@dataclass
+class TorchCall:
+    """One call of a vendor's function; `late` are the arguments that each run fills in."""
+
+    symbol: str
+    function: Callable[..., None]
+    arguments: dict[str, Any]
+    late: tuple[tuple[str, str], ...]
+
+    def run(self, inputs: Mapping[str, torch.Tensor], converted: Mapping[str, Any]) -> None:
+        for argument, name in self.late:
+            self.arguments[argument] = inputs[name]
+        self.function(**self.arguments)
+
 
 @dataclass
 class Observe:
@@ -50,8 +72,19 @@ class Observe:
 class Bound:
     """An entry point bound to a number of tokens."""
 
-    steps: list[Call | Observe]
+    steps: list[BoundStep]
     result: torch.Tensor
+
+
+BoundStep = Call | TorchCall | Observe
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step is chosen by: the number of tokens, and whether a request may have several."""
+
+    tokens: int
+    prefill: bool
 
 
 class Executor:
@@ -65,11 +98,11 @@ class Executor:
         timings: seconds of each call of each kernel by symbol; None (the default) measures nothing.
     """
 
-    def __init__(self, plan: Plan, library: str) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, library: str, device: torch.device) -> None:
+        self.plan, self.device = plan, device
         self._module = tvm_ffi.load_module(library)
         self._weights: dict[str, torch.Tensor] = {}
-        self._bound: dict[tuple[str, int], Bound] = {}
+        self._bound: dict[tuple[str, Batch], Bound] = {}
         self._slots: dict[str, list[torch.Tensor]] = {}
         self._results: dict[str, torch.Tensor] = {}
         self.max_tokens = 0
@@ -84,21 +117,26 @@ class Executor:
         """The weight the plan calls `name`."""
         return self._weights[name]
 
-    def prepare(self, max_tokens: int) -> None:
-        """Allocate scratch for batches of up to `max_tokens` tokens; more is allocated when needed."""
+    def prepare(self, max_tokens: int, max_rows: int = 0) -> None:
+        """Allocate scratch for batches of up to `max_tokens` tokens, and results; more is allocated when needed.
+
+        `max_rows` is how many rows of logits are asked for at most.
+        """
         self.max_tokens = max_tokens
         self._bound.clear()
         sizes = {
             name: [aligned(size * max_tokens) for size in function.slot_bytes_per_token()]
             for name, function in self.plan.functions.items()
         }
-        arena, offset = allocate(sum(map(sum, sizes.values()))), 0
+        arena, offset = allocate(sum(map(sum, sizes.values())), self.device), 0
         for name, slots in sizes.items():
             self._slots[name] = []
             for size in slots:
                 self._slots[name].append(arena[offset : offset + size])
                 offset += size
         self._results.clear()
+        for name, rows in (("forward", max_tokens), ("logits", max_rows)):
+            self._result(name, self.plan.functions[name].results[0].spec, rows)
 
     def run(
         self,
@@ -106,27 +144,39 @@ class Executor:
         tokens: int,
         inputs: Mapping[str, torch.Tensor],
         observer: Callable[[int, torch.Tensor], None] | None = None,
+        prefill: bool = False,
     ) -> torch.Tensor:
-        """Run entry point `name` on `tokens` tokens; the result is valid until the next run."""
-        bound = self._bound.get((name, tokens)) or self._bind_entry(name, tokens)
-        timings = self.timings
-        late = {key: tvm_ffi.from_dlpack(tensor) for key, tensor in inputs.items()}
-        for step in bound.steps:
-            if isinstance(step, Observe):
-                if observer is not None:
-                    observer(step.layer, step.hidden)
-                continue
-            for position, key in step.late:
-                step.arguments[position] = late[key]
-            if timings is None:
-                step.kernel(*step.arguments)
-            else:
-                began = time.perf_counter()
-                step.kernel(*step.arguments)
-                timings.setdefault(step.symbol, []).append(time.perf_counter() - began)
+        """Run entry point `name` on `tokens` tokens; the result is valid until the next run.
+
+        `prefill` says that a request may have several of them.
+        """
+        batch = Batch(tokens, prefill)
+        bound = self._bound.get((name, batch)) or self._bind_entry(name, batch)
+        converted = {key: tvm_ffi.from_dlpack(tensor) for key, tensor in inputs.items()}
+        with self._stream():
+            for step in bound.steps:
+                if isinstance(step, Observe):
+                    if observer is not None:
+                        observer(step.layer, step.hidden)
+                elif self.timings is None:
+                    step.run(inputs, converted)
+                else:
+                    began = self._now()
+                    step.run(inputs, converted)
+                    self.timings.setdefault(step.symbol, []).append(self._now() - began)
         return bound.result
 
-    def _bind_entry(self, name: str, tokens: int) -> Bound:
+    def _stream(self) -> AbstractContextManager[Any]:
+        """Kernels run on torch's current stream."""
+        return nullcontext() if self.device.type == "cpu" else tvm_ffi.use_torch_stream()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _bind_entry(self, name: str, batch: Batch) -> Bound:
+        tokens = batch.tokens
         if tokens > self.max_tokens:
             self.prepare(tokens)
         if len(self._bound) >= BOUND_SIZES:
@@ -136,45 +186,47 @@ class Executor:
         out = self._result(name, result.spec, tokens)
         sources: dict[str, Source] = {a.buffer: Late(a.buffer) for a in function.inputs}
         sources |= {a.buffer: self._weights[a.buffer] for a in function.weights}
-        steps: list[Call | Observe] = []
-        self._bind(function, sources | {result.buffer: out}, tokens, steps)
+        steps: list[BoundStep] = []
+        self._bind(function, sources | {result.buffer: out}, batch, steps)
         bound = Bound(steps, _view(out, result.spec, tokens))
-        self._bound[name, tokens] = bound
+        self._bound[name, batch] = bound
         return bound
 
     def _result(self, name: str, spec: TensorSpec, tokens: int) -> torch.Tensor:
         """Memory for the result of an entry point, grown as needed and shared by all batch sizes."""
         size = spec.nbytes(tokens)
         if name not in self._results or self._results[name].numel() < size:
-            self._results[name] = allocate(size)
+            self._results[name] = allocate(size, self.device)
             self._bound = {key: bound for key, bound in self._bound.items() if key[0] != name}
         return self._results[name]
 
-    def _bind(
-        self, function: Function, sources: Mapping[str, Source], tokens: int, steps: list[Call | Observe]
-    ) -> None:
+    def _bind(self, function: Function, sources: Mapping[str, Source], batch: Batch, steps: list[BoundStep]) -> None:
         slots = self._slots[function.name]
         memory = {**{b.name: slots[b.slot] for b in function.buffers}, **sources}
         for step in function.steps:
-            if isinstance(step, KernelStep):
-                steps.append(self._call(step, memory, tokens))
+            if isinstance(step, CallStep):
+                self._bind_call(step, memory, batch, steps)
+            elif (large := step.large) is not None and _is_large(step, batch):
+                for part in large.steps:
+                    if isinstance(part, VendorCall):
+                        steps.append(self._torch_call(part, memory, batch))
+                    else:
+                        steps.append(self._call(part, memory, batch))
             else:
-                self._bind_call(step, memory, tokens, steps)
+                steps.append(self._call(step, memory, batch))
 
-    def _bind_call(
-        self, step: CallStep, memory: Mapping[str, Source], tokens: int, steps: list[Call | Observe]
-    ) -> None:
+    def _bind_call(self, step: CallStep, memory: Mapping[str, Source], batch: Batch, steps: list[BoundStep]) -> None:
         callee = self.plan.functions[step.function]
         formal = [*callee.inputs, *callee.weights, *callee.results]
         given = [memory[name] for name in step.arguments]
         layer = sum(isinstance(known, Observe) for known in steps)
         hidden = given[0]
         if isinstance(hidden, torch.Tensor):
-            steps.append(Observe(layer, _view(hidden, callee.inputs[0].spec, tokens)))
-        self._bind(callee, {a.buffer: m for a, m in zip(formal, given, strict=True)}, tokens, steps)
+            steps.append(Observe(layer, _view(hidden, callee.inputs[0].spec, batch.tokens)))
+        self._bind(callee, {a.buffer: m for a, m in zip(formal, given, strict=True)}, batch, steps)
 
-    def _call(self, step: KernelStep, memory: Mapping[str, Source], tokens: int) -> Call:
-        symbol = next(symbol for minimum, symbol in reversed(step.variants) if minimum <= max(tokens, 1))
+    def _call(self, step: KernelStep, memory: Mapping[str, Source], batch: Batch) -> Call:
+        symbol = next(symbol for minimum, symbol in reversed(step.variants) if minimum <= max(batch.tokens, 1))
         arguments: list[Any] = []
         late: list[tuple[int, str]] = []
         for position, argument in enumerate(step.arguments):
@@ -183,8 +235,27 @@ class Executor:
                 late.append((position, source.name))
                 arguments.append(None)
             else:
-                arguments.append(tvm_ffi.from_dlpack(_view(source, argument.spec, tokens)))
+                arguments.append(tvm_ffi.from_dlpack(_view(source, argument.spec, batch.tokens)))
         return Call(symbol, self._module[symbol], arguments, tuple(late))
+
+    def _torch_call(self, call: VendorCall, memory: Mapping[str, Source], batch: Batch) -> TorchCall:
+        arguments: dict[str, Any] = dict(call.attributes)
+        late: list[tuple[str, str]] = []
+        for name, argument in call.arguments:
+            source = memory[argument.buffer]
+            if isinstance(source, Late):
+                late.append((name, source.name))
+            else:
+                arguments[name] = _view(source, argument.spec, batch.tokens)
+        return TorchCall(call.function, vendor.FUNCTIONS[call.function], arguments, tuple(late))
+
+
+def _is_large(step: KernelStep, batch: Batch) -> bool:
+    """True if `step.large` is to run instead of the step's kernel."""
+    large = step.large
+    if large is None or batch.tokens < large.min_tokens or (large.prefill and not batch.prefill):
+        return False
+    return all(vendor.available(part.function) for part in large.steps if isinstance(part, VendorCall))
 
 
 def _view(memory: torch.Tensor, spec: TensorSpec, tokens: int) -> torch.Tensor:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from vllm_compile.errors import ArtifactError
-from vllm_compile.targets.cpu import host_features
+from vllm_compile.targets import cpu, cuda
+
+from . import gpu
 
 SCHEMA = 1
 MANIFEST, PLAN, LIBRARY, CONFIG = "manifest.json", "plan.json", "kernels.so", "config.json"
@@ -27,10 +29,10 @@ def sha256(path: Path) -> str:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of the artifact in `directory`, fit for this version and this machine.
+    """The manifest of the artifact in `directory`, fit for this version.
 
     Raises:
-        ArtifactError: no artifact, another schema, or a CPU without the instruction sets it uses.
+        ArtifactError: no artifact, or another schema.
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
@@ -45,17 +47,34 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             + ("update vllm-compile" if schema > SCHEMA else "compile the model again")
         )
     try:
-        features, intact = set(manifest["target"]["features"]), manifest["digest"] == content_digest(manifest)
-    except (KeyError, TypeError) as error:
+        intact = {"name", "features"} <= manifest["target"].keys() and manifest["digest"] == content_digest(manifest)
+    except (AttributeError, KeyError, TypeError) as error:
         raise ArtifactError(f"{directory / MANIFEST}: not a manifest ({error})") from error
-    if missing := features - host_features():
+    if not intact:
+        raise ArtifactError(f"{directory / MANIFEST} differs from what was compiled; compile the model again")
+    return manifest
+
+
+def check_machine(directory: Path, manifest: dict[str, Any]) -> None:
+    """Check that this machine can run the artifact's kernels; see `check_target`."""
+    check_target(manifest["target"]["name"], manifest["target"]["features"], directory)
+
+
+def check_target(name: str, features: Iterable[str], directory: Path) -> None:
+    """Check that this machine can run what is compiled in `directory` for the target `name` with these features.
+
+    Raises:
+        ArtifactError: it is a CPU without the instruction sets they use.
+        TargetError: there is no GPU, or another one, or its driver is too old.
+    """
+    if name == cuda.NAME:
+        card = gpu.detect()
+        cuda.require(card.capability, card.driver, card.name)
+    elif missing := set(features) - cpu.host_features():
         raise ArtifactError(
             f"{directory}: compiled for a CPU with {', '.join(sorted(missing))}, which this machine lacks; "
             "compile the model again on a machine like this one"
         )
-    if not intact:
-        raise ArtifactError(f"{directory / MANIFEST} differs from what was compiled; compile the model again")
-    return manifest
 
 
 def content_digest(manifest: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Host memory in huge pages: weights are streamed at every step, and small pages cost TLB misses."""
+"""Memory that is allocated once: on a host in huge pages, as small ones cost TLB misses; on a GPU from torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def allocate(size: int) -> torch.Tensor:
-    """Zeroed uint8 [size], starting on a page, in huge pages where the kernel grants them."""
+def allocate(size: int, device: torch.device) -> torch.Tensor:
+    """Zeroed uint8 [size] on `device`; on a host it starts on a page, in huge pages where the kernel grants them."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=torch.uint8, device=device)
     mapping = mmap.mmap(-1, max(-(-size // HUGE_PAGE) * HUGE_PAGE, HUGE_PAGE))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapping.madvise(mmap.MADV_HUGEPAGE)

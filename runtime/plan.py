@@ -26,13 +26,35 @@ class Argument:
 
 
 @dataclass(frozen=True)
+class VendorCall:
+    """Calls a function of `vendor.py` with tensors and plain values by name."""
+
+    function: str
+    arguments: tuple[tuple[str, Argument], ...]
+    attributes: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class KernelStep:
-    """Runs one kernel: the variant with the largest min_tokens that is not above T."""
+    """Runs one kernel: the variant with the largest min_tokens that is not above T.
+
+    `large` is what runs instead in large batches, where a library of the serving environment is faster.
+    """
 
     op: str
     family: str
     variants: tuple[tuple[int, str], ...]  # (min_tokens, symbol), ascending
     arguments: tuple[Argument, ...]
+    large: Large | None = None
+
+
+@dataclass(frozen=True)
+class Large:
+    """Steps for batches of at least `min_tokens` tokens; if `prefill`, only of those where a request has several."""
+
+    min_tokens: int
+    prefill: bool
+    steps: tuple[VendorCall | KernelStep, ...]
 
 
 @dataclass(frozen=True)
@@ -94,10 +116,14 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Plan:
-    """`forward` and `logits` are the entry points; the other functions are layers they call."""
+    """`forward` and `logits` are the entry points; the other functions are layers they call.
+
+    `restored` names the weights that are not stored: plain copies, for vendor calls, of the lossless ones it gives.
+    """
 
     model: ModelShape
     functions: dict[str, Function]
+    restored: dict[str, str] = field(default_factory=dict)
     schema: int = field(default=SCHEMA)
 
     def to_json(self) -> str:
@@ -115,7 +141,7 @@ def from_json(text: str) -> Plan:
     if raw["schema"] != SCHEMA:
         raise ValueError(f"schema {raw['schema']}, this version reads {SCHEMA}")
     functions = {name: _function(value) for name, value in raw["functions"].items()}
-    return Plan(ModelShape(**raw["model"]), functions, raw["schema"])
+    return Plan(ModelShape(**raw["model"]), functions, raw["restored"], raw["schema"])
 
 
 def _function(raw: dict[str, Any]) -> Function:
@@ -127,8 +153,23 @@ def _function(raw: dict[str, Any]) -> Function:
 def _step(raw: dict[str, Any]) -> KernelStep | CallStep:
     if "function" in raw:
         return CallStep(raw["function"], tuple(raw["arguments"]))
+    return _kernel_step(raw)
+
+
+def _kernel_step(raw: dict[str, Any]) -> KernelStep:
     variants = tuple((minimum, symbol) for minimum, symbol in raw["variants"])
-    return KernelStep(raw["op"], raw["family"], variants, tuple(_argument(a) for a in raw["arguments"]))
+    arguments = tuple(_argument(a) for a in raw["arguments"])
+    return KernelStep(raw["op"], raw["family"], variants, arguments, raw["large"] and _large(raw["large"]))
+
+
+def _large(raw: dict[str, Any]) -> Large:
+    steps = tuple(_vendor_call(s) if "function" in s else _kernel_step(s) for s in raw["steps"])
+    return Large(raw["min_tokens"], raw["prefill"], steps)
+
+
+def _vendor_call(raw: dict[str, Any]) -> VendorCall:
+    arguments = tuple((name, _argument(a)) for name, a in raw["arguments"])
+    return VendorCall(raw["function"], arguments, tuple((name, value) for name, value in raw["attributes"]))
 
 
 def _argument(raw: dict[str, Any]) -> Argument:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,21 @@ import torch
 from safetensors import safe_open
 
 from vllm_compile.errors import ArtifactError
+from vllm_compile.schedules import lossless
 from vllm_compile.spec import TensorSpec
+from vllm_compile.targets import cuda
 
 from . import manifest as artifact
 from .executor import Executor
 from .plan import KernelStep, Plan, from_json
 
+DUMMY_STD = 0.02  # what transformers initialises with by default
 Observer = Callable[[int, torch.Tensor], None]
+
+
+def device_of(target: str) -> torch.device:
+    """Where programs for a target run."""
+    return torch.device("cuda" if target == cuda.NAME else "cpu")
 
 
 class Program:
@@ -26,6 +34,7 @@ class Program:
         num_layers, num_heads, num_kv_heads, head_dim, hidden_size, vocab_size: shape of the model.
         max_positions: positions are below this.
         dtype: of weights, activations and KV cache.
+        device: where they are, and all arguments of a call must be.
     """
 
     def __init__(self, directory: Path, plan: Plan, manifest: dict[str, Any]) -> None:
@@ -39,11 +48,12 @@ class Program:
         self.head_dim, self.hidden_size, self.vocab_size = model.head_dim, model.hidden_size, model.vocab_size
         self.max_positions = model.max_positions
         self.dtype: torch.dtype = getattr(torch, model.dtype)
-        self._executor = Executor(plan, str(directory / artifact.LIBRARY))
+        self.device = device_of(manifest["target"]["name"])
+        self._executor = Executor(plan, str(directory / artifact.LIBRARY), self.device)
         self._caches = [f"kv_{layer}" for layer in range(model.num_layers)]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> None:
-        """Take the weights into use where they are; those of the artifact are mapped, not copied.
+        """Take the weights into use: on a CPU where they are (those of the artifact mapped), else on the device.
 
         Args:
             weights: (name, tensor) pairs as in the artifact's safetensors; None maps those.
@@ -64,11 +74,31 @@ class Program:
                 raise ArtifactError(f"{self.directory}: weight {name!r} is not as plan.json says; compile again")
         if unknown := loaded.keys() - wanted.keys():
             raise ArtifactError(f"{self.directory}: {min(unknown)!r} is no weight of this program")
-        self._executor.set_weights(loaded)
+        placed = {name: tensor.to(self.device) for name, tensor in loaded.items()}
+        self._executor.set_weights(placed | self._restored(placed))
+
+    def load_dummy_weights(self, seed: int = 0) -> None:
+        """Gaussian weights of standard deviation 0.02 (vectors: ones), made on the device: to time, not to serve."""
+        specs = self._all_specs()
+        plain_of = {source: name for name, source in self.plan.restored.items()}
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        def make(name: str) -> torch.Tensor:
+            spec = specs[plain_of.get(name, name)]
+            weight = torch.ones(spec.sizes(), dtype=getattr(torch, spec.dtype), device=self.device)
+            if weight.dim() > 1:
+                weight.normal_(std=DUMMY_STD, generator=generator)
+            return lossless.pack(weight) if name in plain_of else weight
+
+        self.load_weights((name, make(name)) for name in self._weight_specs())
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights once loaded, restored copies included."""
+        return sum(spec.nbytes() for spec in self._all_specs().values())
 
     def prepare(self, max_tokens: int, max_requests: int = 0) -> None:
-        """Allocate scratch memory for batches of up to `max_tokens` tokens (`max_requests` needs none)."""
-        self._executor.prepare(max(max_tokens, max_requests))
+        """Allocate scratch memory for batches of up to `max_tokens` tokens, and logits of `max_requests` rows."""
+        self._executor.prepare(max(max_tokens, max_requests), max_requests)
 
     def forward(
         self,
@@ -114,7 +144,9 @@ class Program:
             "query_start_loc": query_start_loc,
             "slot_mapping": slot_mapping,
         }
-        return self._executor.run("forward", input_ids.shape[0], inputs, observer)
+        tokens = input_ids.shape[0]
+        # As many tokens as requests: each decodes one.  (If not, the kernels that are chosen are right all the same.)
+        return self._executor.run("forward", tokens, inputs, observer, prefill=tokens != seq_lens.shape[0])
 
     __call__ = forward
 
@@ -129,12 +161,24 @@ class Program:
         return self._executor.weight(lookups[0].arguments[1].buffer)[input_ids.long()]
 
     def _weight_specs(self) -> dict[str, TensorSpec]:
+        """Of the weights that are stored."""
+        return {name: spec for name, spec in self._all_specs().items() if name not in self.plan.restored}
+
+    def _all_specs(self) -> dict[str, TensorSpec]:
         entries = (self.plan.functions["forward"], self.plan.functions["logits"])
         return {a.buffer: a.spec for function in entries for a in function.weights}
 
+    def _restored(self, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Plain copies, on the device, of the lossless weights that a vendor's functions read too."""
+        specs = self._all_specs()
+        return {
+            name: lossless.unpack(stored[source], specs[name].size(0), specs[name].size(1))
+            for name, source in self.plan.restored.items()
+        }
+
 
 def load(directory: str | Path, weights: bool = True) -> Program:
-    """Load an artifact; every file is compared with its SHA-256 before it is used.
+    """Load an artifact onto its device; every file is compared with its SHA-256 before it is used.
 
     Args:
         directory: what `compile` wrote.
@@ -142,9 +186,11 @@ def load(directory: str | Path, weights: bool = True) -> Program:
 
     Raises:
         ArtifactError: the artifact is damaged, of another schema, or made for another CPU.
+        TargetError: it is made for a GPU that this machine does not have.
     """
     directory = Path(directory)
     manifest = artifact.read_manifest(directory)
+    artifact.check_machine(directory, manifest)
     artifact.check_files(directory, manifest, lambda name: not artifact.is_weights(name))
     try:
         plan = from_json((directory / artifact.PLAN).read_text())

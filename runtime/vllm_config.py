@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_compile.errors import ArtifactError, UnsupportedError
+from vllm_compile.errors import ArtifactError, TargetError, UnsupportedError
 
 if TYPE_CHECKING:
     from .program import Program
 
-LOAD_FORMAT = "vllm_compile"
+LOAD_FORMAT, DUMMY_FORMAT = "vllm_compile", "vllm_compile_dummy"
 UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 SPARE_TOKENS = 1024  # room for the null block and a part-filled one, at any block size
 
@@ -46,7 +46,8 @@ class ServingConfig(VerifyAndUpdateConfig):
 
         refuse_unsupported(vllm_config)
         program = load_for_inspection(vllm_config.model_config.model)
-        vllm_config.load_config.load_format = LOAD_FORMAT
+        load = vllm_config.load_config
+        load.load_format = DUMMY_FORMAT if load.load_format in ("dummy", DUMMY_FORMAT) else LOAD_FORMAT
         vllm_config.model_config.disable_cascade_attn = True
         compilation = vllm_config.compilation_config
         compilation.mode = CompilationMode.NONE
@@ -54,7 +55,9 @@ class ServingConfig(VerifyAndUpdateConfig):
             compilation.cudagraph_mode = CUDAGraphMode.NONE
             run_in_engine_process(vllm_config.parallel_config)
             size_cache(vllm_config, program)
-        elif compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_piecewise_cudagraphs():
+            return
+        refuse_small_gpu(program, vllm_config.cache_config.gpu_memory_utilization)
+        if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_piecewise_cudagraphs():
             # Said aloud: vLLM 0.26 drops graphs without a word where torch compiles nothing.
             compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
 
@@ -84,6 +87,19 @@ def load_for_inspection(directory: str) -> Program:
     if not Path(directory).is_dir():
         raise ArtifactError(f"{directory} is not a local directory: download the artifact, then serve that")
     return load(directory, weights=False)
+
+
+def refuse_small_gpu(program: Program, utilization: float) -> None:
+    """TargetError where the weights do not fit into vLLM's share of the GPU's memory, before any is read."""
+    from .gpu import detect
+
+    card, needed = detect(), program.weight_bytes()
+    if needed > utilization * card.memory_bytes:
+        raise TargetError(
+            f"{program.directory}: its weights take {needed / 1e9:.1f} GB of GPU memory, vLLM may use {utilization:.0%}"
+            f" of the {card.memory_bytes / 1e9:.1f} GB of {card.name}: raise --gpu-memory-utilization, "
+            "take a larger GPU, or compile with --pack none, which keeps no second copy for large batches"
+        )
 
 
 def run_in_engine_process(parallel_config: Any) -> None:

@@ -9,6 +9,17 @@ from vllm.config import ModelConfig
 from vllm.model_executor.model_loader import BaseModelLoader
 
 
+class DummyLoader(BaseModelLoader):
+    """Random weights, made on the device: `--load-format dummy`."""
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Nothing is read but the plan."""
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        program: Any = model.program
+        program.load_dummy_weights()
+
+
 class ArtifactLoader(BaseModelLoader):
     def download_model(self, model_config: ModelConfig) -> None:
         """An artifact is a local directory."""

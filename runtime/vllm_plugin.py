@@ -12,11 +12,12 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
 
-    from .vllm_config import LOAD_FORMAT, ServingConfig
-    from .vllm_loader import ArtifactLoader
+    from .vllm_config import DUMMY_FORMAT, LOAD_FORMAT, ServingConfig
+    from .vllm_loader import ArtifactLoader, DummyLoader
     from .vllm_model import VllmCompileForCausalLM
 
     # The class, not its name: vLLM looks at a named class in a subprocess, which costs eight seconds.
     ModelRegistry.register_model(ARCHITECTURE, VllmCompileForCausalLM)
     MODELS_CONFIG_MAP[ARCHITECTURE] = ServingConfig
     register_model_loader(LOAD_FORMAT)(ArtifactLoader)
+    register_model_loader(DUMMY_FORMAT)(DummyLoader)

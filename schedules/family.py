@@ -29,8 +29,26 @@ class Variant:
     config: Config = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Vendor:
+    """A library of the serving environment that takes over in large batches.
+
+    Attributes:
+        function: of `runtime/vendor.py`; it is called with the call's inputs (weights plain), attributes and `out`.
+        min_tokens: from so many tokens on.
+        prefill: only where a request has several tokens.
+        epilogue: the call of ours that makes the result of what the function leaves in its one input; None if
+            the function's result is the call's.
+    """
+
+    function: str
+    min_tokens: int
+    prefill: bool = False
+    epilogue: OpSpec | None = None
+
+
 class KernelFamily(Protocol):
-    """One way to compute `op`."""
+    """One way to compute `op`; a family is a subclass, which takes over the defaults below."""
 
     @property
     def name(self) -> str:
@@ -48,9 +66,15 @@ class KernelFamily(Protocol):
 
         `spec` is the call with plain weights.
         """
+        return {}
 
     def variants(self, spec: OpSpec, target: Target) -> Sequence[Variant]:
         """The default choice by number of tokens, ascending; the first has min_tokens 1."""
+        return (Variant(1),)
+
+    def vendor(self, spec: OpSpec, target: Target) -> Vendor | None:
+        """Who takes over in large batches, if anybody."""
+        return None
 
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
         """The kernel, called as `kernel(*inputs, *outputs)`; `spec` is the call with plain weights."""

@@ -20,7 +20,10 @@ class Layout(Protocol):
         """What the plan calls it."""
 
     def shape(self, plain: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the packed tensor for a plain weight of shape `plain`; the dtype stays."""
+        """Shape of the packed tensor for a plain weight of shape `plain`."""
+
+    def dtype(self, plain: str) -> str:
+        """Its dtype, for a plain weight of dtype `plain`."""
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """The packed, contiguous tensor."""
@@ -50,6 +53,9 @@ class Panels:
         halves = 2 if self.gated else 1
         panels = halves * -(-N // halves // self.lanes)
         return (panels, -(-K // self.pair), self.lanes, self.pair)
+
+    def dtype(self, plain: str) -> str:
+        return plain
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         halves = weight.chunk(2) if self.gated else (weight,)

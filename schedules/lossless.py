@@ -120,7 +120,7 @@ def unpack(packed: torch.Tensor, N: int, K: int) -> torch.Tensor:
     header = packed[rows_at:side_at].view(torch.int32).view(-1, 2)
     bases = ((header[:N, 1] >> 23) - (127 - SCALE_BIAS)).to(torch.int16) << MANTISSA_BITS
     weight = torch.empty(N, K, dtype=torch.int16, device=packed.device)
-    step = _chunk_rows(K)
+    step = _chunk_rows(K, packed.device)
     for start in range(0, N, step):
         rows = weight[start : start + step]
         rows.copy_(_ungroup(codes[start // TILE : (start + step) // TILE]))
@@ -139,7 +139,9 @@ class Lossless:
     """The layout above, as a `Layout`; its packed tensor is uint8, one-dimensional."""
 
     name: str = "lossless12"
-    dtype: str = "uint8"
+
+    def dtype(self, plain: str) -> str:
+        return "uint8"
 
     def shape(self, plain: tuple[int, ...]) -> tuple[int, ...]:
         N, K = plain
@@ -149,15 +151,14 @@ class Lossless:
         return pack(weight)
 
 
-def _chunk_rows(K: int) -> int:
-    """Rows packed at a time: whole tiles."""
-    return max(CHUNK_BYTES // (2 * K) // TILE, 1) * TILE
+def _chunk_rows(K: int, device: torch.device) -> int:
+    """Rows packed at a time: whole tiles, as many as a core's cache holds; on an accelerator few large pieces."""
+    return max(CHUNK_BYTES // (2 * K) // TILE, 1) * TILE if device.type == "cpu" else 4096 * TILE
 
 
 def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The weight's bits, some rows at a time; on an accelerator in few large pieces."""
-    step = _chunk_rows(weight.shape[1]) if weight.device.type == "cpu" else 4096 * TILE
-    return iter(weight.contiguous().view(torch.int16).split(step))
+    """The weight's bits, some rows at a time."""
+    return iter(weight.contiguous().view(torch.int16).split(_chunk_rows(weight.shape[1], weight.device)))
 
 
 def _encode(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

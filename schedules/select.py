@@ -10,10 +10,12 @@ from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
 from .cpu import FAMILIES as CPU_FAMILIES
-from .family import KernelFamily, Variant
+from .cuda import FAMILIES as CUDA_FAMILIES
+from .family import KernelFamily, Variant, Vendor
 from .layouts import Layout
+from .lossless import Lossless
 
-FAMILIES: Mapping[str, Sequence[KernelFamily]] = {"cpu": CPU_FAMILIES}
+FAMILIES: Mapping[str, Sequence[KernelFamily]] = {"cpu": CPU_FAMILIES, "cuda": CUDA_FAMILIES}
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,20 @@ class Choice:
     family: KernelFamily
     layouts: Mapping[str, Layout]
     variants: Sequence[Variant]
+    vendor: Vendor | None = None
 
 
-def choose(spec: OpSpec, target: Target) -> Choice:
-    """The kernels for `spec` on `target`.
+def choose(spec: OpSpec, target: Target, lossless: bool = True) -> Choice:
+    """The kernels for `spec` on `target`; `lossless` admits those that read losslessly packed weights.
 
     Raises:
         UnsupportedError: none of the target's families serves the call; it is named.
     """
     for family in FAMILIES[target.name]:
-        if family.op == spec.op and family.serves(spec, target):
-            return Choice(family, family.layouts(spec, target), family.variants(spec, target))
+        if family.op != spec.op or not family.serves(spec, target):
+            continue
+        layouts = family.layouts(spec, target)
+        if lossless or not any(isinstance(layout, Lossless) for layout in layouts.values()):
+            return Choice(family, layouts, family.variants(spec, target), family.vendor(spec, target))
     inputs = ", ".join(f"{name} {list(map(str, tensor.shape))} {tensor.dtype}" for name, tensor in spec.inputs)
     raise UnsupportedError(f"target {target.name} has no kernel for {spec.op}({inputs})")

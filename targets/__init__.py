@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from vllm_compile.errors import TargetError
 
-from . import cpu
+from . import cpu, cuda
 from .base import Target
 
-DETECT: dict[str, Callable[[], Target]] = {"cpu": cpu.detect}
+DETECT: dict[str, Callable[[], Target]] = {"cpu": cpu.detect, cuda.NAME: cuda.detect}
 
 
 def resolve(name: str) -> Target:

@@ -8,6 +8,7 @@ from vllm_compile.errors import TargetError
 
 from .base import Target
 
+NAME = "cuda"
 ARCH = "sm_90a"
 CAPABILITY = (9, 0)
 MIN_DRIVER = (580, 0)  # of CUDA 13.0, which the kernels are compiled with
@@ -31,7 +32,7 @@ class CudaTarget(Target):
 def detect() -> CudaTarget:
     """The Hopper GPU, present or not: kernels for it are the same on every machine."""
     return CudaTarget(
-        name="cuda",
+        name=NAME,
         tvm=(("kind", "cuda"), ("arch", ARCH), ("max_threads_per_block", 1024), ("thread_warp_size", 32)),
         features=frozenset({ARCH}),
         vector_lanes=32,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vllm_compile.bench import DECODE_CONTEXT, DECODE_STEPS, step_bytes
+from vllm_compile.bench import DECODE_STEPS, step_bytes
 from vllm_compile.cli import main
 from vllm_compile.runtime.program import load
 
@@ -16,9 +16,9 @@ def test_figures(trained_llama, compiled_fp32, capsys):
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {(row["engine"], row["workload"]): row for row in figures["rows"]}
     assert set(rows) == {(e, w) for e in ("compiled", "vllm-eager", "hf") for w in ("decode", "prefill")}
-    read = step_bytes(load(compiled_fp32).plan, 2, DECODE_CONTEXT + DECODE_STEPS // 2)
+    read = step_bytes(load(compiled_fp32).plan, 2, 128 + DECODE_STEPS["cpu"] // 2)
     for (engine, workload), row in rows.items():
-        tokens = 2 if workload == "decode" else row["size"]
+        tokens = 2 if workload == "decode" else row["length"]
         assert row["tokens_per_second"] == pytest.approx(tokens / row["milliseconds"] * 1e3)
         ratio = row["milliseconds"] / rows["compiled", workload]["milliseconds"]
         assert row["speedup"] == pytest.approx(ratio), engine

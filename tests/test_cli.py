@@ -284,7 +284,7 @@ class TestRefusedArtifacts:
         refused("update vllm-compile", "verify", artifact, "--model", tiny)
 
     def test_another_processor(self, refused, tiny, artifact, monkeypatch):
-        monkeypatch.setattr(files, "host_features", lambda: frozenset({"sse2"}))
+        monkeypatch.setattr(cpu, "host_features", lambda: frozenset({"sse2"}))
         refused("which this machine lacks", "verify", artifact, "--model", tiny)
 
     def test_model_is_missing(self, refused, tiny_fp32, tmp_path):

@@ -1,8 +1,8 @@
 """Times an artifact beside its peers: same weights, same prompts, interleaved, medians.
 
-Each engine lives in its own process and idles while another is timed.  A decode step is the
-difference between generating 1 + n tokens and generating 1, divided by n; prefill is what
-generating one token takes.
+Each engine lives in its own process and idles while another is timed; on a GPU they share its memory.  A decode
+step is the difference between generating 1 + n tokens and generating 1, divided by n; prefill is what generating one
+token takes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,28 @@ from .errors import VllmCompileError
 from .frontend.checkpoint import DummyCheckpoint
 from .frontend.hf import read_config
 from .reference import Reference
+from .runtime import gpu
 from .runtime.manifest import PLAN, read_manifest
 from .runtime.plan import Plan, from_json
+from .runtime.program import device_of
 
 # By default vLLM keeps one core for its scheduler and computes on the others; on two cores that is one.
 ENVIRONMENTS = {"vllm-all-cores": {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))))}}
-DECODE_CONTEXT = 128  # tokens in each prompt when decoding is timed
-DECODE_STEPS = 32
-PREFILL_TOKENS = 1024  # or half of the positions that the model has
-MAX_MODEL_LEN = 2048
+DECODE_STEPS = {"cpu": 32, "cuda": 128}
+PEER_CACHE_BYTES = 2 << 30  # vLLM's KV cache on a CPU
+GPU_SHARE = 0.9  # of the GPU's memory, for all engines together
+GPU_CACHE_BYTES = 6 << 30  # what an engine on a GPU needs beside its weights, to divide that share
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`batch` requests of `length` tokens each: decoded further, or prefilled at once."""
+
+    batch: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.length}"
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,7 @@ class Row:
     Attributes:
         engine: compiled, vllm, vllm-eager or hf.
         workload: decode or prefill.
-        size: requests decoded at once, or tokens of the prompt.
+        batch, length: requests at once, and the tokens of each one's prompt.
         milliseconds: median time of a decode step, or of the whole prefill.
         tokens_per_second: of all requests together.
         gigabytes_per_second: bytes of weights and cache that a step must read, over its time; 0 for prefill.
@@ -57,7 +71,8 @@ class Row:
 
     engine: str
     workload: str
-    size: int
+    batch: int
+    length: int
     milliseconds: float
     tokens_per_second: float
     gigabytes_per_second: float
@@ -68,17 +83,18 @@ class Row:
 class Engine:
     """A worker process."""
 
-    def __init__(self, name: str, model: Path, max_model_len: int, log: Path) -> None:
+    def __init__(self, name: str, model: Path, options: dict[str, Any], log: Path) -> None:
         self.name, self._log = name, log
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_compile.bench_worker", name, str(model), str(max_model_len)],
+            [sys.executable, "-m", "vllm_compile.bench_worker", name, str(model), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
             text=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1", **ENVIRONMENTS.get(name, {})},
         )
-        self.load_seconds = self._answer()["loaded"]
+        ready = self._answer()
+        self.load_seconds, self.first_token_seconds = ready["loaded"], ready["first_token"]
 
     def seconds(self, prompts: list[list[int]], new_tokens: int) -> float:
         """How long generating `new_tokens` tokens for each prompt takes."""
@@ -108,73 +124,109 @@ def bench(
     artifact: Path,
     model: Path | None,
     against: Sequence[str],
-    batches: Sequence[int],
+    decodes: Sequence[Workload],
+    prefills: Sequence[Workload],
     repeats: int,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """Time `artifact` and its peers; returns {"bandwidth": GB/s, "load_seconds": {...}, "rows": [...]}.
+    """Time `artifact` and its peers.
+
+    Returns {"device": ..., "bandwidth": GB/s, "load_seconds": {...}, "first_token_seconds": {...}, "rows": [...]}.
 
     Args:
         artifact: what `compile` wrote.
         model: the Hugging Face directory it was made from; None for dummy weights, which are made again.
         against: names out of `bench_worker.PEERS`.
-        batches: numbers of requests decoded at once.
+        decodes, prefills: what to time.
         repeats: how often every engine does every workload.
     """
     manifest = read_manifest(artifact)
     plan = from_json((artifact / PLAN).read_text())
-    bandwidth = read_bandwidth()
+    most = plan.model.max_positions // 2
+    decodes, prefills = ([replace(w, length=min(w.length, most)) for w in ws] for ws in (decodes, prefills))
+    target, device = manifest["target"]["name"], device_of(manifest["target"]["name"])
+    if target != "cpu" and {"hf", "vllm-all-cores"} & set(against):
+        raise VllmCompileError("on a GPU the peers are vllm and vllm-eager")
+    bandwidth = read_bandwidth(device)
     rows: list[Row] = []
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         seed = manifest["source"]["dummy_weights_seed"]
-        peer = model if model is not None and seed is None else _write_dummy(artifact, plan, seed, scratch)
+        weightless = not list(artifact.glob("*.safetensors"))
+        peer = model if model is not None and seed is None else _dummy_model(artifact, plan, seed, scratch, weightless)
+        steps = DECODE_STEPS[target]
+        longest = max(w.length for w in (*decodes, *prefills)) + steps + 1
+        options = {
+            "max_model_len": min(longest, plan.model.max_positions),
+            "max_num_seqs": max(w.batch for w in (*decodes, *prefills)),
+            **({"load_format": "dummy"} if weightless else {}),
+        }
+        names = ("compiled", *against)
+        shares = _gpu_shares(names, plan) if target != "cpu" else {}
         engines = []
-        for name in ("compiled", *against):
+        for name in names:
             progress(f"starting {name}")
             directory = artifact if name == "compiled" else peer
-            engine = Engine(name, directory, min(MAX_MODEL_LEN, plan.model.max_positions), scratch / f"{name}.log")
+            memory: dict[str, Any] = {} if name == "compiled" else {"kv_cache_memory_bytes": PEER_CACHE_BYTES}
+            if name in shares:
+                memory = {"gpu_memory_utilization": shares[name]}
+            engine = Engine(name, directory, {**options, **memory}, scratch / f"{name}.log")
             stack.callback(engine.close)
             engines.append(engine)
-        for batch in batches:
-            progress(f"decode, batch {batch}")
-            times = _interleaved(engines, plan, repeats, _decode_step, batch, DECODE_CONTEXT)
-            rows += _rows("decode", batch, times, plan, bandwidth)
-        length = min(PREFILL_TOKENS, plan.model.max_positions // 2)
-        progress(f"prefill, {length} tokens")
-        times = _interleaved(engines, plan, repeats, _prefill, 1, length)
-        rows += _rows("prefill", length, times, plan, bandwidth)
+        for workload in decodes:
+            progress(f"decode, {workload}")
+            times = _interleaved(engines, plan, repeats, partial(_decode_step, steps=steps), workload)
+            rows += _rows("decode", workload, times, plan, bandwidth, steps)
+        for workload in prefills:
+            progress(f"prefill, {workload}")
+            times = _interleaved(engines, plan, repeats, _prefill, workload)
+            rows += _rows("prefill", workload, times, plan, bandwidth, steps)
         loads = {engine.name: engine.load_seconds for engine in engines}
-    return {"bandwidth": bandwidth, "load_seconds": loads, "rows": rows}
+        first_tokens = {engine.name: engine.first_token_seconds for engine in engines}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    seconds = {"load_seconds": loads, "first_token_seconds": first_tokens}
+    return {"device": name, "bandwidth": bandwidth, **seconds, "rows": rows}
 
 
-def read_bandwidth(size: int = 1 << 30, repeats: int = 5) -> float:
-    """GB/s at which torch reads memory on all cores: the best of several dot products over `size` bytes.
+def _gpu_shares(names: Sequence[str], plan: Plan) -> dict[str, float]:
+    """The share of the GPU's memory that each engine gets, so that all fit at once."""
+    total = gpu.detect().memory_bytes
+    specs = {a.buffer: a.spec for name in ("forward", "logits") for a in plan.functions[name].weights}
+    plain = sum(s.nbytes() for name, s in specs.items() if name not in plan.restored.values())
+    needs = {name: plain + GPU_CACHE_BYTES for name in names}
+    needs["compiled"] = sum(s.nbytes() for s in specs.values()) + GPU_CACHE_BYTES
+    spare = max(GPU_SHARE * total - sum(needs.values()), 0) / len(needs)
+    return {name: round((need + spare) / total, 3) for name, need in needs.items()}
+
+
+def read_bandwidth(device: torch.device, size: int = 1 << 30, repeats: int = 5) -> float:
+    """GB/s at which torch reads a device's memory: the best of several dot products over `size` bytes.
 
     A kernel that has more loads in flight can be faster.
     """
-    data = torch.ones(2, size // 8)
+    data = torch.ones(2, size // 8, device=device)
     best = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()
-        torch.dot(data[0], data[1])
+        torch.dot(data[0], data[1]).item()
         best = min(best, time.perf_counter() - began)
     return size / best / 1e9
 
 
 def step_bytes(plan: Plan, batch: int, context: int) -> int:
-    """Bytes a decode step must read: every weight but the embedding table, and the cached tokens."""
+    """Bytes a decode step must read: every stored weight but the tables, and the cached tokens."""
     entries = [plan.functions[name] for name in ("forward", "logits")]
     tables = {s.arguments[1].buffer for s in entries[0].steps if getattr(s, "op", None) == "embedding"}
-    weights = {a.buffer: a.spec.nbytes() for f in entries for a in f.weights if a.buffer not in tables}
+    weights = {a.buffer: a.spec.nbytes() for f in entries for a in f.weights}
+    read = sum(size for name, size in weights.items() if name not in tables and name not in plan.restored)
     model = plan.model
     cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim * getattr(torch, model.dtype).itemsize
-    return sum(weights.values()) + batch * context * cached
+    return read + batch * context * cached
 
 
-def _decode_step(engine: Engine, prompts: list[list[int]]) -> float:
+def _decode_step(engine: Engine, prompts: list[list[int]], steps: int) -> float:
     first = engine.seconds(prompts, 1)
-    return (engine.seconds(prompts, 1 + DECODE_STEPS) - first) / DECODE_STEPS
+    return (engine.seconds(prompts, 1 + steps) - first) / steps
 
 
 def _prefill(engine: Engine, prompts: list[list[int]]) -> float:
@@ -186,17 +238,17 @@ def _interleaved(
     plan: Plan,
     repeats: int,
     measure: Callable[[Engine, list[list[int]]], float],
-    batch: int,
-    length: int,
+    workload: Workload,
 ) -> dict[str, list[float]]:
-    """Seconds by engine, one figure per repeat, on `batch` random prompts of `length` tokens.
+    """Seconds by engine, one figure per repeat, on random prompts.
 
     The first round warms up and is not counted.
     """
     times: dict[str, list[float]] = {engine.name: [] for engine in engines}
     for repeat in range(repeats + 1):
         draw = random.Random(repeat)
-        prompts = [[draw.randrange(plan.model.vocab_size) for _ in range(length)] for _ in range(batch)]
+        ids = range(plan.model.vocab_size)
+        prompts = [draw.choices(ids, k=workload.length) for _ in range(workload.batch)]
         for engine in engines:
             seconds = measure(engine, prompts)
             if repeat:
@@ -204,29 +256,35 @@ def _interleaved(
     return times
 
 
-def _rows(workload: str, size: int, times: dict[str, list[float]], plan: Plan, bandwidth: float) -> Iterator[Row]:
+def _rows(
+    kind: str, workload: Workload, times: dict[str, list[float]], plan: Plan, bandwidth: float, steps: int
+) -> Iterator[Row]:
     for name, seconds in times.items():
         median = statistics.median(seconds)
-        read = step_bytes(plan, size, DECODE_CONTEXT + DECODE_STEPS // 2) if workload == "decode" else 0
+        read = step_bytes(plan, workload.batch, workload.length + steps // 2) if kind == "decode" else 0
+        tokens = workload.batch * (1 if kind == "decode" else workload.length)
         yield Row(
             engine=name,
-            workload=workload,
-            size=size,
+            workload=kind,
+            batch=workload.batch,
+            length=workload.length,
             milliseconds=median * 1e3,
-            tokens_per_second=size / median,
+            tokens_per_second=tokens / median,
             gigabytes_per_second=read / median / 1e9,
             bandwidth_share=read / median / 1e9 / bandwidth,
             speedup=statistics.median(t / c for t, c in zip(seconds, times["compiled"], strict=True)),
         )
 
 
-def _write_dummy(artifact: Path, plan: Plan, seed: int | None, scratch: Path) -> Path:
-    """The dummy checkpoint an artifact was compiled from, as a Hugging Face directory."""
+def _dummy_model(artifact: Path, plan: Plan, seed: int | None, scratch: Path, weightless: bool) -> Path:
+    """The dummy checkpoint an artifact was compiled from, as a Hugging Face directory; or its config.json alone."""
     if seed is None:
         raise VllmCompileError("--model DIR is needed: the artifact does not hold the original weights")
     directory = scratch / "model"
     directory.mkdir()
     write_plain_config(artifact, directory)
+    if weightless:
+        return directory
     shapes = Reference.shapes(read_config(directory))
     checkpoint = DummyCheckpoint(shapes, getattr(torch, plan.model.dtype), seed)
     save_file({name: checkpoint.read(name) for name in shapes}, directory / "model.safetensors", {"format": "pt"})

@@ -1,7 +1,8 @@
 """One engine in a process of its own, timed on request.
 
 Reads one JSON request per line, `{"prompts": [[ids...], ...], "new_tokens": n}`, and answers
-with the seconds that greedy generation of exactly n tokens for each prompt took.  Engines:
+with the seconds that greedy generation of exactly n tokens for each prompt took; the first answer,
+before any request, is how long it took to load the engine, and until its first token.  Engines:
 `compiled` and `vllm` (vLLM as its users run it), `vllm-all-cores`, `vllm-eager`, `hf` (transformers).
 """
 
@@ -60,21 +61,22 @@ def hf_engine(model: str) -> Generate:
     return generate
 
 
-def start(engine: str, model: str, max_model_len: int) -> Generate:
-    """The engine called `engine`, loaded with the model in directory `model`."""
+def start(engine: str, model: str, options: dict[str, Any]) -> Generate:
+    """The engine called `engine`, loaded with the model in directory `model`; `options` are vLLM's."""
     if engine == "hf":
         return hf_engine(model)
-    cache = {} if engine == "compiled" else {"kv_cache_memory_bytes": 2 << 30}
-    return vllm_engine(model, {**cache, "max_model_len": max_model_len, "enforce_eager": engine == "vllm-eager"})
+    return vllm_engine(model, {**options, "enforce_eager": engine == "vllm-eager"})
 
 
-def main(engine: str, model: str, max_model_len: str = "2048") -> None:
+def main(engine: str, model: str, options: str = "{}") -> None:
     """Serve requests from stdin until it ends; answers go to the stdout this process was given."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever an engine prints must not be taken for an answer
     began = time.perf_counter()
-    generate = start(engine, model, int(max_model_len))
-    print(json.dumps({"loaded": time.perf_counter() - began}), file=answers)
+    generate = start(engine, model, json.loads(options))
+    loaded = time.perf_counter() - began
+    generate([[1, 2, 3]], 1)
+    print(json.dumps({"loaded": loaded, "first_token": time.perf_counter() - began}), file=answers)
     for line in sys.stdin:
         request = json.loads(line)
         began = time.perf_counter()

@@ -59,6 +59,15 @@ def _add_compile(commands: Any) -> None:
         metavar="SEED",
         help="random Gaussian weights from a seed",
     )
+    parser.add_argument(
+        "--pack",
+        choices=("lossless", "none"),
+        default="lossless",
+        help="weights in 12 bits, every bit restored, where the target's kernels read them so (default: lossless)",
+    )
+    parser.add_argument(
+        "--weightless", action="store_true", help="leave the weights out; serve with vLLM's --load-format dummy"
+    )
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write the module after each pass as TVMScript")
     parser.add_argument("--json", action="store_true", help="a summary as the last line of stdout")
     parser.set_defaults(run=_compile)
@@ -67,7 +76,9 @@ def _add_compile(commands: Any) -> None:
 def _compile(options: argparse.Namespace) -> int:
     from .driver import CompileOptions, compile_model
 
-    settings = CompileOptions(options.dtype, options.strict, options.dummy_weights, options.dump)
+    settings = CompileOptions(
+        options.dtype, options.strict, options.dummy_weights, options.dump, options.pack, options.weightless
+    )
     with console.status("starting") as status:
         result = compile_model(options.model, options.target, options.out, settings, status.update)
     _print_result(result)
@@ -126,13 +137,15 @@ def _add_verify(commands: Any) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from .runtime.manifest import check_files, read_manifest
+    from .runtime.manifest import check_files, check_machine, read_manifest
     from .verify import verify
 
     manifest = read_manifest(options.artifact)
+    check_machine(options.artifact, manifest)
     check_files(options.artifact, manifest)
+    target, dummy_seed = manifest["target"]["name"], manifest["source"]["dummy_weights_seed"]
     with console.status("comparing with Hugging Face"):
-        report = verify(options.artifact, options.model, manifest["source"]["dummy_weights_seed"], seed=options.seed)
+        report = verify(options.artifact, options.model, target, dummy_seed, seed=options.seed)
     table = Table("layer", "relative error", title="each layer on Hugging Face's input")
     for layer, error in enumerate(report.layers):
         table.add_row("final norm" if layer == len(report.layers) - 1 else str(layer), f"{error:.2e}")
@@ -148,7 +161,18 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
     parser.add_argument("--model", type=Path, metavar="DIR", help="what it was compiled from (not for dummy weights)")
     parser.add_argument("--against", type=_names, default=["vllm"], help=f"of: {','.join(PEERS)} (default: vllm)")
-    parser.add_argument("--batch", type=_numbers, default=[1, 8, 16], help="batch sizes (default: 1,8,16)")
+    parser.add_argument("--batch", type=_numbers, default=[1, 8, 16], help="batch sizes to decode (default: 1,8,16)")
+    parser.add_argument("--context", type=int, default=128, help="tokens of each prompt then (default: 128)")
+    parser.add_argument(
+        "--decode", type=_workloads, default=[], metavar="BxN,...", help="further decodes: batch x tokens of a prompt"
+    )
+    parser.add_argument(
+        "--prefill",
+        type=_workloads,
+        default=[(1, 1024)],
+        metavar="BxN,...",
+        help="prompts to prefill (default: 1x1024)",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="counted rounds (default: 5)")
     parser.add_argument("--json", action="store_true", help="all figures as the last line of stdout")
     parser.set_defaults(run=_bench)
@@ -165,27 +189,39 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def _bench(options: argparse.Namespace) -> int:
-    from .bench import bench
+def _workloads(text: str) -> list[tuple[int, int]]:
+    """`4x4096,1x128` as pairs."""
+    return [(int(batch), int(length)) for batch, _, length in (item.partition("x") for item in text.split(","))]
 
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench import Workload, bench
+
+    decodes = [Workload(batch, options.context) for batch in options.batch]
+    decodes += [Workload(*pair) for pair in options.decode]
+    prefills = [Workload(*pair) for pair in options.prefill]
     with console.status("starting") as status:
-        figures = bench(options.artifact, options.model, options.against, options.batch, options.repeats, status.update)
-    title = f"medians of {options.repeats}; memory reads at {figures['bandwidth']:.1f} GB/s"
-    table = Table("workload", "size", "engine", "ms", "tokens/s", "GB/s", "of reads", "compiled is", title=title)
+        figures = bench(
+            options.artifact, options.model, options.against, decodes, prefills, options.repeats, status.update
+        )
+    title = f"{figures['device']}, medians of {options.repeats}; torch reads memory at {figures['bandwidth']:.1f} GB/s"
+    columns = ("workload", "batch", "tokens", "engine", "ms", "tokens/s", "GB/s", "of reads", "compiled is")
+    table = Table(*columns, title=title)
     for row in figures["rows"]:
         reads = (
             [f"{row.gigabytes_per_second:.1f}", f"{row.bandwidth_share:.0%}"] if row.workload == "decode" else ["", ""]
         )
         figures_of = [
-            f"{row.milliseconds:.1f}",
+            f"{row.milliseconds:.3f}",
             f"{row.tokens_per_second:.1f}",
             *reads,
             f"{row.speedup:.2f}x",
         ]
-        table.add_row(row.workload, str(row.size), row.engine, *figures_of)
+        table.add_row(row.workload, str(row.batch), str(row.length), row.engine, *figures_of)
     console.print(table)
     loads = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in figures["load_seconds"].items())
-    console.print(f"engines loaded in: {loads}")
+    first = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in figures["first_token_seconds"].items())
+    console.print(f"engines loaded in: {loads}; first token after: {first}")
     if options.json:
         print(json.dumps({**figures, "rows": [asdict(row) for row in figures["rows"]]}))
     return 0

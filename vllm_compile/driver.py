@@ -14,20 +14,22 @@ import tvm
 from tvm import tirx
 
 from .artifact import source_digest, write_config, write_manifest
-from .errors import ArtifactError, ModelError, UnsupportedError
+from .errors import ArtifactError, ModelError, TargetError, UnsupportedError
 from .frontend.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from .frontend.hf import TracedModel, read_config, trace
 from .frontend.importer import ImportedModel, import_model
 from .lowering import Lowered, lower
 from .relax_passes.pipeline import PassRecord, run_passes
 from .runtime import manifest as files
+from .runtime.manifest import check_target
 from .runtime.plan import ModelShape, Plan
 from .schedules.build import build_library
 from .schedules.select import choose
+from .spec import OpSpec
 from .staging import staged
 from .targets import Target, resolve
 from .verify import verify_quick
-from .weights import WeightProgram, write_shards
+from .weights import UnfitWeightError, WeightProgram, write_shards
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -41,12 +43,16 @@ class CompileOptions:
         strict: a pass that matches nothing is an error instead of a warning.
         dummy_weights: seed of random weights to use instead of a checkpoint's, or None.
         dump: directory for the module after each pass, as TVMScript, or None.
+        pack: `lossless` packs weights to 12 bits where a kernel reads them so; `none` leaves them as they are.
+        weightless: leave the weights out; such an artifact is served with vLLM's `--load-format dummy` alone.
     """
 
     dtype: str | None = None
     strict: bool = False
     dummy_weights: int | None = None
     dump: Path | None = None
+    pack: str = "lossless"
+    weightless: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,34 +112,60 @@ def compile_model(
     source, final = Path(model), Path(out)
     machine = resolve(target)
     config = read_config(source)
+    # Without weights nothing of a checkpoint is read.
+    dummy_seed = 0 if options.weightless and options.dummy_weights is None else options.dummy_weights
     dtype = _dtype(config, options.dtype)
     with stage("import"):
         traced = trace(config, DTYPES[dtype])
-        checkpoint = open_checkpoint(source, traced.shapes, DTYPES[dtype], options.dummy_weights)
+        checkpoint = open_checkpoint(source, traced.shapes, DTYPES[dtype], dummy_seed)
         imported = import_model(traced, config.max_position_embeddings)
         _check_names(source, traced, imported, checkpoint)
     with stage("passes"):
         module, passes = run_passes(imported.module, _dumper(Path(options.dump) if options.dump else None))
         warnings = _check_matches(passes, options.strict)
-        lowered = lower(module, lambda spec: choose(spec, machine))
-    with staged(final) as directory:
-        with stage("kernels"):
-            build_library(_prim_funcs(lowered, machine), machine, directory / files.LIBRARY)
-        with stage("weights"):
-            program = WeightProgram(module, _reader(traced, imported, checkpoint))
-            write_shards(lowered.weights.values(), program.evaluate, directory)
-        plan = Plan(_model_shape(config, dtype), lowered.functions)
-        (directory / files.PLAN).write_text(plan.to_json())
-        write_config(source, dtype, directory)
-        with stage("verify"):
-            verdict = verify_quick(directory, source, options.dummy_weights)
-            microseconds = verdict.pop("microseconds", {})
-        with stage("manifest"):
-            kernels = _kernel_records(lowered)
-            digest = source_digest(source, options.dummy_weights)
-            write_manifest(directory, machine, digest, [asdict(p) for p in passes], kernels, verdict)
-    kernels = [{**kernel, "microseconds": microseconds.get(kernel["symbol"])} for kernel in kernels]
-    return CompileResult(final, passes, kernels, seconds, verdict, warnings)
+    weights = WeightProgram(module, _reader(traced, imported, checkpoint))
+    unpacked: set[OpSpec] = set()  # calls one of whose weights does not fit the lossless format
+
+    def attempt() -> CompileResult:
+        lossless = options.pack == "lossless"
+        with stage("lowering"):
+            lowered = lower(module, lambda spec: choose(spec, machine, lossless and spec not in unpacked))
+        with staged(final) as directory:
+            with stage("kernels"):
+                build_library(_prim_funcs(lowered, machine), machine, directory / files.LIBRARY)
+            if not options.weightless:
+                with stage("weights"):
+                    write_shards(lowered.weights.values(), weights.evaluate, directory)
+            plan = Plan(_model_shape(config, dtype), lowered.functions, lowered.restored)
+            (directory / files.PLAN).write_text(plan.to_json())
+            write_config(source, dtype, directory)
+            with stage("verify"):
+                verdict = _verdict(directory, source, machine, options)
+                microseconds = verdict.pop("microseconds", {})
+            with stage("manifest"):
+                kernels = _kernel_records(lowered)
+                digest = source_digest(source, dummy_seed)
+                write_manifest(directory, machine, digest, [asdict(p) for p in passes], kernels, verdict)
+        kernels = [{**kernel, "microseconds": microseconds.get(kernel["symbol"])} for kernel in kernels]
+        return CompileResult(final, passes, kernels, seconds, verdict, warnings)
+
+    while True:
+        try:
+            return attempt()
+        except UnfitWeightError as error:
+            unpacked.add(error.call)
+            warnings.append(f"{error.parameter} and all weights of its kind stay plain: {error.reason}")
+
+
+def _verdict(directory: Path, source: Path, machine: Target, options: CompileOptions) -> dict[str, Any]:
+    """What the quick verification says, or why it was not run."""
+    if options.weightless:
+        return {"outcome": "not-run", "reason": "compiled without weights"}
+    try:
+        check_target(machine.name, machine.features, directory)
+    except TargetError as error:
+        return {"outcome": "not-run", "reason": str(error)}
+    return verify_quick(directory, source, machine.name, options.dummy_weights)
 
 
 def _dtype(config: Any, asked: str | None) -> str:

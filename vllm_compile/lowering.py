@@ -19,8 +19,8 @@ from .ops.base import PREFIX, arguments_of, attributes_of
 from .relax_passes.base import Definitions
 from .relax_passes.lift_weights import WEIGHTS
 from .relax_passes.outline_layers import FORWARD, LOGITS
-from .runtime.plan import Argument, Buffer, CallStep, Function, KernelStep
-from .schedules.family import Variant
+from .runtime.plan import Argument, Buffer, CallStep, Function, KernelStep, Large, VendorCall
+from .schedules.family import Variant, Vendor
 from .schedules.layouts import Layout
 from .schedules.select import Choice
 from .spec import OpSpec, Sym, TensorSpec
@@ -30,15 +30,26 @@ VIEWS = {"relax.reshape", "relax.expand_dims", "relax.squeeze"}
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A weight parameter of a function, in the layout its kernel wants (None: plain)."""
+    """A weight parameter of a function, in the layout its kernel wants (None: plain).
+
+    `restored` is the layout from which a plain weight is restored when it is loaded; it is not stored itself.
+    `read_by` is the call that the layout was chosen for.
+    """
 
     parameter: str
     layout: Layout | None
     spec: TensorSpec
+    read_by: OpSpec
+    restored: Layout | None = None
 
     @property
     def name(self) -> str:
-        return self.parameter if self.layout is None else f"{self.parameter}.{self.layout.name}"
+        return stored_name(self.parameter, self.layout)
+
+
+def stored_name(parameter: str, layout: Layout | None) -> str:
+    """What a weight is called in the artifact."""
+    return parameter if layout is None else f"{parameter}.{layout.name}"
 
 
 @dataclass(frozen=True)
@@ -56,11 +67,15 @@ class Kernels:
 
 @dataclass
 class Lowered:
-    """Functions of the plan, kernels of each distinct call, and the weights of the entry points."""
+    """Functions of the plan, kernels of each distinct call, and the weights of the entry points.
+
+    `restored` gives, for each weight that is not stored, the name of the one it is restored from.
+    """
 
     functions: dict[str, Function] = field(default_factory=dict)
     kernels: dict[OpSpec, Kernels] = field(default_factory=dict)
     weights: dict[str, StoredWeight] = field(default_factory=dict)
+    restored: dict[str, str] = field(default_factory=dict)
 
 
 def lower(module: tvm.IRModule, choose: Callable[[OpSpec], Choice]) -> Lowered:
@@ -77,8 +92,13 @@ def lower(module: tvm.IRModule, choose: Callable[[OpSpec], Choice]) -> Lowered:
         lowering = _FunctionLowering(functions, weight_names, weights, lowered.kernels, choose)
         lowered.functions[name] = lowering.run(name)
         weights[name] = list(lowering.weights.values())
-    for name in (FORWARD, LOGITS):
-        lowered.weights.update({weight.name: weight for weight in weights[name]})
+    for weight in (weight for name in (FORWARD, LOGITS) for weight in weights[name]):
+        if weight.restored is None:
+            lowered.weights[weight.name] = weight
+        else:
+            lowered.restored[weight.name] = stored_name(weight.parameter, weight.restored)
+    # A weight that is stored plain for another call need not be restored.
+    lowered.restored = {name: source for name, source in lowered.restored.items() if name not in lowered.weights}
     return lowered
 
 
@@ -174,7 +194,7 @@ class _FunctionLowering:
         weights = self._callee_weights[callee]
         given = {p.name: a for p, a in zip(self._functions[callee].params, call.args, strict=True)}
         inputs = [self._names[a] for name, a in given.items() if name not in self._weight_names[callee]]
-        stored = [self._weight(given[w.parameter], w.layout) for w in weights]
+        stored = [self._weight(given[w.parameter], w.layout, w.read_by, w.restored) for w in weights]
         out = self._new_buffer(var.name, tensor_spec(var.ty))
         self._names[var] = out
         self._steps.append(CallStep(callee, (*inputs, *stored, out)))
@@ -185,7 +205,7 @@ class _FunctionLowering:
         arguments = []
         for (name, tensor), expr in zip(spec.inputs, call.args, strict=True):
             if isinstance(expr, relax.Var) and self._names[expr] in self._own_weights:
-                weight = self._weight(expr, kernels.choice.layouts.get(name))
+                weight = self._weight(expr, kernels.choice.layouts.get(name), spec)
                 arguments.append(Argument(weight, self.weights[weight].spec))
             else:
                 arguments.append(Argument(self._names[expr], tensor))
@@ -198,7 +218,37 @@ class _FunctionLowering:
             self._names[var] = results[0]
         minimums = [variant.min_tokens for variant in kernels.choice.variants]
         variants = tuple(zip(minimums, kernels.symbols, strict=True))
-        self._steps.append(KernelStep(op.name, kernels.choice.family.name, variants, (*arguments, *outputs)))
+        large = None
+        if kernels.choice.vendor is not None:
+            large = self._large(kernels.choice.vendor, spec, self._plain_arguments(spec, call, kernels), outputs)
+        self._steps.append(KernelStep(op.name, kernels.choice.family.name, variants, (*arguments, *outputs), large))
+
+    def _plain_arguments(self, spec: OpSpec, call: relax.Call, kernels: Kernels) -> list[tuple[str, Argument]]:
+        """Inputs by name, weights plain: where the kernel reads them packed, they are restored from that."""
+        arguments = []
+        for (name, tensor), expr in zip(spec.inputs, call.args, strict=True):
+            if isinstance(expr, relax.Var) and self._names[expr] in self._own_weights:
+                weight = self._weight(expr, None, spec, kernels.choice.layouts.get(name))
+                arguments.append((name, Argument(weight, self.weights[weight].spec)))
+            else:
+                arguments.append((name, Argument(self._names[expr], tensor)))
+        return arguments
+
+    def _large(
+        self, vendor: Vendor, spec: OpSpec, arguments: list[tuple[str, Argument]], outputs: list[Argument]
+    ) -> Large:
+        (result,) = outputs
+        if vendor.epilogue is None:
+            last = []
+        else:
+            kernels = self._kernels_for(vendor.epilogue)
+            ((_, between),) = vendor.epilogue.inputs
+            workspace = Argument(self._new_buffer("workspace", between), between)
+            variants = tuple((v.min_tokens, s) for v, s in zip(kernels.choice.variants, kernels.symbols, strict=True))
+            last = [KernelStep(vendor.epilogue.op, kernels.choice.family.name, variants, (workspace, result))]
+            result = workspace
+        product = VendorCall(vendor.function, (*arguments, ("out", result)), spec.attributes)
+        return Large(vendor.min_tokens, vendor.prefill, (product, *last))
 
     def _kernels_for(self, spec: OpSpec) -> Kernels:
         if spec not in self._kernels:
@@ -213,11 +263,13 @@ class _FunctionLowering:
             self._kernels[spec] = Kernels(spec, choice, symbols)
         return self._kernels[spec]
 
-    def _weight(self, expr: relax.Var, layout: Layout | None) -> str:
+    def _weight(self, expr: relax.Var, layout: Layout | None, read_by: OpSpec, restored: Layout | None = None) -> str:
         plain = tensor_spec(expr.ty)
-        spec = plain if layout is None else TensorSpec(layout.shape(plain.shape), plain.dtype)
-        weight = StoredWeight(expr.name, layout, spec)
-        self.weights[weight.name] = weight
+        spec = plain if layout is None else TensorSpec(layout.shape(plain.shape), layout.dtype(plain.dtype))
+        weight = StoredWeight(expr.name, layout, spec, read_by, restored)
+        known = self.weights.get(weight.name)
+        if known is None or known.restored is not None:
+            self.weights[weight.name] = weight
         return weight.name
 
     def _new_buffer(self, name: str, spec: TensorSpec) -> str:
@@ -241,7 +293,10 @@ def assign_slots(scratch: dict[str, TensorSpec], steps: Sequence[KernelStep | Ca
     return tuple(buffers)
 
 
-def _buffers_of(step: KernelStep | CallStep) -> list[str]:
+def _buffers_of(step: KernelStep | CallStep | VendorCall) -> list[str]:
     if isinstance(step, CallStep):
         return list(step.arguments)
-    return [argument.buffer for argument in step.arguments]
+    if isinstance(step, VendorCall):
+        return [argument.buffer for _, argument in step.arguments]
+    large = step.large.steps if step.large is not None else ()
+    return [*(argument.buffer for argument in step.arguments), *(name for s in large for name in _buffers_of(s))]

@@ -12,6 +12,7 @@ import torch
 from .runtime.plan import ModelShape
 
 BLOCK_SIZE = 16
+CPU = torch.device("cpu")
 
 
 class PagedBatch:
@@ -24,25 +25,26 @@ class PagedBatch:
         block_table: int32 [R, W].
     """
 
-    def __init__(self, model: ModelShape, lengths: Sequence[int]) -> None:
+    def __init__(self, model: ModelShape, lengths: Sequence[int], device: torch.device = CPU) -> None:
         width = -(-max(lengths) // BLOCK_SIZE)
         count = len(lengths) * width + 1
         shape = (count, model.num_kv_heads, BLOCK_SIZE, 2 * model.head_dim)
         dtype = getattr(torch, model.dtype)
-        self.kv = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(model.num_layers)]
-        order = torch.arange(count - 1, 0, -1, dtype=torch.int32)
+        self.kv = [torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(model.num_layers)]
+        order = torch.arange(count - 1, 0, -1, dtype=torch.int32, device=device)
         self.block_table = order.view(len(lengths), width).contiguous()
 
     def step(self, begin: Sequence[int], end: Sequence[int]) -> dict[str, torch.Tensor]:
         """Arguments of `Program.forward` for feeding tokens begin[r] to end[r] of each request r."""
-        counts = torch.tensor([e - b for b, e in zip(begin, end, strict=True)])
-        positions = torch.cat([torch.arange(b, e) for b, e in zip(begin, end, strict=True)])
-        rows = torch.repeat_interleave(torch.arange(len(begin)), counts)
+        device = self.block_table.device
+        counts = torch.tensor([e - b for b, e in zip(begin, end, strict=True)], device=device)
+        positions = torch.cat([torch.arange(b, e, device=device) for b, e in zip(begin, end, strict=True)])
+        rows = torch.repeat_interleave(torch.arange(len(begin), device=device), counts)
         blocks = self.block_table[rows, positions // BLOCK_SIZE].long()
         return {
             "positions": positions,
             "block_table": self.block_table,
-            "seq_lens": torch.tensor(end, dtype=torch.int32),
-            "query_start_loc": torch.cat([torch.zeros(1), counts.cumsum(0)]).int(),
+            "seq_lens": torch.tensor(end, dtype=torch.int32, device=device),
+            "query_start_loc": torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(),
             "slot_mapping": blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
         }

@@ -15,21 +15,27 @@ from transformers import AutoModelForCausalLM
 
 from .frontend.checkpoint import Checkpoint, DummyCheckpoint
 from .frontend.hf import decoder_layers, materialise_buffers, parameter_aliases
+from .heap import trim
 
 META = torch.device("meta")
 
 
 class Reference:
-    """Hugging Face's model in one dtype.
+    """Hugging Face's model in one dtype on one device.
 
     `run(ids)` gives the input of every decoder layer, the final hidden states and the logits.
     """
 
-    def __init__(self, config: Any, checkpoint: Checkpoint | DummyCheckpoint, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Any, checkpoint: Checkpoint | DummyCheckpoint, dtype: torch.dtype, device: torch.device
+    ) -> None:
         with META:
             self._model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
         materialise_buffers(self._model)
-        self._checkpoint, self._dtype = checkpoint, dtype
+        for module in self._model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+        self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
         self._aliases = parameter_aliases(self._model)
         self._layer_inputs: list[torch.Tensor] = []
         self._final: list[torch.Tensor] = []
@@ -71,11 +77,12 @@ class Reference:
         def load(*_: Any) -> None:
             for name, candidates in places:
                 stored = next(n for n in candidates if n in self._checkpoint)
-                _assign(module, name, self._checkpoint.read(stored).to(self._dtype))
+                _assign(module, name, self._checkpoint.read(stored).to(self._device, self._dtype))
 
         def drop(*_: Any) -> None:
             for name, _ in places:
                 _assign(module, name, _get(module, name).to(META))
+            trim()
 
         module.register_forward_pre_hook(load)
         module.register_forward_hook(drop)

@@ -12,6 +12,9 @@ from safetensors import safe_open
 from .runtime.executor import Executor
 from .runtime.manifest import LIBRARY
 from .runtime.plan import CallStep, Plan
+from .schedules import lossless
+
+ENTRIES = ("forward", "logits")
 
 
 class StreamedProgram:
@@ -20,16 +23,17 @@ class StreamedProgram:
     `timings` collects the seconds of each kernel call by symbol.
     """
 
-    def __init__(self, directory: Path, plan: Plan) -> None:
+    def __init__(self, directory: Path, plan: Plan, device: torch.device) -> None:
         self.timings: dict[str, list[float]] = {}
-        self._executor = Executor(plan, str(directory / LIBRARY))
+        self._device, self._plan = device, plan
+        self._executor = Executor(plan, str(directory / LIBRARY), device)
         self._shard_of: dict[str, Path] = {}
         for shard in sorted(directory.glob("model-*.safetensors")):
             with safe_open(shard, framework="pt") as file:
                 self._shard_of.update(dict.fromkeys(file.keys(), shard))
-        self._layers, self._shared = _layer_weights(plan)
-        stored = [a.buffer for name in ("forward", "logits") for a in plan.functions[name].weights]
-        own = {name: self._read(name) for name in stored if name not in self._shared}
+        self._layers, self._shared = _layer_weights(plan, device)
+        self._shapes = {a.buffer: a.spec.sizes() for name in ENTRIES for a in plan.functions[name].weights}
+        own = {name: self._read(name) for name in self._shapes if name not in self._shared}
         self._executor.set_weights({**own, **self._shared})
         self._executor.timings = self.timings
 
@@ -49,18 +53,21 @@ class StreamedProgram:
 
         inputs: dict[str, Any] = {"input_ids": input_ids, **metadata}
         inputs |= {f"kv_{layer}": cache for layer, cache in enumerate(kv)}
-        return self._executor.run("forward", input_ids.shape[0], inputs, load)
+        tokens = input_ids.shape[0]
+        return self._executor.run("forward", tokens, inputs, load, prefill=tokens != len(metadata["seq_lens"]))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Program.logits`."""
         return self._executor.run("logits", hidden.shape[0], {"hidden": hidden})
 
     def _read(self, name: str) -> torch.Tensor:
+        if name in self._plan.restored:
+            return lossless.unpack(self._read(self._plan.restored[name]), *self._shapes[name])
         with safe_open(self._shard_of[name], framework="pt") as file:
-            return file.get_tensor(name)
+            return file.get_tensor(name).to(self._device)
 
 
-def _layer_weights(plan: Plan) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
+def _layer_weights(plan: Plan, device: torch.device) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
     """The stored weights of each layer, and for each of them memory that the layers share."""
     layers: list[list[str]] = []
     memory: dict[tuple[str, str], torch.Tensor] = {}
@@ -72,7 +79,8 @@ def _layer_weights(plan: Plan) -> tuple[list[list[str]], dict[str, torch.Tensor]
             for name, formal in zip(names, callee.weights, strict=True):
                 key = (step.function, formal.buffer)
                 if key not in memory:
-                    memory[key] = torch.empty(formal.spec.sizes(), dtype=getattr(torch, formal.spec.dtype))
+                    dtype = getattr(torch, formal.spec.dtype)
+                    memory[key] = torch.empty(formal.spec.sizes(), dtype=dtype, device=device)
                 shared[name] = memory[key]
             layers.append(list(names))
     return layers, shared

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -26,6 +27,7 @@ from .paged_batch import PagedBatch
 from .reference import Reference
 from .runtime.manifest import LIBRARY, PLAN
 from .runtime.plan import Plan, from_json
+from .runtime.program import device_of
 from .streamed import StreamedProgram
 
 # Prompts of one length are one batch for Hugging Face, whose weights are streamed once per batch.
@@ -63,12 +65,20 @@ class Report:
     microseconds: dict[str, float]
 
 
-def verify(artifact: Path, model: Path, dummy_seed: int | None = None, lengths=FULL_PROMPTS, seed: int = 0) -> Report:
-    """Verify the artifact's plan and kernels against the model it was made from.
+def verify(
+    artifact: Path,
+    model: Path,
+    target: str = "cpu",
+    dummy_seed: int | None = None,
+    lengths: Sequence[int] = FULL_PROMPTS,
+    seed: int = 0,
+) -> Report:
+    """Verify the artifact's plan and kernels against the model it was made from; both run on the target's device.
 
     Args:
         artifact: directory with plan.json, kernels.so and model-*.safetensors.
         model: the Hugging Face directory.
+        target: what the artifact is compiled for.
         dummy_seed: seed of the dummy weights, if it was compiled with such.
         lengths: tokens of each prompt, drawn at random from `seed`.
     """
@@ -77,15 +87,16 @@ def verify(artifact: Path, model: Path, dummy_seed: int | None = None, lengths=F
     config = read_config(model)
     checkpoint = _checkpoint(model, config, dtype, dummy_seed)
     generator = torch.Generator().manual_seed(seed)
-    longest = plan.model.max_positions
-    prompts = [torch.randint(0, plan.model.vocab_size, (min(n, longest),), generator=generator) for n in lengths]
+    longest, device = plan.model.max_positions, device_of(target)
+    drawn = (torch.randint(0, plan.model.vocab_size, (min(n, longest),), generator=generator) for n in lengths)
+    prompts = [prompt.to(device) for prompt in drawn]
     batches = [torch.stack(list(group)) for _, group in groupby(prompts, key=len)]
     # Built one after the other: transformers sets torch's default dtype while it builds a model.
-    models = {d: Reference(config, checkpoint, d) for d in (dtype, torch.float32)}
+    models = {d: Reference(config, checkpoint, d, device) for d in (dtype, torch.float32)}
     with ThreadPoolExecutor() as pool:
         runs = {d: pool.submit(lambda m: [m.run(ids) for ids in batches], m) for d, m in models.items()}
         same, wide = runs[dtype].result(), runs[torch.float32].result()
-    program = StreamedProgram(artifact, plan)
+    program = StreamedProgram(artifact, plan, device)
     logits = torch.cat(_run(program, plan, prompts))
     layers = _layer_errors(program, plan, prompts, same)
     reference, exact = torch.cat([r[2] for r in same]), torch.cat([r[2] for r in wide])
@@ -97,12 +108,12 @@ def verify(artifact: Path, model: Path, dummy_seed: int | None = None, lengths=F
     return Report(sum(lengths), layers, error, reference_error, kl, reference_kl, agreement, error <= limit, times)
 
 
-def verify_quick(artifact: Path, model: Path, dummy_seed: int | None) -> dict[str, Any]:
+def verify_quick(artifact: Path, model: Path, target: str, dummy_seed: int | None) -> dict[str, Any]:
     """The quick form, in a process of its own: a kernel that crashes must not take the compiler along.
 
     Returns {"outcome": "pass" | "fail", ...the report} or {"outcome": "not-run", "reason": ...}.
     """
-    command = [sys.executable, "-m", "vllm_compile.verify", str(artifact), str(model)]
+    command = [sys.executable, "-m", "vllm_compile.verify", str(artifact), str(model), target]
     if dummy_seed is not None:
         command.append(str(dummy_seed))
     done = subprocess.run(command, capture_output=True, text=True)
@@ -135,7 +146,7 @@ def _checkpoint(model: Path, config: Any, dtype: torch.dtype, dummy_seed: int | 
 def _run(program: StreamedProgram, plan: Plan, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Logits of each prompt: all prompts in one batch, then their last tokens one by one."""
     lengths = [len(p) for p in prompts]
-    batch = PagedBatch(plan.model, lengths)
+    batch = PagedBatch(plan.model, lengths, prompts[0].device)
     rows: list[list[torch.Tensor]] = [[] for _ in prompts]
     begin = [0] * len(prompts)
     for back in range(DECODED, -1, -1):
@@ -154,7 +165,7 @@ def _layer_errors(
 ) -> list[float]:
     """Error of every layer when it is given Hugging Face's input for it."""
     lengths = [len(p) for p in prompts]
-    batch = PagedBatch(plan.model, lengths)
+    batch = PagedBatch(plan.model, lengths, prompts[0].device)
     inputs = [torch.cat(parts) for parts in zip(*(r[0] for r in references), strict=True)]
     errors: list[float] = []
 
@@ -169,11 +180,11 @@ def _layer_errors(
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m vllm_compile.verify ARTIFACT MODEL [DUMMY_SEED]`: prints the quick report as JSON."""
-    artifact, model, *seed = arguments
+    """`python -m vllm_compile.verify ARTIFACT MODEL TARGET [DUMMY_SEED]`: prints the quick report as JSON."""
+    artifact, model, target, *seed = arguments
     if not (Path(artifact) / LIBRARY).exists():
         raise ModelError(f"{artifact}: no compiled kernels here")
-    report = verify(Path(artifact), Path(model), int(seed[0]) if seed else None, QUICK_PROMPTS)
+    report = verify(Path(artifact), Path(model), target, int(seed[0]) if seed else None, QUICK_PROMPTS)
     print(json.dumps(asdict(report)))
     return 0
 

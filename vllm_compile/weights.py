@@ -19,14 +19,16 @@ import tvm
 from tvm import relax
 
 from .errors import ModelError, UnsupportedError
+from .heap import trim
 from .lowering import StoredWeight
 from .relax_passes.base import Definitions
 from .relax_passes.lift_weights import WEIGHTS
 from .runtime.memory import ALIGNMENT
+from .spec import OpSpec
 
 SHARD_BYTES = 1 << 29
 WORKERS = 2  # weights being computed while another is written
-SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float32": "F32", "uint8": "U8"}
 
 OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "relax.concat": lambda call, tensors: torch.cat(list(tensors), dim=int(call.attrs.axis)),
@@ -35,6 +37,14 @@ OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "relax.multiply": lambda call, a, b: a * b,
     "relax.astype": lambda call, tensor: tensor.to(getattr(torch, str(call.attrs.dtype))),
 }
+
+
+class UnfitWeightError(Exception):
+    """A weight that the layout chosen for it cannot hold; `call` is the call that reads it."""
+
+    def __init__(self, parameter: str, call: OpSpec, reason: str) -> None:
+        super().__init__(f"{parameter}: {reason}")
+        self.parameter, self.call, self.reason = parameter, call, reason
 
 
 class WeightProgram:
@@ -50,9 +60,16 @@ class WeightProgram:
         self._fields = dict(zip(map(str, function.attrs["stored"]), fields, strict=True))
 
     def evaluate(self, stored: StoredWeight) -> torch.Tensor:
-        """The weight in the layout its kernel wants, contiguous."""
+        """The weight in the layout its kernel wants, contiguous.
+
+        Raises:
+            UnfitWeightError: the layout cannot hold it.
+        """
         plain = self._value(self._fields[stored.parameter])
-        packed = plain.contiguous() if stored.layout is None else stored.layout.pack(plain)
+        try:
+            packed = plain.contiguous() if stored.layout is None else stored.layout.pack(plain)
+        except ValueError as error:
+            raise UnfitWeightError(stored.parameter, stored.read_by, str(error)) from error
         if list(packed.shape) != stored.spec.sizes():
             raise ModelError(f"weight {stored.name} has shape {list(packed.shape)}, expected {stored.spec.sizes()}")
         return packed
@@ -99,6 +116,8 @@ def write_shards(
             file.write(len(text).to_bytes(8, "little") + text)
             for tensor in _ahead(evaluate, shard):
                 file.write(tensor.view(torch.uint8).numpy().data)
+                del tensor  # before the next is waited for
+                trim()
 
 
 def _ahead(evaluate: Callable[[StoredWeight], torch.Tensor], weights: Iterable[StoredWeight]) -> Iterator[torch.Tensor]:

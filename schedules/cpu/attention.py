@@ -8,7 +8,6 @@ bound known without a scan, and monotone in r, so that a slot finds its request 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -17,8 +16,7 @@ from tvm.script import tirx as T
 from vllm_compile.spec import DTYPE_BYTES, OpSpec
 from vllm_compile.targets import Target
 
-from ..family import Config, Variant
-from ..layouts import Layout
+from ..family import Config, KernelFamily
 from .attention_narrow import Narrow
 from .attention_tile import PagedCache
 from .attention_wide import Wide
@@ -125,7 +123,7 @@ def paged_attention(
 
 
 @dataclass(frozen=True)
-class PagedAttention:
+class PagedAttention(KernelFamily):
     """`paged_attention` for head sizes that are multiples of 16 and whole groups of heads."""
 
     name: str = "cpu.paged_attention"
@@ -136,12 +134,6 @@ class PagedAttention:
             return False
         q, kv = spec.input("q"), spec.input("kv")
         return q.size(2) % 16 == 0 and q.size(1) % kv.size(1) == 0
-
-    def layouts(self, spec: OpSpec, target: Target) -> Mapping[str, Layout]:
-        return {}
-
-    def variants(self, spec: OpSpec, target: Target) -> Sequence[Variant]:
-        return (Variant(1),)
 
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
         q, kv = spec.input("q"), spec.input("kv")

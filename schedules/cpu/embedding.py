@@ -7,7 +7,7 @@ is 4 KiB, so one token costs one cache miss rather than bandwidth, and few token
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -16,8 +16,7 @@ from tvm.script import tirx as T
 from vllm_compile.spec import DTYPE_BYTES, OpSpec
 from vllm_compile.targets import Target
 
-from ..family import Config, Variant
-from ..layouts import Layout
+from ..family import Config, KernelFamily, Variant
 
 # A row of 2,048 bf16 values takes 0.06 microseconds, waking OpenMP's threads 2 to 5: here two cores gain.
 PARALLEL_ROWS = 64
@@ -45,7 +44,7 @@ def embedding(rows: int, width: int, dtype: str, ids_dtype: str, lanes: int, par
 
 
 @dataclass(frozen=True)
-class Embedding:
+class Embedding(KernelFamily):
     """`embedding` for every table whose size is known, ids int32 or int64."""
 
     name: str = "cpu.embedding"
@@ -53,9 +52,6 @@ class Embedding:
 
     def serves(self, spec: OpSpec, target: Target) -> bool:
         return spec.op == self.op
-
-    def layouts(self, spec: OpSpec, target: Target) -> Mapping[str, Layout]:
-        return {}
 
     def variants(self, spec: OpSpec, target: Target) -> Sequence[Variant]:
         return (Variant(1, {"parallel": False}), Variant(PARALLEL_ROWS, {"parallel": True}))

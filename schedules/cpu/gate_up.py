@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
-from ..family import Config, Variant
+from ..family import Config, KernelFamily, Variant
 from ..layouts import Layout
 from .matmul import Value, matmul
 from .matmul_tiles import default_variants, space
@@ -38,7 +38,7 @@ def finish(tensors: dict[str, tirx.Buffer], totals: list[tirx.Buffer], row: tirx
 
 
 @dataclass(frozen=True)
-class GateUpSilu:
+class GateUpSilu(KernelFamily):
     """`gate_up_silu` for every shape, with float32 or bfloat16 weights."""
 
     name: str = "cpu.gate_up_silu"

@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
-from ..family import Config, Variant
+from ..family import Config, KernelFamily, Variant
 from ..layouts import Layout
 from .matmul import Value, matmul
 from .matmul_tiles import default_variants, space
@@ -38,7 +38,7 @@ def finish(tensors: dict[str, tirx.Buffer], totals: list[tirx.Buffer], row: tirx
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(KernelFamily):
     """`linear` for every shape, with float32 or bfloat16 weights."""
 
     name: str = "cpu.linear"

@@ -8,7 +8,7 @@ and takes a fraction of a microsecond, less than waking the other cores does: fe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -17,8 +17,7 @@ from tvm.script import tirx as T
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
-from ..family import Config, Variant
-from ..layouts import Layout
+from ..family import Config, KernelFamily, Variant
 from .rounding import rounded
 
 # A row of 2,048 bf16 values takes 0.2 microseconds, waking OpenMP's threads 2 to 5: from here two cores gain.
@@ -105,7 +104,7 @@ def add_rms_norm(width: int, dtype: str, eps: float, lanes: int, parallel: bool)
 
 
 @dataclass(frozen=True)
-class RMSNorm:
+class RMSNorm(KernelFamily):
     """`rms_norm` for every width and dtype."""
 
     name: str = "cpu.rms_norm"
@@ -113,9 +112,6 @@ class RMSNorm:
 
     def serves(self, spec: OpSpec, target: Target) -> bool:
         return spec.op == self.op
-
-    def layouts(self, spec: OpSpec, target: Target) -> Mapping[str, Layout]:
-        return {}
 
     def variants(self, spec: OpSpec, target: Target) -> Sequence[Variant]:
         return (Variant(1, {"parallel": False}), Variant(PARALLEL_ROWS, {"parallel": True}))

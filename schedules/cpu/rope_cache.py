@@ -9,7 +9,7 @@ run serially.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -18,8 +18,7 @@ from tvm.script import tirx as T
 from vllm_compile.spec import DTYPE_BYTES, OpSpec
 from vllm_compile.targets import Target
 
-from ..family import Config, Variant
-from ..layouts import Layout
+from ..family import Config, KernelFamily, Variant
 from .rounding import rounded
 
 # A token of Llama-3.2-1B takes 0.3 microseconds, waking OpenMP's threads 2 to 5: from here two cores gain.
@@ -96,7 +95,7 @@ def qkv_rope_cache(heads: int, kv_heads: int, head_dim: int, dtype: str, lanes: 
 
 
 @dataclass(frozen=True)
-class QKVRopeCache:
+class QKVRopeCache(KernelFamily):
     """`qkv_rope_cache` for every even head size and dtype."""
 
     name: str = "cpu.qkv_rope_cache"
@@ -104,9 +103,6 @@ class QKVRopeCache:
 
     def serves(self, spec: OpSpec, target: Target) -> bool:
         return spec.op == self.op and spec.attribute("head_dim") % 2 == 0
-
-    def layouts(self, spec: OpSpec, target: Target) -> Mapping[str, Layout]:
-        return {}
 
     def variants(self, spec: OpSpec, target: Target) -> Sequence[Variant]:
         return (Variant(1, {"parallel": False}), Variant(PARALLEL_TOKENS, {"parallel": True}))

@@ -1,12 +1,22 @@
 """Kernel families for NVIDIA GPUs, in order of preference: the first that serves a call is the default."""
 
 from ..family import KernelFamily
+from .attention import PagedAttention
+from .elementwise import Embedding, SiluMul
 from .gate_up import GateUpSilu
 from .linear import Linear
+from .norm import RMSNorm
+from .rope_cache import QKVRopeCache
 
 FAMILIES: tuple[KernelFamily, ...] = (
     Linear(packed=True),
     Linear(packed=False),
     GateUpSilu(packed=True),
     GateUpSilu(packed=False),
+    RMSNorm(),
+    RMSNorm(add=True),
+    Embedding(),
+    SiluMul(),
+    QKVRopeCache(),
+    PagedAttention(),
 )

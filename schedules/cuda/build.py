@@ -96,7 +96,8 @@ def build_library(kernels: Mapping[str, tirx.PrimFunc], target: CudaTarget, path
         ]
         done = subprocess.run([*command, "-o", str(path), str(code)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise TargetError(f"nvcc failed: {done.stderr.strip()[-3000:]}")
+        errors = [line for line in done.stderr.splitlines() if "error" in line]
+        raise TargetError("nvcc failed: " + "; ".join(errors[:5] or done.stderr.splitlines()[-5:]))
     return _resources(done.stdout + done.stderr)
 
 

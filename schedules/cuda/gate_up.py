@@ -12,17 +12,17 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from vllm_compile.spec import OpSpec
+from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets.cuda import CudaTarget
 
-from ..family import Config, Variant
+from ..family import Config, KernelFamily, Variant, Vendor
 from ..layouts import Layout
 from ..lossless import TILE, Lossless
 from . import matmul
 
 
 @dataclass(frozen=True)
-class GateUpSilu:
+class GateUpSilu(KernelFamily):
     """`gate_up_silu` with bf16 weights [2 * 16 * a, 64 * b], plain (as PyTorch has them) or lossless."""
 
     packed: bool
@@ -44,6 +44,10 @@ class GateUpSilu:
 
     def variants(self, spec: OpSpec, target: CudaTarget) -> Sequence[Variant]:
         return matmul.default_variants(spec, target, self.packed, gated=True)
+
+    def vendor(self, spec: OpSpec, target: CudaTarget) -> Vendor:
+        both = TensorSpec((Sym.TOKENS, spec.input("weight").size(0)), "bfloat16")
+        return Vendor("linear", matmul.VENDOR_TOKENS, epilogue=OpSpec("silu_mul", (("x", both),), spec.outputs))
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         return matmul.matmul(spec, config, target, gated=True)

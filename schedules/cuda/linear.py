@@ -14,14 +14,14 @@ from tvm import tirx
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets.cuda import CudaTarget
 
-from ..family import Config, Variant
+from ..family import Config, KernelFamily, Variant, Vendor
 from ..layouts import Layout
 from ..lossless import Lossless
 from . import matmul
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(KernelFamily):
     """`linear` with bf16 weights [16 * a, 64 * b], plain (as PyTorch has them) or lossless."""
 
     packed: bool
@@ -43,6 +43,9 @@ class Linear:
 
     def variants(self, spec: OpSpec, target: CudaTarget) -> Sequence[Variant]:
         return matmul.default_variants(spec, target, self.packed)
+
+    def vendor(self, spec: OpSpec, target: CudaTarget) -> Vendor:
+        return Vendor("linear", matmul.VENDOR_TOKENS)
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         return matmul.matmul(spec, config, target, gated=False)

@@ -15,7 +15,7 @@
 #ifndef VLLM_COMPILE_STREAM_LINEAR
 #define VLLM_COMPILE_STREAM_LINEAR
 
-#include "ptx.cuh"
+#include "vectors.cuh"
 
 namespace vllm_compile {
 
@@ -49,8 +49,6 @@ __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4* v, int i
     a[3] = element(v[3], i);
   }
 }
-
-__device__ __forceinline__ float rounded(float value) { return __bfloat162float(__float2bfloat16_rn(value)); }
 
 // AHEAD: x is loaded before the weights of the block before it are waited for, for more registers.
 // GATED: the weight's first N / 2 rows are gates, the others ups; y[tokens, N / 2] = silu(gate) * up.

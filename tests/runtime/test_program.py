@@ -282,7 +282,7 @@ class TestDamage:
             load(copy)
 
     def test_another_processor(self, copy):
-        self.change_manifest(copy, target={"features": ["avx2", "avx1024_fp3"]})
+        self.change_manifest(copy, target={"name": "cpu", "features": ["avx2", "avx1024_fp3"]})
         with pytest.raises(ArtifactError, match=r"compiled for a CPU with avx1024_fp3, which this machine lacks"):
             load(copy)
 

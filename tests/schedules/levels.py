@@ -4,18 +4,19 @@ import pytest
 
 from vllm_compile.targets import cpu, resolve
 
-_LEVELS = {
-    "avx2": cpu.AVX2,
-    "avx512": cpu.AVX2 | cpu.AVX512,
-    "avx512_bf16": cpu.AVX2 | cpu.AVX512 | {cpu.AVX512_BF16},
+# Code for any level can be built anywhere.
+LEVELS = {
+    "avx2": cpu.for_features(cpu.AVX2),
+    "avx512": cpu.for_features(cpu.AVX2 | cpu.AVX512),
+    "avx512_bf16": cpu.for_features(cpu.AVX2 | cpu.AVX512 | {cpu.AVX512_BF16}),
 }
 # Parameters for pytest.mark.parametrize("target", TARGETS).
 TARGETS = [
     pytest.param(
-        cpu.for_features(frozenset(features)),
+        target,
         id=name,
-        marks=pytest.mark.skipif(not cpu.host_features() >= features, reason=f"this CPU has no {name}"),
+        marks=pytest.mark.skipif(not cpu.host_features() >= target.features, reason=f"this CPU has no {name}"),
     )
-    for name, features in _LEVELS.items()
+    for name, target in LEVELS.items()
 ]
 HOST = resolve("cpu")

@@ -11,17 +11,12 @@ import tvm_ffi
 from vllm_compile.ops import LINEAR
 from vllm_compile.schedules.build import build_library
 from vllm_compile.schedules.cpu.linear import Linear
-from vllm_compile.targets import cpu
 
 from . import harness
+from .levels import HOST, LEVELS, TARGETS
 
-LEVELS = {
-    "avx2": cpu.for_features(cpu.AVX2),
-    "avx512": cpu.for_features(cpu.AVX2 | cpu.AVX512),
-    "avx512_bf16": cpu.for_features(cpu.AVX2 | cpu.AVX512 | {cpu.AVX512_BF16}),
-}
 FAMILY = Linear()
-levels = pytest.mark.parametrize("target", LEVELS.values(), ids=LEVELS)
+levels = pytest.mark.parametrize("target", TARGETS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
@@ -37,7 +32,9 @@ def compile_family(family, spec, target, folder, min_tokens=None) -> dict[int, C
     path = folder / "kernels.so"
     build_library({f"k{r}": family.build(spec, config, target) for r, config in rows.items()}, target, path)
     command = ["nm", "-D", "--undefined-only", str(path)]
-    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    # A weak symbol may stay undefined: the launcher looks before it sets one that no kernel uses.
+    symbols = "\n".join(line for line in listed.splitlines() if " U " in line)
     assert "TVMBackend" not in symbols, "the serving process has no TVM runtime"
     assert "exp" not in symbols, "a vector function became calls of the C library"
     module = tvm_ffi.load_module(str(path))
@@ -77,7 +74,7 @@ def test_matches_reference_in_every_batch(target, dtype, K, N, bias, residual, g
 
 @pytest.mark.parametrize(("N", "bias", "residual"), [(83, True, False), (96, False, True), (5, False, False)])
 def test_optional_inputs_and_few_outputs(N, bias, residual, generator, tmp_path):
-    target = LEVELS["avx512_bf16"]
+    target = HOST
     inputs = sample(generator, torch.bfloat16, 9, 64, N, bias, residual)
     spec = harness.op_spec(LINEAR, inputs, {})
     kernel = compile_family(FAMILY, spec, target, tmp_path, min_tokens=1)[1]
@@ -88,7 +85,7 @@ def test_optional_inputs_and_few_outputs(N, bias, residual, generator, tmp_path)
 
 @dtypes
 def test_passes_over_a_long_k_keep_the_bits(dtype, generator, tmp_path):
-    target = LEVELS["avx512_bf16"]
+    target = HOST
     inputs = sample(generator, dtype, 300, 1031, 83, bias=True)
     spec = harness.op_spec(LINEAR, inputs, {})
     results = []
@@ -113,7 +110,7 @@ def test_every_call_has_a_tile_that_fits_it():
 
 @pytest.fixture
 def compiled(generator, tmp_path):
-    target = LEVELS["avx512_bf16"]
+    target = HOST
     inputs = sample(generator, torch.bfloat16, 9, 96, 80, bias=True, residual=True)
     spec = harness.op_spec(LINEAR, inputs, {})
     kernel = compile_family(FAMILY, spec, target, tmp_path, min_tokens=4)[4]
@@ -125,7 +122,7 @@ def test_no_tokens_and_foreign_dtypes(compiled):
     none = {name: t[:0] if name in ("x", "residual") else t for name, t in inputs.items()}
     assert call(none)[0].shape == (0, 80)
     mixed = harness.op_spec(LINEAR, {**inputs, "residual": inputs["residual"].float()}, {})
-    assert not FAMILY.serves(mixed, LEVELS["avx512_bf16"])
+    assert not FAMILY.serves(mixed, HOST)
 
 
 @pytest.mark.parametrize("broken", ["x", "weight", "bias", "residual"])

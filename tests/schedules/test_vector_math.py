@@ -9,9 +9,8 @@ from tvm.script import tirx as T
 
 from vllm_compile.schedules.build import build_library
 from vllm_compile.schedules.cpu import vector_math
-from vllm_compile.targets import cpu
 
-TARGETS = {"avx2": cpu.for_features(cpu.AVX2), "avx512": cpu.for_features(cpu.AVX2 | cpu.AVX512)}
+from .levels import TARGETS
 
 
 def elementwise(function, lanes: int):
@@ -29,11 +28,16 @@ def elementwise(function, lanes: int):
     return kernel
 
 
-@pytest.fixture(scope="module", params=[(name, lanes) for name in TARGETS for lanes in (1, 8, 16)], ids=str)
-def exp(request, tmp_path_factory):
-    name, lanes = request.param
+@pytest.fixture(scope="module", params=TARGETS)
+def target(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=(1, 8, 16))
+def exp(request, target, tmp_path_factory):
+    lanes = request.param
     path = tmp_path_factory.mktemp("exp") / "exp.so"
-    build_library({"exp": elementwise(vector_math.exp, lanes)}, TARGETS[name], path)
+    build_library({"exp": elementwise(vector_math.exp, lanes)}, target, path)
     module = tvm_ffi.load_module(str(path))
 
     def call(x: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_compile.errors import ModelError
+from vllm_compile.runtime.program import DUMMY_STD
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -71,9 +72,6 @@ class Checkpoint:
             return safe_open(shard, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{shard}: cannot be read as safetensors ({error}); is the file whole?") from error
-
-
-DUMMY_STD = 0.02  # what transformers initialises with by default
 
 
 class DummyCheckpoint:

@@ -11,6 +11,7 @@ from .linear import LINEAR
 from .paged_attention import PAGED_ATTENTION
 from .qkv_rope_cache import QKV_ROPE_CACHE
 from .rms_norm import RMS_NORM
+from .silu_mul import SILU_MUL
 
 OPS: dict[str, OwnOp] = {
     op.name: op
@@ -25,6 +26,7 @@ OPS: dict[str, OwnOp] = {
         PAGED_ATTENTION,
         QKV_ROPE_CACHE,
         RMS_NORM,
+        SILU_MUL,
     )
 }
 

@@ -1,0 +1,44 @@
+"""PrimFuncs to one shared library that loads without the TVM runtime."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import tvm
+from tvm import tirx
+
+from vllm_compile.errors import TargetError
+from vllm_compile.targets import Target
+
+PARALLEL_SOURCE = Path(__file__).parent / "parallel.c"
+
+
+def build_library(kernels: Mapping[str, tirx.PrimFunc], target: Target, path: Path) -> None:
+    """Compile `kernels` (symbol -> function) for `target` into the shared library `path`.
+
+    The library depends on apache-tvm-ffi's ABI alone; its parallel loops run on OpenMP.
+
+    Raises:
+        TargetError: the C compiler that links the library is missing or fails.
+    """
+    functions = {
+        symbol: function.with_attr("global_symbol", symbol).with_attr("tirx.noalias", True)
+        for symbol, function in sorted(kernels.items())
+    }
+    built = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(target.tvm_config()))
+    with tempfile.TemporaryDirectory() as scratch:
+        parallel = str(Path(scratch) / "parallel.o")
+        _cc("-O2", "-fPIC", "-fopenmp", "-c", str(PARALLEL_SOURCE), "-o", parallel)
+        built.export_library(str(path), addons=[parallel], cc="gcc", options=["-fopenmp"])
+
+
+def _cc(*arguments: str) -> None:
+    try:
+        subprocess.run(["gcc", *arguments], check=True, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise TargetError("gcc was not found; it links the compiled kernels (apt-get install gcc)") from error
+    except subprocess.CalledProcessError as error:
+        raise TargetError(f"gcc failed: {error.stderr.strip()}") from error

@@ -1,0 +1,41 @@
+// Kernels that move or scale rows, 16 bytes a thread: table lookup, and the gate of an MLP.
+#ifndef VLLM_COMPILE_ELEMENTWISE
+#define VLLM_COMPILE_ELEMENTWISE
+
+#include "vectors.cuh"
+
+namespace vllm_compile {
+
+// y [tokens, WIDTH] = rows `ids` of table [rows, WIDTH]; block t does row t.
+template <int WIDTH, int THREADS, typename Id>
+__device__ __forceinline__ void embedding(const Id* __restrict__ ids, const void* __restrict__ table,
+                                          void* __restrict__ y) {
+  constexpr int VECTORS = WIDTH / VECTOR;
+  static_assert(WIDTH % VECTOR == 0, "rows are copied 16 bytes at a time");
+  launch_dependents();
+  wait_for_kernels_before();
+  const size_t from = (size_t)ids[blockIdx.x] * VECTORS, to = (size_t)blockIdx.x * VECTORS;
+  for (int i = threadIdx.x; i < VECTORS; i += THREADS) store_vector(y, to + i, load_vector(table, from + i));
+}
+
+// y [tokens, WIDTH] = silu(x[:, :WIDTH]) * x[:, WIDTH:]; silu is rounded before it multiplies.
+template <int WIDTH, int THREADS>
+__device__ __forceinline__ void silu_mul(const void* __restrict__ x, void* __restrict__ y) {
+  constexpr int VECTORS = WIDTH / VECTOR;
+  static_assert(WIDTH % VECTOR == 0, "rows are read 16 bytes at a time");
+  launch_dependents();
+  wait_for_kernels_before();
+  const size_t row = blockIdx.x;
+  for (int i = blockIdx.y * THREADS + threadIdx.x; i < VECTORS; i += gridDim.y * THREADS) {
+    float gate[VECTOR], up[VECTOR];
+    unpack_vector(gate, load_vector(x, row * 2 * VECTORS + i));
+    unpack_vector(up, load_vector(x, row * 2 * VECTORS + VECTORS + i));
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++) up[j] *= rounded(gate[j] / (1.f + __expf(-gate[j])));
+    store_vector(y, row * VECTORS + i, pack_vector(up));
+  }
+}
+
+}  // namespace vllm_compile
+
+#endif

@@ -1,0 +1,247 @@
+// Attention over a paged KV cache, split along the cache ("flash decoding"), grouped queries on the tensor cores.
+//
+// A thread block takes one KV head of one request and a stretch of its cached tokens; its warps take tiles of 16
+// tokens in turn.  Each warp copies its own tiles to shared memory some stages ahead (cp.async) and has its own online
+// softmax, so that warps meet only once, at the end.  The GROUP query heads that share a KV head are the rows of the
+// mma: each cached byte is read once for all of them.  Where a request is split, each block leaves its part in the
+// workspace below, and the one that comes last adds them up, in a fixed order.
+//
+// Tiles that earlier steps have filled are requested before wait_for_kernels_before(), while q, k and v are computed.
+//
+// Any batch is served: several queries of a request (prefill) are taken one after the other, which is right but slow.
+#ifndef VLLM_COMPILE_PAGED_ATTENTION
+#define VLLM_COMPILE_PAGED_ATTENTION
+
+#include "vectors.cuh"
+
+namespace vllm_compile {
+
+constexpr int TILE = 16;        // cached tokens of a tile: no block of the cache is smaller
+constexpr int SHORT_TILES = 8;  // a stretch is no shorter: starting a block costs as much as reading so much
+
+// Parts of split requests: a launch has no more than PARTS blocks if it splits.  Kernels of one stream take turns.
+constexpr int PARTS = 264, MOST_ROWS = 16, MOST_HEAD_DIM = 256;
+__device__ float attention_parts[PARTS * MOST_ROWS * MOST_HEAD_DIM];
+__device__ float2 attention_sums[PARTS * MOST_ROWS];  // {largest score, sum of exponentials} of a part
+__device__ unsigned attention_arrived[PARTS];         // blocks of a split request that are done; zero between launches
+
+// q, out [tokens, KV_HEADS * GROUP, HEAD_DIM]; kv [blocks, KV_HEADS, block_size, 2 * HEAD_DIM], strides in elements.
+// Block (split, KV head, request).  scale is that of the scores times log2(e).
+template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int STAGES>
+__device__ __forceinline__ void paged_attention(const void* __restrict__ q, const void* __restrict__ kv,
+                                                const int* __restrict__ block_table, const int* __restrict__ seq_lens,
+                                                const int* __restrict__ query_start_loc, void* __restrict__ out,
+                                                float scale, int block_size, int table_width, int64_t block_stride,
+                                                int64_t head_stride, int64_t token_stride, void* shared) {
+  constexpr int HEADS = KV_HEADS * GROUP, THREADS = 32 * WARPS;
+  constexpr int CHUNKS = HEAD_DIM / 4;                     // 16 bytes each, of a token's K and V
+  constexpr int STAGE = TILE * CHUNKS;                     // chunks of a tile
+  constexpr int STEPS = HEAD_DIM / 16, SLICES = HEAD_DIM / 8;
+  constexpr bool TALL = GROUP > 8;                         // rows 8 to 15 of the mma hold queries
+  static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM <= MOST_HEAD_DIM && GROUP <= MOST_ROWS, "beyond what this kernel does");
+  static_assert(STAGES * STAGE * 16 >= (GROUP * HEAD_DIM + 2 * GROUP) * 4, "sums of a warp fit where its stages were");
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int split = blockIdx.x, splits = gridDim.x, head = blockIdx.y, request = blockIdx.z;
+  // Arguments of the whole program: no kernel before writes them.
+  const int first_row = query_start_loc[request], queries = query_start_loc[request + 1] - first_row;
+  const int length = queries > 0 ? seq_lens[request] : 0;
+  const int* const table = block_table + (size_t)request * table_width;
+  const __nv_bfloat16* const cache = static_cast<const __nv_bfloat16*>(kv) + head * head_stride;
+  uint4* const ring = static_cast<uint4*>(shared) + warp * STAGES * STAGE;
+  const uint32_t ring_address = shared_address(ring);
+  bool waited = false;
+
+  launch_dependents();
+  for (int query = 0; query < queries && length > 0; query++) {
+    const int visible = length - queries + 1 + query;  // cached tokens up to the query's own
+    const int tiles = (visible + TILE - 1) / TILE;
+    int stretch = tiles;
+    if (queries == 1) stretch = max((tiles + splits - 1) / splits, SHORT_TILES);
+    stretch = (stretch + WARPS - 1) / WARPS * WARPS;
+    const int parts = (tiles + stretch - 1) / stretch;
+    if (split >= parts) break;
+    const int begin = split * stretch + warp, end = min(split * stretch + stretch, tiles);
+    const int fresh = (length - queries) / TILE;  // from this tile on, tokens are of this very step
+
+    // Lane i knows where tile i of the coming 32 of this warp lies.
+    int block = 0, row = 0;
+    auto load = [&](int number) {
+      const int tile = begin + number * WARPS;
+      if (number % 32 == 0) {
+        const int own = (tile + lane * WARPS) * TILE;
+        if (own < visible) block = table[own / block_size], row = own % block_size;
+      }
+      const int at_block = __shfl_sync(0xffffffff, block, number % 32);
+      const int at_row = __shfl_sync(0xffffffff, row, number % 32);
+      if (tile < end) {
+        const __nv_bfloat16* const from = cache + at_block * block_stride + at_row * token_stride;
+        const uint32_t to = ring_address + number % STAGES * (STAGE * 16);
+#pragma unroll
+        for (int i = 0; i < STAGE / 32; i++) {
+          const int token = (i * 32 + lane) / CHUNKS, chunk = (i * 32 + lane) % CHUNKS;
+          // Rows are 8 chunks apart modulo the banks: swizzled, so that a column of them is read at once.
+          copy_async_or_zero(to + (token * CHUNKS + (chunk ^ (token & 7))) * 16, from + token * token_stride + chunk * 8,
+                             tile * TILE + token < visible);
+        }
+      }
+      commit_copies();
+    };
+#pragma unroll
+    for (int number = 0; number < STAGES - 1; number++) {
+      const int tile = begin + number * WARPS;
+      if (!waited && tile < end && tile >= fresh) wait_for_kernels_before(), waited = true;
+      load(number);
+    }
+    if (!waited) wait_for_kernels_before(), waited = true;
+
+    uint32_t q_words[STEPS][4];
+    const uint32_t* const q_row = static_cast<const uint32_t*>(q) +
+                                  ((size_t)(first_row + query) * HEADS + head * GROUP) * (HEAD_DIM / 2);
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int at = g + i % 2 * 8;
+        q_words[step][i] = at < GROUP ? q_row[at * (HEAD_DIM / 2) + step * 8 + i / 2 * 4 + t] : 0;
+      }
+
+    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
+    float values[SLICES][4] = {};
+    for (int number = 0; begin + number * WARPS < end; number++) {
+      const int tile = begin + number * WARPS;
+      wait_copies<STAGES - 2>();
+      __syncwarp();
+      load(number + STAGES - 1);
+      const uint32_t stage = ring_address + number % STAGES * (STAGE * 16);
+
+      // Scores: queries are A, 16 tokens are B, twice 8.
+      float scores[2][4] = {};
+#pragma unroll
+      for (int step = 0; step < STEPS; step++) {
+        const int token = lane / 16 * 8 + lane % 8, chunk = step * 2 + lane / 8 % 2;
+        uint32_t k[4];
+        load_matrices(k, stage + (token * CHUNKS + (chunk ^ (token & 7))) * 16);
+        mma(scores[0], q_words[step], k[0], k[1]);
+        mma(scores[1], q_words[step], k[2], k[3]);
+      }
+      float before[2];
+#pragma unroll
+      for (int half = 0; half < (TALL ? 2 : 1); half++) {
+        before[half] = largest[half];
+        float most = -INFINITY;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int token = tile * TILE + i / 2 * 8 + 2 * t + i % 2;
+          float& score = scores[i / 2][half * 2 + i % 2];
+          score = token < visible ? score * scale : -INFINITY;
+          most = fmaxf(most, score);
+        }
+        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+        largest[half] = fmaxf(largest[half], most);
+        const float shrink = exp2f(before[half] - largest[half]);
+        float added = 0.f;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          float& score = scores[i / 2][half * 2 + i % 2];
+          score = exp2f(score - largest[half]);
+          added += score;
+        }
+        sum[half] = sum[half] * shrink + added;
+#pragma unroll
+        for (int slice = 0; slice < SLICES; slice++) {
+          values[slice][half * 2] *= shrink;
+          values[slice][half * 2 + 1] *= shrink;
+        }
+      }
+      // Probabilities are A as they lie; V, transposed on its way, is B.
+      uint32_t p[4] = {word_of(scores[0][0], scores[0][1]), 0, word_of(scores[1][0], scores[1][1]), 0};
+      if constexpr (TALL) p[1] = word_of(scores[0][2], scores[0][3]), p[3] = word_of(scores[1][2], scores[1][3]);
+#pragma unroll
+      for (int pair = 0; pair < SLICES / 2; pair++) {
+        const int token = lane / 8 % 2 * 8 + lane % 8, chunk = CHUNKS / 2 + pair * 2 + lane / 16;
+        uint32_t v[4];
+        load_matrices_transposed(v, stage + (token * CHUNKS + (chunk ^ (token & 7))) * 16);
+        mma(values[pair * 2], p, v[0], v[1]);
+        mma(values[pair * 2 + 1], p, v[2], v[3]);
+      }
+    }
+    wait_copies<0>();
+
+    // Warps meet: [GROUP][HEAD_DIM] values, then {largest, sum} of each row, where the warp's stages were.
+    constexpr int OWN = STAGES * STAGE * 4;  // floats of a warp
+    float* const all = static_cast<float*>(shared);
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < (TALL ? 2 : 1); half++) {
+      sum[half] += __shfl_xor_sync(0xffffffff, sum[half], 1);
+      sum[half] += __shfl_xor_sync(0xffffffff, sum[half], 2);
+      const int at = g + half * 8;
+      if (at < GROUP) {
+        float* const to = all + warp * OWN + at * HEAD_DIM;
+#pragma unroll
+        for (int slice = 0; slice < SLICES; slice++) {
+          to[slice * 8 + 2 * t] = values[slice][half * 2];
+          to[slice * 8 + 2 * t + 1] = values[slice][half * 2 + 1];
+        }
+        float* const ends = all + warp * OWN + GROUP * HEAD_DIM + at * 2;
+        if (t == 0) ends[0] = largest[half], ends[1] = sum[half];
+      }
+    }
+    __syncthreads();
+    const int item = request * KV_HEADS + head;  // of split requests there are few: it counts parts then
+    __nv_bfloat16* const result = static_cast<__nv_bfloat16*>(out) +
+                                  ((size_t)(first_row + query) * HEADS + head * GROUP) * HEAD_DIM;
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
+      const int at = i / HEAD_DIM;
+      float most = -INFINITY, total = 0.f, value = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) most = fmaxf(most, all[w * OWN + GROUP * HEAD_DIM + at * 2]);
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        const float* const ends = all + w * OWN + GROUP * HEAD_DIM + at * 2;
+        const float weight = exp2f(ends[0] - most);
+        total += weight * ends[1];
+        value += weight * all[w * OWN + i];
+      }
+      if (parts == 1) {
+        result[i] = __float2bfloat16_rn(value / total);
+      } else {
+        const int part = item * splits + split;
+        attention_parts[part * (GROUP * HEAD_DIM) + i] = value;
+        if (i % HEAD_DIM == 0) attention_sums[part * GROUP + at] = make_float2(most, total);
+      }
+    }
+    if (parts > 1) {
+      // The last block to arrive finds the parts of all.
+      __threadfence();
+      __syncthreads();
+      unsigned* const last = static_cast<unsigned*>(shared);
+      if (threadIdx.x == 0) *last = atomicAdd(&attention_arrived[item], 1u) == (unsigned)parts - 1;
+      __syncthreads();
+      if (*last) {
+        __threadfence();
+        for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
+          const float2* const sums = attention_sums + item * splits * GROUP + i / HEAD_DIM;
+          float most = -INFINITY, total = 0.f, value = 0.f;
+          for (int part = 0; part < parts; part++) most = fmaxf(most, __ldcg(sums + part * GROUP).x);
+          for (int part = 0; part < parts; part++) {
+            const float2 ends = __ldcg(sums + part * GROUP);
+            const float weight = exp2f(ends.x - most);
+            total += weight * ends.y;
+            value += weight * __ldcg(attention_parts + (item * splits + part) * (GROUP * HEAD_DIM) + i);
+          }
+          result[i] = __float2bfloat16_rn(value / total);
+        }
+        if (threadIdx.x == 0) attention_arrived[item] = 0;
+      }
+    }
+    __syncthreads();  // before the next query's tiles take the place of the sums
+  }
+  if (!waited) wait_for_kernels_before();
+}
+
+}  // namespace vllm_compile
+
+#endif

@@ -1,0 +1,198 @@
+"""CUDA kernels on a GPU machine without nvcc: built on one machine, checked on another.
+
+    python -m tests.schedules.cuda_cases build DIR     # TVM, nvcc, no GPU
+    python -m tests.schedules.cuda_cases check DIR     # a Hopper GPU, torch; TVM is imported, not used
+
+Inputs are random (the seed is printed), expected results come from the operators' references; outputs are poisoned.
+Every case runs eagerly and in a CUDA graph, which must give the same bits, and once with one input changed, which must
+be noticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_compile import ops
+from vllm_compile.schedules.cuda import FAMILIES
+from vllm_compile.schedules.cuda.build import build_library
+from vllm_compile.spec import OpSpec
+from vllm_compile.targets import cuda
+
+from . import harness
+
+LIBRARY = "kernels.so"
+LENGTHS = {  # (queries, cached tokens) of each request
+    "decode_1": ((1, 128),),
+    "decode_short": ((1, 1), (1, 16), (1, 17), (0, 0), (1, 300)),
+    "decode_16": tuple((1, 1024 + 37 * i) for i in range(16)),
+    "decode_40": tuple((1, 1 + 13 * i) for i in range(40)),
+    "decode_long": ((1, 20000),),
+    "mixed": ((1, 40), (9, 9), (5, 130), (0, 0), (1, 1)),
+}
+HEADS = {  # query heads, KV heads, head size
+    "llama_8b": (32, 8, 128),
+    "llama_1b": (32, 8, 64),
+    "qwen_7b": (28, 4, 128),
+    "mha": (4, 4, 64),
+    "wide": (16, 1, 128),
+    "large": (8, 4, 256),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; `changed` is the input that the negative control changes."""
+
+    name: str
+    op: ops.OwnOp
+    inputs: dict[str, torch.Tensor]
+    attributes: dict[str, Any]
+    changed: str
+
+    def spec(self) -> OpSpec:
+        return harness.op_spec(self.op, self.inputs, self.attributes)
+
+
+def cases(generator: torch.Generator) -> Iterator[Case]:
+    """All cases; the same for the same seed."""
+    bf16 = torch.bfloat16
+    for width in (64, 2048, 4096, 4104, 8192):
+        for tokens in (1, 7):
+            yield Case("norm", ops.RMS_NORM, *ops.RMS_NORM.sample(generator, bf16, tokens, width), "x")
+            yield Case("add", ops.ADD_RMS_NORM, *ops.ADD_RMS_NORM.sample(generator, bf16, tokens, width), "residual")
+    yield Case("silu", ops.SILU_MUL, *ops.SILU_MUL.sample(generator, bf16, 5, 1032), "x")
+    for dtype in (torch.int32, torch.int64):
+        inputs, attributes = ops.EMBEDDING.sample(generator, bf16, 9, 40, 136)
+        inputs["ids"] = inputs["ids"].to(dtype)
+        yield Case("embedding", ops.EMBEDDING, inputs, attributes, "ids")
+    for name, (heads, kv_heads, head_dim) in HEADS.items():
+        for block_size in (16, 64, 128):
+            for tokens in (1, 33):
+                sample = ops.QKV_ROPE_CACHE.sample(generator, bf16, tokens, heads, kv_heads, head_dim, block_size)
+                yield Case(f"{name} {block_size}", ops.QKV_ROPE_CACHE, *sample, "qkv")
+        for batch, lengths in LENGTHS.items():
+            for block_size in (16, 32) if batch != "decode_long" else (128,):
+                sample = ops.PAGED_ATTENTION.sample(generator, bf16, lengths, heads, kv_heads, head_dim, block_size)
+                yield Case(f"{name} {batch} {block_size}", ops.PAGED_ATTENTION, *sample, "q")
+
+
+def build(folder: Path, seed: int) -> None:
+    """One kernel for each distinct call."""
+    target = cuda.detect()
+    kernels = {}
+    for spec, symbol in symbols(list(cases(torch.Generator().manual_seed(seed)))).items():
+        family = next(f for f in FAMILIES if f.op == spec.op and f.serves(spec, target))
+        (variant,) = family.variants(spec, target)
+        kernels[symbol] = family.build(spec, variant.config, target)
+    folder.mkdir(parents=True, exist_ok=True)
+    resources = build_library(kernels, target, folder / LIBRARY)
+    spilled = {symbol: used for symbol, used in resources.items() if used.spilled_bytes}
+    print(f"{len(kernels)} kernels; spills: {spilled or 'none'}")
+
+
+def symbols(all_cases: list[Case]) -> dict[OpSpec, str]:
+    """Calls in the order of the cases, numbered."""
+    return {spec: f"kernel_{i}" for i, spec in enumerate(dict.fromkeys(case.spec() for case in all_cases))}
+
+
+def check(folder: Path, seed: int) -> int:
+    """Run every case; returns the number that failed."""
+    import tvm_ffi
+
+    module = tvm_ffi.load_module(str(folder / LIBRARY))
+    all_cases = list(cases(torch.Generator().manual_seed(seed)))
+    symbol_of = symbols(all_cases)
+    failed = 0
+    for case in all_cases:
+        if problems := check_case(case, module[symbol_of[case.spec()]]):
+            failed += 1
+            print(f"{case.op.name} {case.name}: {'; '.join(problems)}", flush=True)
+    print(f"{len(all_cases)} cases, {failed} failed (seed {seed})")
+    return failed
+
+
+def check_case(case: Case, kernel: Any) -> list[str]:
+    """What is wrong with a kernel on one case."""
+    copies = {name: tensor.clone() for name, tensor in case.inputs.items()}
+    results = harness.results(case.op, copies, case.attributes)
+    written = results[: len(results) - len(case.op.updates)] or results
+    rows = owned_rows(case.inputs, written[0].shape[0])
+    expected = [*(result[rows] for result in written), *(copies[name] for name in case.op.updates)]
+    tolerance = case.op.tolerance["bfloat16"]
+
+    def run(inputs: dict[str, torch.Tensor], graph: bool) -> list[torch.Tensor]:
+        given = {name: tensor.cuda() for name, tensor in inputs.items()}
+        outputs = [torch.full_like(result, float("nan"), device="cuda") for result in written]
+        call(kernel, [*given.values(), *outputs], graph)
+        return [*(out.cpu()[rows] for out in outputs), *(given[name].cpu() for name in case.op.updates)]
+
+    def wrong(actual: list[torch.Tensor]) -> list[str]:
+        pairs = zip(actual, expected, strict=True)
+        return [m for ours, theirs in pairs if (m := mismatch(ours, theirs, tolerance.rtol, tolerance.atol))]
+
+    eager = run(case.inputs, graph=False)
+    problems = wrong(eager)
+    if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(eager, run(case.inputs, True), strict=True)):
+        problems.append("a replayed graph gives other bits")
+    changed = case.inputs[case.changed].clone()
+    row = changed[rows[0]] if case.changed != "ids" else changed[:1]
+    row += 4
+    if not wrong(run({**case.inputs, case.changed: changed}, graph=False)):
+        problems.append("a changed input is not noticed")
+    return problems
+
+
+def call(kernel: Any, tensors: list[torch.Tensor], graph: bool) -> None:
+    """Run a kernel on torch's stream, or capture it and replay it three times."""
+    import tvm_ffi
+
+    arguments = [tvm_ffi.from_dlpack(tensor) for tensor in tensors]
+    captured = torch.cuda.CUDAGraph()
+    context = torch.cuda.graph(captured) if graph else None
+    with tvm_ffi.use_torch_stream(context) if context is not None else tvm_ffi.use_torch_stream():
+        kernel(*arguments)
+    for _ in range(3 if graph else 0):
+        captured.replay()
+    torch.cuda.synchronize()
+
+
+def owned_rows(inputs: dict[str, torch.Tensor], rows: int) -> torch.Tensor:
+    """Rows of the result that belong to a request with cached tokens; the others are left undefined."""
+    if "query_start_loc" not in inputs:
+        return torch.arange(rows)
+    starts, lengths = inputs["query_start_loc"].tolist(), inputs["seq_lens"].tolist()
+    return torch.cat([torch.arange(starts[r], starts[r + 1]) for r, length in enumerate(lengths) if length])
+
+
+def mismatch(ours: torch.Tensor, expected: torch.Tensor, rtol: float, atol: float) -> str:
+    """What is wrong, or nothing."""
+    same = torch.isclose(ours.float(), expected.float(), rtol=rtol, atol=atol, equal_nan=True)
+    if bool(same.all()):
+        return ""
+    error = (ours.float() - expected.float()).abs()[~same]
+    return f"{int((~same).sum())} of {same.numel()} differ, by up to {error.max().item():.3g}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=["build", "check"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=None, help="of the inputs (default: random)")
+    options = parser.parse_args()
+    seed = secrets.randbits(31) if options.seed is None else options.seed
+    if options.step == "check":
+        return 1 if check(options.folder, seed) else 0
+    build(options.folder, seed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
