@@ -1,0 +1,1 @@
+"""CUDA's device functions on a CPU, thread by thread: see runner.py."""
