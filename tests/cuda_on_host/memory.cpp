@@ -23,7 +23,7 @@ struct Region {
   char *begin, *end;           // what a kernel may use
   char *first_page, *no_page;  // whole pages around it
   const char* name;
-  bool early;
+  uint32_t early;
 };
 
 char* arena;
@@ -72,7 +72,7 @@ void check(const void* address, unsigned bytes, unsigned alignment, bool writes,
       const size_t offset = memory - r.begin;
       for (size_t at = offset / 2; at <= (offset + bytes - 1) / 2; at++)
         touch(blocks[i].touched[at], 2 * at, writes, code, site);
-    } else if (!running->waits && (writes || !r.early)) {
+    } else if (!running->waits && r.early < (writes ? ANYTHING : READS)) {
       blame(formatted("%s %s before it waits for the kernels before", writes ? "writes" : "reads", r.name), code, site);
     }
     return;
@@ -83,27 +83,25 @@ void check(const void* address, unsigned bytes, unsigned alignment, bool writes,
 }  // namespace
 
 bool reserve_memory() {
-  if (arena) return true;
   void* memory = mmap(nullptr, ARENA, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory != MAP_FAILED) arena = static_cast<char*>(memory);
-  return arena;
+  arena = static_cast<char*>(memory);
+  return memory != MAP_FAILED;
 }
 
 void release_memory() {
-  madvise(arena, used, MADV_DONTNEED);
-  mprotect(arena, used, PROT_NONE);
+  munmap(arena, ARENA);
   regions.clear();
   used = 0;
 }
 
 // The end is as close to the last page's as the alignment allows.
-char* allocate(size_t bytes, size_t alignment, const char* name, bool early) {
+char* allocate(size_t bytes, size_t alignment, const char* name, uint32_t early) {
   const size_t whole = (bytes + PAGE - 1) / PAGE * PAGE;
   used += PAGE;
   if (used + whole + PAGE > ARENA) finish("the tensors are too large to be emulated");
   char* first_page = arena + used;
   used += whole + PAGE;
-  if (whole) mprotect(first_page, whole, PROT_READ | PROT_WRITE);
+  if (whole && mprotect(first_page, whole, PROT_READ | PROT_WRITE)) finish("no memory for tensors");
   memset(first_page, SURROUNDING, whole);
   char* begin = first_page + whole - (bytes + alignment - 1) / alignment * alignment;
   regions.push_back({begin, begin + bytes, first_page, first_page + whole, name, early});

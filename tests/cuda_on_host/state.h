@@ -81,7 +81,7 @@ std::string name_of(Site site);
 // Memory that kernels may use, unreadable pages around it.
 bool reserve_memory();
 void release_memory();
-char* allocate(size_t bytes, size_t alignment, const char* name, bool early);
+char* allocate(size_t bytes, size_t alignment, const char* name, uint32_t early);
 bool is_guarded(const void* address);
 std::string place_of(const void* address);
 void check_surroundings();
