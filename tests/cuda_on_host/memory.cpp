@@ -15,7 +15,7 @@
 namespace cuda_on_host {
 namespace {
 
-constexpr size_t ARENA = size_t{2} << 30;
+constexpr size_t PAGE = 4096, ARENA = size_t{2} << 30;
 constexpr uint32_t FIRST_ADDRESS = 1024;  // of shared memory: no valid address is 0
 constexpr unsigned char SURROUNDING = 0xa5;
 
@@ -117,8 +117,6 @@ void check_surroundings() {
   }
 }
 
-bool is_guarded(const void* address) { return address >= arena && address < arena + used; }
-
 std::string place_of(const void* address) {
   const char* at = static_cast<const char*>(address);
   const Region* nearest = nullptr;
@@ -127,7 +125,7 @@ std::string place_of(const void* address) {
     const size_t distance = at < r.begin ? r.begin - at : at >= r.end ? at - r.end + 1 : 0;
     if (distance < least) nearest = &r, least = distance;
   }
-  if (!nearest || !is_guarded(address)) return formatted("address %p, which no tensor has", address);
+  if (!nearest || at < arena || at >= arena + used) return formatted("address %p, which no tensor has", address);
   if (at < nearest->begin) return formatted("%zu bytes before %s", nearest->begin - at, nearest->name);
   if (at >= nearest->end) return formatted("%zu bytes past the end of %s", at - nearest->end, nearest->name);
   return formatted("byte %zu of %s", at - nearest->begin, nearest->name);

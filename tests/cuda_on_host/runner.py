@@ -159,6 +159,7 @@ def run(
         seed=secrets.randbits(48) if seed is None else seed,
         arguments=(_Argument * max(len(given), 1))(*given),
     )
+    print(f"order of threads: seed={launch.seed}")
     if library.run(ctypes.byref(launch)):
         where = _line_of(library._name, launch.code) if launch.code else ""
         raise EmulationError(f"{launch.message.decode()}{where}\n  in {call}, seed={launch.seed}")
