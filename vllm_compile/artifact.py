@@ -7,10 +7,9 @@ import json
 import platform
 import shutil
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import tvm
 
 from . import __version__
 from .runtime import manifest as files
@@ -70,7 +69,7 @@ def write_manifest(
     """Describe all files in `directory`; only the field `built` differs between two equal compiles."""
     manifest: dict[str, Any] = {
         "schema": files.SCHEMA,
-        "compiler": {"vllm_compile": __version__, "tvm": tvm.__version__},
+        "compiler": {"vllm_compile": __version__, "tvm": version("apache-tvm")},
         "source": source,
         "target": {"name": target.name, "features": sorted(target.features), "tvm": target.tvm_config()},
         "abi": {"apache_tvm_ffi": ">=0.1.10"},

@@ -26,7 +26,7 @@ from ..family import Config, Variant
 
 SOURCE = '#include "stream_linear.cuh"\n'
 TOKENS = 8  # of one mma
-VENDOR_TOKENS = 65  # from so many on cuBLASLt is faster (benchmarks/baseline.md)
+VENDOR_TOKENS = 17  # from so many on cuBLASLt is faster (benchmarks/baseline.md)
 MOST_SUMS = 64  # tiles of sums of a thread block's warps that its registers hold without spilling
 LAUNCH = ("blockIdx.x", "blockIdx.y", "threadIdx.x")
 # Start while the kernel before runs; it is waited for before anything but weights is read.
