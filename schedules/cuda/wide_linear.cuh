@@ -196,10 +196,8 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x,
     const int buffer = step % 2;
     store_x(buffer);
     wait_copies<STAGES - 1>();
-    if constexpr (BLOCKS == 1) wgmma_wait<0>();  // a[0] is in use until then
     unpack(stage, step, 0);
-    // After the barrier, nobody uses the other buffer.
-    if constexpr (BLOCKS > 1) wgmma_wait<0>();
+    wgmma_wait<0>();  // after the barrier, nobody uses the other buffer
     proxy_fence();
     sync_threads<32 * TILES>(1 + k_group);
     multiply(buffer, 0);
@@ -210,7 +208,7 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x,
     }
     load(stage, step + STAGES);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
-    if constexpr (BLOCKS > 1) wgmma_wait<1>();
+    wgmma_wait<BLOCKS - 1>();  // a[0] is free
   }
   wgmma_wait<0>();
   wgmma_results(sums);
