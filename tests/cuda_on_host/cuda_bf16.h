@@ -4,7 +4,10 @@
 #ifndef CUDA_ON_HOST_CUDA_BF16
 #define CUDA_ON_HOST_CUDA_BF16
 
+// C's math.h: the one of libstdc++ takes several times as long to compile as all the rest.
+#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS
 #include <math.h>
+#undef _GLIBCXX_INCLUDE_NEXT_C_HEADERS
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <map>
+#include <utility>
 
 #include "state.h"
 
@@ -50,13 +51,15 @@ Warp* running_warp;
 namespace {
 
 constexpr size_t STACK = 128 << 10;
+constexpr uint64_t STACK_END = 0x5ac4e4d05ac4e4d0;  // in a stack's last word
 constexpr unsigned MOST_SHARED = 227 << 10, MOST_THREADS = 1024, MOST_CLUSTER = 16;
 constexpr int SECONDS_WITHOUT_WAITING = 30;  // of one thread: it counts as hung
 constexpr uint64_t MOST_TURNS = 3'000'000;   // taken while nobody gets anywhere: they count as hung
 
 Body body;
 const uint64_t* values;
-std::vector<char*> stacks;
+char* stacks;  // of the threads that run together
+size_t stack_bytes;
 std::vector<Barrier> cluster_barriers;
 void* scheduler;
 sigjmp_buf home;
@@ -89,8 +92,6 @@ void on_signal(int number, siginfo_t* info, void* context) {
   if (number == SIGVTALRM) finish(who + " neither waits nor returns", code);
   if (number == SIGILL) finish(who + " leaves the bounds of an array of its own", code);
   if (number == SIGFPE) finish(who + " divides by zero", code);
-  for (const char* stack : stacks)
-    if (at >= stack && at < stack + PAGE) finish(who + " needs more stack than it has", code);
   finish(who + " accesses " + place_of(at), code);
 }
 
@@ -107,7 +108,15 @@ void wake(Thread& thread) {
   turns = 0;
 }
 
-void leave() { cuda_on_host_switch(&running->stack_pointer, scheduler); }
+uint64_t& stack_end(const Thread& thread) {
+  const size_t number = thread.block->number * thread.block->threads.size() + thread.index;
+  return *reinterpret_cast<uint64_t*>(stacks + number * STACK);
+}
+
+void leave() {
+  if (stack_end(*running) != STACK_END) finish(name_of(*running) + " needs more stack than it has");
+  cuda_on_host_switch(&running->stack_pointer, scheduler);
+}
 
 bool is_complete(const Barrier& b, const Block& block) {
   return b.come && b.come >= (b.wanted ? b.wanted : block.threads.size() - block.returned);
@@ -160,8 +169,9 @@ void run_thread() {
   __builtin_unreachable();
 }
 
-void start(Thread& thread, char* stack) {
-  uint64_t* top = reinterpret_cast<uint64_t*>(stack + STACK);
+void start(Thread& thread) {
+  stack_end(thread) = STACK_END;
+  uint64_t* top = &stack_end(thread) + STACK / sizeof(uint64_t);
   *--top = 0;  // where a caller's address would be: the stack is aligned as after a call
   *--top = reinterpret_cast<uint64_t>(&run_thread);
   for (int i = 0; i < 6; i++) *--top = 0;  // registers
@@ -245,7 +255,7 @@ void set_up(Block& block, unsigned number, unsigned linear, unsigned threads, ch
     t.block = &block;
     t.index = i;
     t.place = {i % l.threads[0], i / l.threads[0] % l.threads[1], i / l.threads[0] / l.threads[1]};
-    start(t, stacks[number * threads + i]);
+    start(t);
   }
   block.shared = shared;
   memset(shared, 0xff, l.shared_bytes);  // nan
@@ -273,7 +283,7 @@ void run_grid() {
 
   // Aligned as products in shared memory with swizzled rows want it.
   std::vector<char*> shared;
-  for (unsigned i = 0; i < together; i++) shared.push_back(allocate(l.shared_bytes, 1024, "shared memory", true));
+  for (unsigned i = 0; i < together; i++) shared.push_back(allocate(l.shared_bytes, 1024, "shared memory", ANYTHING));
   std::vector<uint64_t> places;
   std::map<uint64_t, uint64_t> copies;  // tensors that are given twice are one
   for (unsigned i = 0; i < l.count; i++) {
@@ -288,11 +298,10 @@ void run_grid() {
     places[i] = copies[a.value];
   }
   values = places.data();
-  while (stacks.size() < together * threads) {
-    void* stack = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stack == MAP_FAILED || mprotect(stack, PAGE, PROT_NONE)) finish("no memory for stacks");
-    stacks.push_back(static_cast<char*>(stack));
-  }
+  stack_bytes = together * threads * STACK;
+  void* memory = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) finish(formatted("no memory for %zu bytes of stacks", std::exchange(stack_bytes, 0)));
+  stacks = static_cast<char*>(memory);
 
   blockDim = {l.threads[0], l.threads[1], l.threads[2]};
   gridDim = {l.grid[0], l.grid[1], l.grid[2]};
@@ -436,6 +445,8 @@ int launch(Launch& l, Body what) {
   sigaltstack(&stack_before, nullptr);
   running = nullptr;
   release_memory();
+  if (stack_bytes) munmap(stacks, stack_bytes);
+  stack_bytes = 0;
   return failed;
 }
 

@@ -31,7 +31,7 @@ constexpr uint32_t ALL_LANES = 0xffffffff;
 int lane();
 
 // What the running thread does together with others of its warp: once every lane of `mask` has come with the same
-// `name`, `mask` and, if `aligned`, from the same line of the kernel, `together` is called once, with what each brought.
+// `name`, `mask` and, if `aligned`, from the same line of the kernel, `together` is called, with what each brought.
 using Together = void (*)(void* const (&own)[WARP], uint32_t mask);
 void collective(const char* name, uint32_t mask, bool aligned, void* own, Together together, Site site);
 
@@ -68,12 +68,15 @@ Asynchronous* new_asynchronous();
 void forget(Asynchronous& asynchronous);
 
 // One launch; runner.py has the same structures.
+// What may be done with a tensor before wait_for_kernels_before.
+enum Early : uint32_t { NOTHING, READS, ANYTHING };
+
 struct Argument {
   const char* name;
   uint64_t value;      // of a tensor: its address
   uint64_t bytes;      // of a tensor
   uint32_t is_tensor;  // else a number, or null
-  uint32_t early;      // may be read before wait_for_kernels_before
+  uint32_t early;      // an Early
 };
 
 struct Launch {

@@ -15,7 +15,7 @@
 namespace cuda_on_host {
 namespace {
 
-constexpr size_t ARENA = size_t{2} << 30;
+constexpr size_t PAGE = 4096, ARENA = size_t{2} << 30;
 constexpr uint32_t FIRST_ADDRESS = 1024;  // of shared memory: no valid address is 0
 constexpr unsigned char SURROUNDING = 0xa5;
 
@@ -23,7 +23,7 @@ struct Region {
   char *begin, *end;           // what a kernel may use
   char *first_page, *no_page;  // whole pages around it
   const char* name;
-  bool early;
+  uint32_t early;
 };
 
 char* arena;
@@ -72,7 +72,7 @@ void check(const void* address, unsigned bytes, unsigned alignment, bool writes,
       const size_t offset = memory - r.begin;
       for (size_t at = offset / 2; at <= (offset + bytes - 1) / 2; at++)
         touch(blocks[i].touched[at], 2 * at, writes, code, site);
-    } else if (!running->waits && (writes || !r.early)) {
+    } else if (!running->waits && r.early < (writes ? ANYTHING : READS)) {
       blame(formatted("%s %s before it waits for the kernels before", writes ? "writes" : "reads", r.name), code, site);
     }
     return;
@@ -83,27 +83,25 @@ void check(const void* address, unsigned bytes, unsigned alignment, bool writes,
 }  // namespace
 
 bool reserve_memory() {
-  if (arena) return true;
   void* memory = mmap(nullptr, ARENA, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory != MAP_FAILED) arena = static_cast<char*>(memory);
-  return arena;
+  arena = static_cast<char*>(memory);
+  return memory != MAP_FAILED;
 }
 
 void release_memory() {
-  madvise(arena, used, MADV_DONTNEED);
-  mprotect(arena, used, PROT_NONE);
+  munmap(arena, ARENA);
   regions.clear();
   used = 0;
 }
 
 // The end is as close to the last page's as the alignment allows.
-char* allocate(size_t bytes, size_t alignment, const char* name, bool early) {
+char* allocate(size_t bytes, size_t alignment, const char* name, uint32_t early) {
   const size_t whole = (bytes + PAGE - 1) / PAGE * PAGE;
   used += PAGE;
   if (used + whole + PAGE > ARENA) finish("the tensors are too large to be emulated");
   char* first_page = arena + used;
   used += whole + PAGE;
-  if (whole) mprotect(first_page, whole, PROT_READ | PROT_WRITE);
+  if (whole && mprotect(first_page, whole, PROT_READ | PROT_WRITE)) finish("no memory for tensors");
   memset(first_page, SURROUNDING, whole);
   char* begin = first_page + whole - (bytes + alignment - 1) / alignment * alignment;
   regions.push_back({begin, begin + bytes, first_page, first_page + whole, name, early});
@@ -119,8 +117,6 @@ void check_surroundings() {
   }
 }
 
-bool is_guarded(const void* address) { return address >= arena && address < arena + used; }
-
 std::string place_of(const void* address) {
   const char* at = static_cast<const char*>(address);
   const Region* nearest = nullptr;
@@ -129,7 +125,7 @@ std::string place_of(const void* address) {
     const size_t distance = at < r.begin ? r.begin - at : at >= r.end ? at - r.end + 1 : 0;
     if (distance < least) nearest = &r, least = distance;
   }
-  if (!nearest || !is_guarded(address)) return formatted("address %p, which no tensor has", address);
+  if (!nearest || at < arena || at >= arena + used) return formatted("address %p, which no tensor has", address);
   if (at < nearest->begin) return formatted("%zu bytes before %s", nearest->begin - at, nearest->name);
   if (at >= nearest->end) return formatted("%zu bytes past the end of %s", at - nearest->end, nearest->name);
   return formatted("byte %zu of %s", at - nearest->begin, nearest->name);

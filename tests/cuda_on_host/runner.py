@@ -45,7 +45,6 @@ AVAILABLE = platform.machine() == "x86_64" and platform.system() == "Linux" and 
 
 ENGINE = ("emulator.cpp", "memory.cpp", "ptx_on_host.cpp")
 COMMON = ["-std=c++20", "-g1", "-w", "-fPIC", "-fno-gnu-unique", "-fvisibility=hidden", f"-I{HERE}", f"-I{KERNELS}"]
-ENGINE_FLAGS = [*COMMON, "-O1"]
 KERNEL_FLAGS = [
     *COMMON,
     "-O1",
@@ -65,6 +64,8 @@ TYPES = {
     "uint8": "uint8_t",
     "uint32": "uint32_t",
 }
+
+NOTHING, READS, ANYTHING = range(3)  # that a kernel may do with a tensor before it waits for the kernels before
 
 Value = torch.Tensor | int | float | None
 
@@ -138,7 +139,7 @@ def run(
         shared_bytes: of the dynamic shared memory of a block.
         cluster: blocks of a cluster, along x.
         together: blocks that are resident at the same time (default: one cluster).
-        early: tensors that may be read before wait_for_kernels_before(); None: all, and written, too.
+        early: tensors that may be read before wait_for_kernels_before(), and no other; None: all, and written, too.
         source: C++ between the header and the call.
         seed: of the order in which threads and blocks run (default: random).
 
@@ -158,6 +159,7 @@ def run(
         seed=secrets.randbits(48) if seed is None else seed,
         arguments=(_Argument * max(len(given), 1))(*given),
     )
+    print(f"order of threads: seed={launch.seed}")
     if library.run(ctypes.byref(launch)):
         where = _line_of(library._name, launch.code) if launch.code else ""
         raise EmulationError(f"{launch.message.decode()}{where}\n  in {call}, seed={launch.seed}")
@@ -177,7 +179,13 @@ def unit(source: str, call: str, types: Mapping[str, str]) -> str:
     Args:
         types: C++ types of the arguments; "" is a null pointer.
     """
-    lines = ["#include <cuda_bf16.h>", source, "static void body(const uint64_t* values, void* shared) {"]
+    lines = [
+        "#include <cuda_bf16.h>",
+        '#line 1 "source"',
+        source,
+        '#line 1 "call"',
+        "static void body(const uint64_t* values, void* shared) {",
+    ]
     for i, (name, kind) in enumerate(types.items()):
         if kind.endswith("*"):
             lines.append(f"  const auto {name} = reinterpret_cast<{kind}>(values[{i}]);")
@@ -218,8 +226,8 @@ def _argument(name: str, value: Value, early: Collection[str] | None) -> _Argume
         # All bytes from its first element to its last, whatever its strides.
         elements = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) + 1
         size = elements * value.element_size() if value.numel() else 0
-        anytime = early is None or name in early
-        return _Argument(name.encode(), value.data_ptr(), size, 1, anytime)
+        allowed = ANYTHING if early is None else READS if name in early else NOTHING
+        return _Argument(name.encode(), value.data_ptr(), size, 1, allowed)
     if isinstance(value, float):
         value = int.from_bytes(bytes(ctypes.c_double(value)), "little")
     return _Argument(name.encode(), (value or 0) & (2**64 - 1), 0, 0, 0)
@@ -237,10 +245,11 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 @cache
 def _engine() -> list[str]:
-    objects = []
-    for name in ENGINE:
-        objects.append(str(Path(_folder().name, name).with_suffix(".o")))
-        _gxx(*ENGINE_FLAGS, "-c", str(HERE / name), "-o", objects[-1])
+    """The emulator's own object files."""
+    objects = [str(Path(_folder().name, name).with_suffix(".o")) for name in ENGINE]
+    with ThreadPoolExecutor(2) as pool:
+        commands = ([*COMMON, "-O1", "-c", str(HERE / name), "-o", o] for name, o in zip(ENGINE, objects, strict=True))
+        list(pool.map(lambda command: _gxx(*command), commands))
     return objects
 
 

@@ -9,8 +9,6 @@
 
 namespace cuda_on_host {
 
-constexpr size_t PAGE = 4096;
-
 struct Block;
 
 struct Thread {
@@ -38,8 +36,8 @@ using Clock = std::vector<uint32_t>;  // by warp
 
 struct Warp {
   Block* block = nullptr;
-  unsigned number = 0;               // among all that run together
-  uint32_t lanes = 0, ready = 0;     // that exist, that can go on
+  unsigned number = 0;            // among all that run together
+  uint32_t lanes = 0, ready = 0;  // that exist, that can go on
   uint32_t priority = 0;
   std::vector<Meeting> meetings;
   Clock clock;
@@ -81,8 +79,7 @@ std::string name_of(Site site);
 // Memory that kernels may use, unreadable pages around it.
 bool reserve_memory();
 void release_memory();
-char* allocate(size_t bytes, size_t alignment, const char* name, bool early);
-bool is_guarded(const void* address);
+char* allocate(size_t bytes, size_t alignment, const char* name, uint32_t early);
 std::string place_of(const void* address);
 void check_surroundings();
 

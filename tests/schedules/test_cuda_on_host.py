@@ -1,0 +1,81 @@
+"""CUDA's norms, rotary embedding, lookups and attention on the CPU, thread by thread (tests/cuda_on_host): no GPU."""
+
+import pytest
+import torch
+
+from tests.cuda_on_host.prim_func import run_kernel
+from tests.cuda_on_host.runner import AVAILABLE
+from vllm_compile import ops
+from vllm_compile.schedules.cuda import FAMILIES
+from vllm_compile.targets import cuda
+
+from . import harness
+from .cuda_cases import mismatch, owned_rows
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux")
+
+TARGET = cuda.detect()
+# What may be read while the kernels before still run: weights, arguments of the whole program, tokens cached earlier.
+EARLY = {"weight", "slot_mapping", "kv", "block_table", "seq_lens", "query_start_loc"}
+CASES = {  # operator, arguments of its samples, the input that the negative control changes
+    "norm": (ops.RMS_NORM, (7, 4104), "x"),
+    "norm_one_warp": (ops.RMS_NORM, (1, 64), "x"),
+    "norm_wide": (ops.RMS_NORM, (2, 8208), "x"),
+    "add_norm": (ops.ADD_RMS_NORM, (5, 4104), "residual"),
+    "silu": (ops.SILU_MUL, (5, 1032), "x"),
+    "embedding": (ops.EMBEDDING, (9, 40, 136), "ids"),
+    "rope": (ops.QKV_ROPE_CACHE, (9, 8, 2, 64, 16), "qkv"),
+    "attention": (ops.PAGED_ATTENTION, (((1, 1), (1, 37), (9, 9), (5, 30), (0, 0)), 8, 2, 64, 16), "q"),
+    "attention_split": (ops.PAGED_ATTENTION, (((1, 1), (1, 300), (1, 700)), 8, 2, 64, 32), "q"),
+    "attention_16_heads": (ops.PAGED_ATTENTION, (((1, 300), (2, 40)), 16, 1, 32, 16), "q"),
+    "attention_wide_heads": (ops.PAGED_ATTENTION, (((1, 150),), 3, 1, 256, 16), "q"),
+}
+
+
+class OnHost:
+    """One call of one operator."""
+
+    def __init__(self, case, generator):
+        self.op, sizes, self.changed = CASES[case]
+        self.inputs, self.attributes = self.op.sample(generator, torch.bfloat16, *sizes)
+        spec = harness.op_spec(self.op, self.inputs, self.attributes)
+        family = next(f for f in FAMILIES if f.op == spec.op and f.serves(spec, TARGET))
+        (variant,) = family.variants(spec, TARGET)
+        self.kernel = family.build(spec, variant.config, TARGET)
+
+    def expected(self):
+        """Results of the reference, and what it has updated."""
+        copies = {name: tensor.clone() for name, tensor in self.inputs.items()}
+        results = harness.results(self.op, copies, self.attributes)
+        self.written = results[: len(results) - len(self.op.updates)] or results
+        self.rows = owned_rows(self.inputs, self.written[0].shape[0])
+        return [*(result[self.rows] for result in self.written), *(copies[name] for name in self.op.updates)]
+
+    def run(self, inputs, **options):
+        given = {name: tensor.clone() for name, tensor in inputs.items()}
+        outputs = [torch.full_like(result, float("nan")) for result in self.written]
+        early = EARLY - set(self.op.updates)
+        report = run_kernel(self.kernel, *given.values(), *outputs, early=early, **options)
+        assert report.launched[1] == report.waited[1] == 1
+        return [*(out[self.rows] for out in outputs), *(given[name] for name in self.op.updates)]
+
+    def problems(self, actual, expected):
+        tolerance = self.op.tolerance["bfloat16"]
+        pairs = zip(actual, expected, strict=True)
+        return [m for ours, theirs in pairs if (m := mismatch(ours, theirs, tolerance.rtol, tolerance.atol))]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_reference_in_every_order_of_threads(case, generator):
+    call = OnHost(case, generator)
+    expected = call.expected()
+    results = [call.run(call.inputs, seed=seed) for seed in range(4)]
+    assert not call.problems(results[0], expected)
+    for result in results[1:]:
+        assert all(torch.equal(ours, first) for ours, first in zip(result, results[0], strict=True))
+    changed = call.inputs[call.changed].clone()
+    if case == "embedding":
+        changed[0] = (changed[0] + 4) % len(call.inputs["table"])
+    else:
+        changed[call.rows[-1]] += 4  # of a request with several cached tokens
+    assert call.problems(call.run({**call.inputs, call.changed: changed}), expected)
