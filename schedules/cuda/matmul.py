@@ -49,9 +49,7 @@ def space(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool = False) -
     return [config for config in configs if fits(spec, config, target, gated)]
 
 
-def promising(
-    spec: OpSpec, target: CudaTarget, packed: bool, min_tokens: int, gated: bool = False
-) -> Sequence[Config]:
+def promising(spec: OpSpec, target: CudaTarget, packed: bool, min_tokens: int, gated: bool = False) -> Sequence[Config]:
     """The configurations that are worth measuring for the variant from `min_tokens` on."""
     tokens = BUCKETS[min_tokens]
     configs = stream.promising(spec, target, packed, gated, tokens) if tokens <= 16 else []

@@ -1,7 +1,7 @@
 """Configurations that a search on a GPU found to be the fastest (benchmarks/kernels_cuda_linear.py search).
 
-A record: the call (op, N, K, residual, lossless), the least number of tokens that its variant serves, the configuration,
-and the microseconds that it and cuBLAS took for as many tokens as the variant is made for.
+A record: the call (op, N, K, residual, lossless), the least number of tokens that its variant serves, the
+configuration, and the microseconds that it and cuBLAS took for as many tokens as the variant is made for.
 """
 
 from __future__ import annotations

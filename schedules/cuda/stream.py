@@ -1,7 +1,7 @@
 """Configurations of `stream_linear` (stream_linear.cuh): weights streamed past mma, x from L1 or L2.
 
-x is read again by every thread block, T * K * 2 bytes, against 16 * row_tiles * K * 2 of weights: as many from 16 tokens
-on, which is where these kernels cease to be the right ones.
+x is read again by every thread block, T * K * 2 bytes, against 16 * row_tiles * K * 2 of weights: as many from 16
+tokens on, which is where these kernels cease to be the right ones.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 x is read once by each thread block, T * K * 2 bytes from L2 in all of K's parts together, against rows * K * 1.5 of
 lossless weights.  At 64 tokens and 128 rows that is two thirds of the weights' bytes, at 256 rows a third: with weights
-at 4.8 TB/s, 8.0 and 6.4 TB/s of the L2 cache, whose limit is near 5.5.  At 16 tokens 128 rows add a sixth.
+at 4.8 TB/s, 8.0 and 6.4 TB/s from the L2 cache, which gives some 5.5.  At 16 tokens 128 rows add a sixth.
 
-The tensor cores: at 4.8 TB/s a multiprocessor gets 36 bytes a nanosecond, 14 lossless weights a cycle (11 plain), that is
-900 products of 64 tokens, 22 % of its 4,096 operations a cycle times two.  Unpacking eight weights costs 13 instructions
-of a lane: 0.7 warp instructions a cycle, of 4.
+The tensor cores: at 4.8 TB/s a multiprocessor gets 36 bytes a nanosecond, 14 lossless weights a cycle (10 plain); for
+64 tokens 900 multiply-adds of the 2,048 that it can do.  Unpacking eight weights takes 13 instructions of a lane, 0.7
+instructions of a warp a cycle, of 4.
 
 In flight: 4.8 TB/s * 800 ns are 29 KB a multiprocessor; stages hold two or three times that.
 """
@@ -30,13 +30,13 @@ MOST_GROUPS = 4  # warpgroups of a thread block
 MOST_STAGES = 6
 RESERVED = 1 << 10  # bytes of a multiprocessor's shared memory that each thread block costs besides its own
 MOST_PIECES = 4  # of x, that a lane of the largest thread blocks, of 128 registers, can load ahead
-# (row_groups, k_groups, cluster): what `default` takes the first of that fills the chip, and what a search tries besides.
+# (row_groups, k_groups, cluster): `default` takes the first that fills the chip; a search tries more.
 SHAPES = ((4, 1, 1), (4, 1, 2), (2, 1, 1), (2, 1, 2), (2, 1, 4), (1, 2, 1), (1, 2, 2), (1, 2, 4))
 MORE_SHAPES = ((1, 1, 2), (1, 1, 4), (2, 2, 1), (2, 2, 2))
 
 
 def shared_bytes(config: Config) -> int:
-    """Shared memory of a thread block: two buffers of x and the stages of all warps, or in the same place their sums."""
+    """Shared memory of a thread block: buffers of x and the stages of all warps, or in the same place their sums."""
     vectors = 3 if config["lossless"] else 4
     tokens, groups = config["tokens"], config["row_groups"] * config["k_groups"]
     x = config["k_groups"] * 2 * config["blocks"] * tokens * 128
@@ -84,8 +84,8 @@ def promising(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, token
 def default(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens: int) -> Config | None:
     """A choice by arithmetic, for up to `tokens` tokens; None if none fits.
 
-    The largest thread blocks that keep the multiprocessors busy: at least four in five have one and all are resident, or
-    the last round of several is not mostly empty.  Blocks of 256 rows, of which one is resident, only for 64 tokens,
+    The largest thread blocks that keep the multiprocessors busy: at least four in five have one and all are resident,
+    or the last round of several is not mostly empty.  Blocks of 256 rows, of which one is resident, only for 64 tokens,
     where the L2 cache limits; otherwise two are, so that one streams while the other starts or ends.
     """
     width = next(width for width in TOKENS if tokens <= width)
