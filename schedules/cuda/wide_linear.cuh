@@ -42,6 +42,7 @@ struct Side {
     if (mine) next = row[0].first, last = row[1].first, scale = row[0].scale;
     if (begin > 0) {
       uint32_t before = 0;
+#pragma unroll 1
       for (uint32_t at = next; at < last; at += 4)
 #pragma unroll
         for (int i = 0; i < 4; i++) before += entry(at + i).k < begin;
