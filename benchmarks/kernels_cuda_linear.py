@@ -1,20 +1,30 @@
 """Linear layers of Llama models at decode sizes on a GPU: ours, plain and lossless, against cuBLAS (torch's F.linear).
 
-    python benchmarks/kernels_cuda_linear.py build DIR      # needs TVM and nvcc, no GPU
-    python benchmarks/kernels_cuda_linear.py measure DIR    # needs a GPU, torch and apache-tvm-ffi, no TVM
+    python benchmarks/kernels_cuda_linear.py build DIR           # needs TVM and nvcc, no GPU
+    python benchmarks/kernels_cuda_linear.py measure DIR         # needs a GPU, torch and apache-tvm-ffi, no TVM
+    python benchmarks/kernels_cuda_linear.py build-search DIR    # the same for every promising configuration
+    python benchmarks/kernels_cuda_linear.py search DIR --records schedules/cuda/records.json
 
 `measure` checks first (every kernel against float64, on random and on adversarial weights, on poisoned outputs; CUDA
 graph replay and eager bit for bit; a token's row in every batch), then prints a markdown table.  Each product is
 captured into a CUDA graph that goes through copies of the weight of 400 MB or more in all, eight times the L2 cache;
 the medians of 15 replays of ours and of cuBLAS's, taking turns, are divided by the number of copies.
 TB/s counts the bytes of the weight as it is stored; the share is that of the GPU's --bandwidth.
+
+`search` times every promising configuration of the calls that a compiled model makes, in the same way but with fewer
+replays, and writes the fastest for each as a record (schedules/cuda/records.py); one that gives a wrong result is named
+and left out.  --models takes some of the models only.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,75 +36,127 @@ LAYERS = ("qkv", "o", "gate_up", "down", "lm_head")
 MODELS = {  # [N, K] of each layer
     "Llama-3.2-1B": ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048)),
     "Llama-3.1-8B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)),
+    "Mistral-7B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (32000, 4096)),
+    "Qwen2.5-7B": ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944), (152064, 3584)),
 }
+BIASED = {("Qwen2.5-7B", "qkv")}
 TOKENS = (1, 8, 16, 32, 64)
 COLD_BYTES = 400_000_000
 REPLAYS = 15
+SEARCH_REPLAYS = 5
 KINDS = {"plain": False, "lossless": True}
 
 
-def spec_of(op: str, N: int, K: int, residual: bool) -> OpSpec:
+def spec_of(op: str, N: int, K: int, residual: bool, bias: bool = False) -> OpSpec:
     """The call of a linear layer, or of a gated half of an MLP with N // 2 results."""
     width = N // 2 if op == "gate_up_silu" else N
     inputs = [("x", TensorSpec((Sym.TOKENS, K), "bfloat16")), ("weight", TensorSpec((N, K), "bfloat16"))]
+    if bias:
+        inputs.append(("bias", TensorSpec((N,), "bfloat16")))
     if residual:
         inputs.append(("residual", TensorSpec((Sym.TOKENS, N), "bfloat16")))
     return OpSpec(op, tuple(inputs), (TensorSpec((Sym.TOKENS, width), "bfloat16"),))
 
 
-def calls() -> list[tuple[str, str, OpSpec]]:
-    """(model, layer, call): the bare products, and the fused forms that a compiled model calls."""
-    found = []
-    for model, shapes in MODELS.items():
-        layers = dict(zip(LAYERS, shapes, strict=True))
+def calls(models: Sequence[str]) -> list[tuple[str, str, OpSpec]]:
+    """(model, layer, call): the bare products, and the fused forms that a compiled model calls; each once."""
+    found: dict[OpSpec, tuple[str, str]] = {}
+    for model in models:
+        layers = dict(zip(LAYERS, MODELS[model], strict=True))
         for layer, (N, K) in layers.items():
-            found.append((model, layer, spec_of("linear", N, K, residual=False)))
+            spec = spec_of("linear", N, K, residual=False, bias=(model, layer) in BIASED)
+            found.setdefault(spec, (model, layer))
         for layer in ("o", "down"):
-            found.append((model, f"{layer} + residual", spec_of("linear", *layers[layer], residual=True)))
-        found.append((model, "gate_up, silu * up", spec_of("gate_up_silu", *layers["gate_up"], residual=False)))
-    return found
+            found.setdefault(spec_of("linear", *layers[layer], residual=True), (model, f"{layer} + residual"))
+        spec = spec_of("gate_up_silu", *layers["gate_up"], residual=False)
+        found.setdefault(spec, (model, "gate_up, silu * up"))
+    return [(model, layer, spec) for spec, (model, layer) in found.items()]
 
 
-def symbol(spec: OpSpec, kind: str, min_tokens: int) -> str:
+def compiled_calls(models: Sequence[str]) -> list[OpSpec]:
+    """What a compiled model calls: not the bare products that have a fused form."""
+    return [spec for _, layer, spec in calls(models) if layer not in ("o", "down", "gate_up")]
+
+
+def symbol(spec: OpSpec, kind: str, number: int | str) -> str:
     N, K = spec.input("weight").shape
-    return f"{spec.op}{'_residual' * spec.has_input('residual')}_{N}_{K}_{kind}_{min_tokens}"
+    optional = "".join(f"_{name}" for name in ("bias", "residual") if spec.has_input(name))
+    return f"{spec.op}{optional}_{N}_{K}_{kind}_{number}"
 
 
-def build(folder: Path) -> None:
-    """One library with every variant of every call, and the list of their symbols."""
-    from vllm_compile.schedules.cuda.build import build_library
+def family_of(spec: OpSpec, packed: bool) -> Any:
     from vllm_compile.schedules.cuda.gate_up import GateUpSilu
     from vllm_compile.schedules.cuda.linear import Linear
+
+    return {"linear": Linear, "gate_up_silu": GateUpSilu}[spec.op](packed)
+
+
+def build(folder: Path, models: Sequence[str]) -> None:
+    """One library with every variant of every call, and the configurations by symbol."""
+    from vllm_compile.targets import cuda
+
+    configs = {}
+    for _, _, spec in calls(models):
+        for kind, packed in KINDS.items():
+            for variant in family_of(spec, packed).variants(spec, cuda.detect()):
+                configs[symbol(spec, kind, variant.min_tokens)] = (spec, variant.config)
+    _build(folder / "kernels.so", configs)
+
+
+def build_search(folder: Path, models: Sequence[str]) -> None:
+    """A library for each call with every promising configuration."""
+    from vllm_compile.schedules.cuda import matmul
     from vllm_compile.targets import cuda
 
     target = cuda.detect()
-    kernels = {}
-    for _, _, spec in calls():
-        for kind, packed in KINDS.items():
-            family = {"linear": Linear, "gate_up_silu": GateUpSilu}[spec.op](packed)
-            for variant in family.variants(spec, target):
-                kernels[symbol(spec, kind, variant.min_tokens)] = family.build(spec, variant.config, target)
-    folder.mkdir(parents=True, exist_ok=True)
-    resources = build_library(kernels, target, folder / "kernels.so")
-    (folder / "symbols.txt").write_text("\n".join(sorted(kernels)) + "\n")
-    spilled = [name for name, used in resources.items() if used.spilled_bytes]
-    print(f"{len(kernels)} kernels, {len(spilled)} with spills {spilled}")
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for spec in compiled_calls(models):
+            for kind, packed in KINDS.items():
+                configs = {}
+                for least in matmul.BUCKETS:
+                    promising = matmul.promising(spec, target, packed, least, gated=spec.op == "gate_up_silu")
+                    for i, config in enumerate(promising):
+                        configs[symbol(spec, kind, f"{least}_{i}")] = (spec, config)
+                pool.submit(_build, folder / f"search_{symbol(spec, kind, 'all')}.so", configs)
+
+
+def _build(path: Path, configs: Mapping[str, tuple[OpSpec, Mapping[str, Any]]]) -> None:
+    """One library, and its configurations beside it."""
+    from vllm_compile.schedules.cuda.build import build_library
+    from vllm_compile.targets import cuda
+
+    target = cuda.detect()
+    kernels = {
+        name: family_of(spec, config["lossless"]).build(spec, config, target)
+        for name, (spec, config) in configs.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    resources = build_library(kernels, target, path)
+    path.with_suffix(".json").write_text(json.dumps({name: config for name, (_, config) in configs.items()}))
+    slow = [name for name, used in resources.items() if used.spilled_bytes or used.serialized]
+    print(f"{path.name}: {len(kernels)} kernels, {len(slow)} with spills or serialized products {slow}", flush=True)
 
 
 class Kernels:
     """The library, by call and number of tokens."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, path: Path) -> None:
         import tvm_ffi
 
         self.ffi = tvm_ffi
-        self.module = tvm_ffi.load_module(str(folder / "kernels.so"))
-        self.symbols = set((folder / "symbols.txt").read_text().split())
+        self.module = tvm_ffi.load_module(str(path))
+        self.configs = json.loads(path.with_suffix(".json").read_text())
 
     def caller(self, spec: OpSpec, kind: str, tokens: int, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
         """The call, bound to its tensors; it runs on the stream of the surrounding `use_torch_stream`."""
-        fitting = [m for m in (1, 9, 17, 33) if m <= tokens and symbol(spec, kind, m) in self.symbols]
-        kernel = self.module[symbol(spec, kind, fitting[-1])]
+        return self.bound(symbol(spec, kind, self.variant(spec, kind, tokens)), tensors)
+
+    def variant(self, spec: OpSpec, kind: str, tokens: int) -> int:
+        """The variant for so many tokens."""
+        return max(m for m in (1, 9, 17, 33) if m <= tokens and symbol(spec, kind, m) in self.configs)
+
+    def bound(self, name: str, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        kernel = self.module[name]
         arguments = [self.ffi.from_dlpack(tensor) for tensor in tensors]
         return lambda: kernel(*arguments)
 
@@ -122,9 +184,21 @@ def adversarial(N: int, K: int) -> torch.Tensor:
     return weight
 
 
-def reference(spec: OpSpec, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None):
+def extras(spec: OpSpec, tokens: int) -> dict[str, torch.Tensor]:
+    """Random bias and residual, as far as the call has them."""
+    N = spec.input("weight").size(0)
+    shapes = {"bias": (N,), "residual": (tokens, N)}
+    return {
+        name: torch.randn(shape, device="cuda").bfloat16() for name, shape in shapes.items() if spec.has_input(name)
+    }
+
+
+def reference(spec: OpSpec, x: torch.Tensor, weight: torch.Tensor, more: Mapping[str, torch.Tensor]):
     """(result, error allowed) in float64: one rounding to bf16 a step, and float32 sums of K products."""
     y, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    if "bias" in more:
+        y, size = y + more["bias"].double(), size + more["bias"].double().abs()
+    residual = more.get("residual")
     slack = 2.0**-18 * size
     if spec.op == "gate_up_silu":
         gate, up = y.chunk(2, dim=-1)
@@ -146,14 +220,14 @@ def check(kernels: Kernels, spec: OpSpec) -> int:
         packed = lossless.pack(weight)
         assert torch.equal(lossless.unpack(packed, N, K).view(torch.int16), weight.view(torch.int16)), "not restored"
         x = torch.randn(64, K, device="cuda").bfloat16()
-        residual = torch.randn(64, N, device="cuda").bfloat16() if spec.has_input("residual") else None
-        wanted, allowed = reference(spec, x, weight, residual)
+        more = extras(spec, 64)
+        wanted, allowed = reference(spec, x, weight, more)
         for kind in KINDS:
-            rows = {}
+            rows: dict[int, list[torch.Tensor]] = {}
             for tokens in (1, 2, 5, 8, 9, 16, 21, 32, 33, 64):
                 y = torch.full((tokens, spec.outputs[0].size(1)), float("nan"), device="cuda", dtype=torch.bfloat16)
                 inputs = [x[:tokens], packed if kind == "lossless" else weight]
-                inputs += [residual[:tokens]] if residual is not None else []
+                inputs += [value[:tokens] if name == "residual" else value for name, value in more.items()]
                 graph = kernels.graph(kernels.caller(spec, kind, tokens, [*inputs, y]))
                 eager = y.clone()
                 y.fill_(float("nan"))
@@ -163,17 +237,18 @@ def check(kernels: Kernels, spec: OpSpec) -> int:
                 assert torch.equal(eager, y), f"{where}: replay differs from eager"
                 error = (y.double() - wanted[:tokens]).abs() / allowed[:tokens].clamp(min=1e-300)
                 assert bool((error <= 1).all()), f"{where}: {error.max().item():.2f} times the error allowed"
-                rows[tokens] = y
+                rows.setdefault(kernels.variant(spec, kind, tokens), []).append(y)
                 checked += y.numel()
-            differing = [tokens for tokens, y in rows.items() if not torch.equal(y, rows[64][:tokens])]
-            assert not differing, f"{symbol(spec, kind, 64)}: rows depend on the batch: {differing}"
+            for variant, results in rows.items():
+                differing = [len(y) for y in results if not torch.equal(y, results[-1][: len(y)])]
+                assert not differing, f"{symbol(spec, kind, variant)}: rows depend on the batch: {differing}"
     return checked
 
 
-def median_us(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
+def median_us(graphs: Sequence[torch.cuda.CUDAGraph], replays: int = REPLAYS) -> list[float]:
     """Median microseconds of each graph, taking turns."""
     times: list[list[float]] = [[] for _ in graphs]
-    for turn in range(REPLAYS + 1):
+    for turn in range(replays + 1):
         for graph, taken in zip(graphs, times, strict=True):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -185,32 +260,48 @@ def median_us(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
     return [sorted(taken)[len(taken) // 2] for taken in times]
 
 
-def measure(kernels: Kernels, spec: OpSpec, bandwidth: float) -> list[tuple[int, str]]:
-    """(tokens, cells of a table row) of one call."""
+def cold_weights(spec: OpSpec) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Copies of a weight, plain and packed, that the L2 cache cannot hold."""
     N, K = spec.input("weight").shape
     plain = [(torch.randn(N, K, device="cuda") * 0.02).bfloat16()]
     packed = [lossless.pack(plain[0])]
     copies = -(-COLD_BYTES // packed[0].numel())
     for weights in (plain, packed):
         weights += [weights[0].clone() for _ in range(copies - 1)]
+    return plain, packed
+
+
+def cublas_of(
+    spec: OpSpec, x: torch.Tensor, weights: Sequence[torch.Tensor], more: Mapping[str, torch.Tensor]
+) -> Callable[[], None]:
+    """The call by torch, once with each weight."""
+
+    def run() -> None:
+        for weight in weights:
+            product = F.linear(x, weight, more.get("bias"))
+            if "residual" in more:
+                product = more["residual"] + product
+            if spec.op == "gate_up_silu":
+                gate, up = product.chunk(2, dim=-1)
+                product = F.silu(gate) * up
+
+    return run
+
+
+def measure(kernels: Kernels, spec: OpSpec, bandwidth: float) -> list[tuple[int, str]]:
+    """(tokens, cells of a table row) of one call."""
+    N, K = spec.input("weight").shape
+    plain, packed = cold_weights(spec)
+    copies = len(plain)
     rows = []
     for tokens in TOKENS:
         x = torch.randn(tokens, K, device="cuda").bfloat16()
-        residual = [torch.randn(tokens, N, device="cuda").bfloat16()] if spec.has_input("residual") else []
+        more = extras(spec, tokens)
         y = torch.empty(tokens, spec.outputs[0].size(1), device="cuda", dtype=torch.bfloat16)
-
-        def cublas(x=x, residual=residual):
-            for weight in plain:
-                product = F.linear(x, weight)
-                if residual:
-                    product = residual[0] + product
-                if spec.op == "gate_up_silu":
-                    gate, up = product.chunk(2, dim=-1)
-                    product = F.silu(gate) * up
-
+        cublas = cublas_of(spec, x, plain, more)
         graphs = [kernels.graph(cublas)]
         for kind, weights in zip(KINDS, (plain, packed), strict=True):
-            bound = [kernels.caller(spec, kind, tokens, [x, weight, *residual, y]) for weight in weights]
+            bound = [kernels.caller(spec, kind, tokens, [x, weight, *more.values(), y]) for weight in weights]
             graphs.append(kernels.graph(lambda bound=bound: [call() for call in bound]))
         theirs, ours, ours_packed = (time / copies for time in median_us(graphs))
         rates = [N * K * 2 / ours / 1e6, packed[0].numel() / ours_packed / 1e6]
@@ -225,25 +316,93 @@ def measure(kernels: Kernels, spec: OpSpec, bandwidth: float) -> list[tuple[int,
     return rows
 
 
+def search(folder: Path, spec: OpSpec) -> list[dict[str, Any]]:
+    """A record for each variant of one call: the fastest configuration for as many tokens as it is made for."""
+    N, K = spec.input("weight").shape
+    plain, packed = cold_weights(spec)
+    found = []
+    libraries = {kind: Kernels(folder / f"search_{symbol(spec, kind, 'all')}.so") for kind in KINDS}
+    for least, tokens in {1: 8, 9: 16, 17: 32, 33: 64}.items():
+        x = torch.randn(tokens, K, device="cuda").bfloat16()
+        more = extras(spec, tokens)
+        wanted, allowed = reference(spec, x, plain[0], more)
+        y = torch.empty(tokens, spec.outputs[0].size(1), device="cuda", dtype=torch.bfloat16)
+        for (kind, kernels), weights in zip(libraries.items(), (plain, packed), strict=True):
+            graphs = {"cublas": kernels.graph(cublas_of(spec, x, plain, more))}
+            for name in kernels.configs:
+                if not name.startswith(symbol(spec, kind, f"{least}_")):
+                    continue
+                bound = [kernels.bound(name, [x, weight, *more.values(), y]) for weight in weights]
+                y.fill_(float("nan"))
+                graph = kernels.graph(lambda bound=bound: [call() for call in bound])
+                if bool(((y.double() - wanted).abs() <= allowed).all()):
+                    graphs[name] = graph
+                else:
+                    print(f"wrong: {name} {kernels.configs[name]}", flush=True)
+            times = dict(zip(graphs, median_us(list(graphs.values()), SEARCH_REPLAYS), strict=True))
+            cublas_us = times.pop("cublas") / len(plain)
+            if not times:
+                continue
+            best = min(times, key=times.__getitem__)
+            found.append(
+                {
+                    "op": spec.op,
+                    "N": N,
+                    "K": K,
+                    "residual": spec.has_input("residual"),
+                    "lossless": KINDS[kind],
+                    "min_tokens": least,
+                    "config": kernels.configs[best],
+                    "us": round(times[best] / len(plain), 2),
+                    "cublas_us": round(cublas_us, 2),
+                }
+            )
+            ranking = sorted(times, key=times.__getitem__)[:4]
+            shown = ", ".join(f"{times[n] / len(plain):.1f} {list(kernels.configs[n].values())[1:-1]}" for n in ranking)
+            print(f"{symbol(spec, kind, least)}: cuBLAS {cublas_us:.1f}; {len(times)} configs: {shown}", flush=True)
+    return found
+
+
+def write_records(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
+    """Records, one a line; those of other calls stay."""
+    names = ("op", "N", "K", "residual", "lossless", "min_tokens")
+    old = json.loads(path.read_text()) if path.exists() else []
+    merged = {tuple(record[name] for name in names): record for record in (*old, *found)}
+    lines = ",\n".join(json.dumps(merged[key]) for key in sorted(merged))
+    path.write_text(f"[\n{lines}\n]\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["build", "measure"])
+    parser.add_argument("step", choices=["build", "measure", "build-search", "search"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--bandwidth", type=float, default=4.8, help="of the GPU's memory in TB/s (default: an H200's)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--records", type=Path, default=Path("records.json"), help="where `search` writes")
     options = parser.parse_args()
     if options.step == "build":
-        return build(options.folder)
-    kernels = Kernels(options.folder)
+        return build(options.folder, options.models)
+    if options.step == "build-search":
+        return build_search(options.folder, options.models)
     torch.manual_seed(0)
     name = torch.cuda.get_device_name()
-    checked = sum(check(kernels, spec) for _, _, spec in calls())
+    if options.step == "search":
+        print(name)
+        found = []
+        for spec in compiled_calls(options.models):
+            found += search(options.folder, spec)
+            write_records(options.records, found)
+        return None
+    kernels = Kernels(options.folder / "kernels.so")
+    checked = sum(check(kernels, spec) for _, _, spec in calls(options.models))
     print(f"{name}, torch {torch.__version__}, apache-tvm-ffi {kernels.ffi.__version__}: {checked} results checked\n")
     print("| model | layer | weight | tokens | cuBLAS µs | plain µs | ratio | TB/s | lossless µs | ratio | TB/s |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for model, layer, spec in calls():
+    for model, layer, spec in calls(options.models):
         for tokens, cells in measure(kernels, spec, options.bandwidth):
             N, K = spec.input("weight").shape
             print(f"| {model} | {layer} | {N} x {K} | {tokens} | {cells} |", flush=True)
+    return None
 
 
 if __name__ == "__main__":

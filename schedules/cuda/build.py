@@ -32,10 +32,17 @@ COMPILE = "tvm_callback_cuda_compile"
 
 @dataclass(frozen=True)
 class Resources:
-    """What the assembler says of a kernel: registers of a thread, and bytes of local memory it spills to."""
+    """What the assembler says of a kernel.
+
+    Attributes:
+        registers: of a thread.
+        spilled_bytes: of local memory that they did not suffice for.
+        serialized: its wgmma products wait for each other, as the assembler did not understand how they are used.
+    """
 
     registers: int
     spilled_bytes: int
+    serialized: bool
 
 
 def find_nvcc() -> str:
@@ -103,9 +110,11 @@ def build_library(kernels: Mapping[str, tirx.PrimFunc], target: CudaTarget, path
 
 def _resources(report: str) -> dict[str, Resources]:
     """By symbol, of the assembler's report."""
+    serialized = set(re.findall(r"wgmma.mma_async instructions are serialized .*function '(\w+)'", report))
     found = {}
     for part in report.split("Compiling entry function '")[1:]:
         numbers = [re.search(pattern, part) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")]
         registers, spilled = (int(match[1]) if match else 0 for match in numbers)
-        found[part.split("'")[0].removesuffix("_kernel")] = Resources(registers, spilled)
+        name = part.split("'")[0]
+        found[name.removesuffix("_kernel")] = Resources(registers, spilled, name in serialized)
     return found

@@ -18,16 +18,21 @@ DEPENDENT_LAUNCH = "tirx.use_programtic_dependent_launch"
 DYNAMIC_SHARED_MEMORY = "tirx.use_dyn_shared_memory"
 GRID = ("blockIdx.x", "blockIdx.y", "blockIdx.z")
 THREADS = "threadIdx.x"
+CLUSTER = "clusterCtaIdx.x"
 VECTOR_BYTES = 16  # what one thread reads or writes at once; tensors of floats start at a multiple
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a device function is run: thread blocks by axis, threads and bytes of shared memory of each."""
+    """How a device function is run: thread blocks by axis, threads and bytes of shared memory of each.
+
+    So many neighbours along the first axis as `cluster` says can read each other's shared memory.
+    """
 
     grid: Sequence[Any]
     threads: int
     shared_bytes: int = 0
+    cluster: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,9 @@ def kernel(
             tensors[name] = IRBuilder.name(name, buffer)
         call = Call(tensors, dims)
         how = launch(call)
-        tags = [*GRID[: len(how.grid)], THREADS]
+        extents, tags = [*how.grid, how.threads], [*GRID[: len(how.grid)], THREADS]
+        if how.cluster > 1:
+            extents, tags = [how.cluster, *extents], [CLUSTER, *tags]
         T.func_attr(
             {
                 "tirx.kernel_launch_params": [
@@ -95,7 +102,7 @@ def kernel(
                 ]
             }
         )
-        with _bindings([*how.grid, how.threads], tags):
+        with _bindings(extents, tags):
             values = list(arguments(call))
             if how.shared_bytes:
                 values.append(T.alloc_buffer((how.shared_bytes,), "uint8", scope="shared.dyn").data)

@@ -16,44 +16,15 @@
 #define VLLM_COMPILE_STREAM_LINEAR
 
 #include "vectors.cuh"
+#include "weights.cuh"
 
 namespace vllm_compile {
 
-struct Row {
-  uint32_t first;  // of its entries in the side list
-  float scale;
-};
-
-struct Entry {
-  uint32_t k;
-  float value;
-};
-
-__device__ __forceinline__ uint32_t element(const uint4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
-// Fragment A of rows g and g + 8 and of columns 8 * t + 2 * i, 8 * t + 2 * i + 1 of both halves of the block.
-template <bool PACKED>
-__device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4* v, int i) {
-  a[0] = element(v[0], i);
-  a[1] = element(v[1], i);
-  a[2] = element(v[2], i);
-  if constexpr (PACKED) {
-    a[3] = ((a[0] >> 4) & 0x07800780) | ((a[1] >> 8) & 0x00780078);
-    a[3] |= __funnelshift_r(a[2], a[2], 12) & 0x80078007;
-    a[0] &= 0x87ff87ff;
-    a[1] &= 0x87ff87ff;
-    a[2] &= 0x87ff87ff;
-  } else {
-    a[3] = element(v[3], i);
-  }
-}
-
 // AHEAD: x is loaded before the weights of the block before it are waited for, for more registers.
 // GATED: the weight's first N / 2 rows are gates, the others ups; y[tokens, N / 2] = silu(gate) * up.
-// Bias [N] and residual [tokens, N] may be null, and are if GATED.  `shared` holds the stages of all warps, and after them, in the
-// same place, their sums (matmul.py computes its size).
+// Bias [N] and residual [tokens, N] may be null, and are if GATED.  `shared` holds the stages of all warps, and after
+// them, in the
+// same place, their sums (stream.py computes its size).
 template <int TOKEN_TILES, int ROW_TILES, int WARPS, int STAGES, bool AHEAD, bool PACKED, bool GATED>
 __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ x, const void* __restrict__ weight,
                                               const void* __restrict__ bias_or_null,
@@ -61,7 +32,7 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
                                               __nv_bfloat16* __restrict__ y, int tokens, int N, int K, void* shared) {
   const __nv_bfloat16* const bias = static_cast<const __nv_bfloat16*>(bias_or_null);
   const __nv_bfloat16* residual = static_cast<const __nv_bfloat16*>(residual_or_null);
-  constexpr int V = PACKED ? 3 : 4;  // 16-byte vectors of one lane in a block of 16 x 64 weights
+  constexpr int V = BLOCK_VECTORS<PACKED>;
   constexpr int THREADS = 32 * WARPS;
   constexpr int SUMS = ROW_TILES * TOKEN_TILES * 128;      // sums of a thread block
   constexpr int OWN = (SUMS + THREADS - 1) / THREADS;      // of which a thread finishes these
@@ -85,11 +56,7 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
 
   const char* source[ROW_TILES];
 #pragma unroll
-  for (int r = 0; r < ROW_TILES; r++) {
-    source[r] = static_cast<const char*>(weight);
-    source[r] += PACKED ? (size_t)(first_row(r) / 16) * blocks * 1536 + lane * 16
-                        : ((size_t)(first_row(r) + g) * K + t * 8) * 2;
-  }
+  for (int r = 0; r < ROW_TILES; r++) source[r] = lane_source<PACKED>(weight, first_row(r), K, lane);
   uint4* const ring = static_cast<uint4*>(shared) + warp * (STAGES * ROW_TILES * V * 32) + lane;
   const uint32_t ring_address = shared_address(ring);
 
@@ -98,11 +65,9 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
 #pragma unroll
       for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
-        for (int v = 0; v < V; v++) {
-          const char* from = source[r];
-          from += PACKED ? (size_t)block * 1536 + v * 512 : ((size_t)(v % 2 * 8) * K + block * 64 + v / 2 * 32) * 2;
-          copy_async(ring_address + ((stage * ROW_TILES + r) * V + v) * 512, from);
-        }
+        for (int v = 0; v < V; v++)
+          copy_async(ring_address + ((stage * ROW_TILES + r) * V + v) * 512,
+                     source[r] + vector_offset<PACKED>(block, v, K));
     }
     commit_copies();
   };
@@ -112,9 +77,8 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
   for (int stage = 0; stage < STAGES; stage++) load(stage, warp + stage * WARPS);
 
   // What the sums that this thread finishes need besides: read while the weights are on their way.
-  const char* const rows = static_cast<const char*>(weight) + (size_t)N * K / 2 * 3;
-  const Row* const row_table = reinterpret_cast<const Row*>(rows);
-  const Entry* const side = reinterpret_cast<const Entry*>(rows + 8 * ((size_t)N + 2 - N % 2));
+  const Row* const rows = row_table(weight, N, K);
+  const Entry* const side = side_list(weight, N, K);
   float scale[OWN], extra[OWN];
   uint32_t first[OWN], last[OWN];
   auto place = [&](int own, int& token, int& row, int& r) {
@@ -129,7 +93,7 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
     int token, row, r;
     scale[own] = 1.f, extra[own] = 0.f, first[own] = last[own] = 0;
     if (PACKED && place(own, token, row, r)) {
-      const Row* header = row_table + first_row(r) + row;
+      const Row* header = rows + first_row(r) + row;
       first[own] = header[0].first, last[own] = header[1].first, scale[own] = header[0].scale;
     }
   }

@@ -3,6 +3,7 @@
 Building needs nvcc, the second half a Hopper GPU; both are skipped where they are missing.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from vllm_compile.errors import TargetError
 from vllm_compile.ops import GATE_UP_SILU, LINEAR
 from vllm_compile.schedules import lossless
 from vllm_compile.schedules.cuda import build as cuda_build
-from vllm_compile.schedules.cuda import matmul
+from vllm_compile.schedules.cuda import matmul, records
 from vllm_compile.schedules.cuda.gate_up import GateUpSilu
 from vllm_compile.schedules.cuda.linear import Linear
 from vllm_compile.targets import cuda
@@ -26,13 +27,19 @@ from vllm_compile.targets import cuda
 from . import harness
 
 TARGET = cuda.detect()
-N, K = 320, 576  # 9 blocks of 64: no multiple of the warps
+N, K = 512, 576  # 9 blocks of 64: no multiple of the warps
 FORMS = {
     "linear": (LINEAR, Linear, ()),
     "linear_bias_residual": (LINEAR, Linear, ("bias", "residual")),
     "gate_up_silu": (GATE_UP_SILU, GateUpSilu, ()),
 }
 KINDS = {"plain": False, "lossless": True}
+# Variants besides the default ones of so narrow a weight, which all have four thread blocks in a cluster.
+MORE = {
+    100: {"tokens": 16, "row_groups": 2, "k_groups": 1, "cluster": 1, "blocks": 2, "stages": 4},
+    101: {"tokens": 64, "row_groups": 4, "k_groups": 1, "cluster": 2, "blocks": 1, "stages": 3},
+    102: {"tokens": 64, "row_groups": 2, "k_groups": 1, "cluster": 4, "blocks": 2, "stages": 3},
+}
 # What apache-tvm-ffi has had since 0.1.10, which vLLM pins.
 ABI = {"TVMFFIBacktrace", "TVMFFIEnvGetStream", "TVMFFIErrorSetRaised", "TVMFFIErrorSetRaisedFromCStrParts"}
 
@@ -55,7 +62,7 @@ def spec_of(form):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(library, resources by symbol, variants by form and kind)."""
+    """(library, resources by symbol, variants by form and kind: configurations by number)."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
     kernels, variants = {}, {}
@@ -64,9 +71,11 @@ def built(tmp_path_factory):
         for kind, packed in KINDS.items():
             family = family_of(packed)
             assert family.serves(spec, TARGET)
-            variants[form, kind] = [v.min_tokens for v in family.variants(spec, TARGET)]
-            for variant in family.variants(spec, TARGET):
-                kernels[f"{form}_{kind}_{variant.min_tokens}"] = family.build(spec, variant.config, TARGET)
+            configs = {v.min_tokens: v.config for v in family.variants(spec, TARGET)}
+            configs |= {number: {"kind": "wide", "lossless": packed, **config} for number, config in MORE.items()}
+            variants[form, kind] = configs
+            for number, config in configs.items():
+                kernels[f"{form}_{kind}_{number}"] = family.build(spec, config, TARGET)
     path = tmp_path_factory.mktemp("cuda") / "kernels.so"
     return path, cuda_build.build_library(kernels, TARGET, path), variants
 
@@ -88,14 +97,20 @@ def test_nothing_is_spilled(built):
     assert len(resources) == sum(map(len, variants.values()))
     for symbol, used in resources.items():
         assert used.spilled_bytes == 0, symbol
+        assert not used.serialized, symbol
         assert 0 < used.registers <= (64 if symbol.endswith("_1") else 255), symbol
 
 
 def test_machine_code_has_what_the_kernels_are_about(machine_code, built):
     assert machine_code.keys() == built[1].keys()
     for symbol, code in machine_code.items():
-        for instruction in ("HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS", "LDG.E.128", "LDS.128", "ACQBULK", "PREEXIT"):
+        form, kind, number = symbol.rsplit("_", 2)
+        config = built[2][form, kind][int(number)]
+        product = f"HGMMA.64x{config['tokens']}x16.F32.BF16" if config["kind"] == "wide" else "HMMA.16816.F32.BF16"
+        for instruction in (product, "LDGSTS.E.BYPASS", "LDG.E.128", "LDS.128", "ACQBULK", "PREEXIT"):
             assert instruction in code, f"{symbol} has no {instruction}"
+        # x and the weights are copied 16 bytes at a time.
+        assert not re.search(r"LDGSTS(?!\.E\.BYPASS\S*\.128)", code), symbol
         assert not re.search(r"\b(LDL|STL)\b", code), f"{symbol} uses local memory"
         # The weights of a lossless kernel are on their way before the kernel waits for the one before it.
         assert code.index("LDGSTS") < code.index("ACQBULK"), symbol
@@ -140,10 +155,44 @@ def test_halves_of_a_gated_weight_are_whole_tiles():
     assert not GateUpSilu(packed=False).serves(harness.op_spec(GATE_UP_SILU, inputs, {}), TARGET)
 
 
+def test_wide_kernels_from_nine_tokens_on(built):
+    for configs in built[2].values():
+        assert {m: config["kind"] for m, config in configs.items() if m not in MORE} == {
+            1: "stream",
+            9: "wide",
+            17: "wide",
+            33: "wide",
+        }
+        assert all(configs[least]["tokens"] == most for least, most in matmul.BUCKETS.items() if least > 1)
+
+
+def test_wide_kernels_need_whole_warpgroups():
+    for width, kind in ((576, "wide"), (560, "stream")):
+        inputs, _ = LINEAR.sample(torch.Generator(), torch.bfloat16, 5, K, width)
+        spec = harness.op_spec(LINEAR, {"x": inputs["x"], "weight": inputs["weight"]}, {})
+        variants = Linear(packed=True).variants(spec, TARGET)
+        assert [variant.config["kind"] for variant in variants if variant.min_tokens == 9] == [kind]
+
+
+def test_records_come_first(tmp_path, monkeypatch):
+    spec, wanted = spec_of("linear"), {"kind": "wide", "lossless": True, **MORE[100]}
+    names = ("op", "N", "K", "residual", "lossless", "min_tokens")
+    record = dict(zip(names, records.key(spec, True, 9), strict=True))
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([{**record, "config": wanted, "us": 1.0, "cublas_us": 2.0}]))
+    usual = {packed: Linear(packed).variants(spec, TARGET) for packed in (False, True)}
+    monkeypatch.setattr(records, "PATH", path)
+    found = Linear(packed=True).variants(spec, TARGET)
+    assert found[1].config == wanted != usual[True][1].config
+    assert [*found[:1], *found[2:]] == [*usual[True][:1], *usual[True][2:]]
+    assert Linear(packed=False).variants(spec, TARGET) == usual[False]
+
+
 def test_every_configuration_fits_shared_memory():
     for packed in KINDS.values():
         space = Linear(packed).space(spec_of("linear"), TARGET)
-        assert len(space) > 20
+        assert {config["kind"] for config in space} == {"stream", "wide"}
+        assert len(space) > 200
         assert all(matmul.shared_bytes(config) <= TARGET.shared_bytes for config in space)
 
 
@@ -175,7 +224,7 @@ class OnGPU:
     def run(self, inputs, variant=None):
         """Results of the variant made for this many tokens."""
         arguments = self.arguments(inputs)
-        chosen = variant or max(m for m in self.variants if m <= max(len(inputs["x"]), 1))
+        chosen = variant or max(m for m in matmul.BUCKETS if m <= max(len(inputs["x"]), 1))
         with tvm_ffi.use_torch_stream():
             self.module[f"{self.form}_{self.kind}_{chosen}"](*arguments)
         return arguments[-1].cpu()
@@ -209,10 +258,11 @@ def test_comparison_sees_one_wrong_input(on_gpu, generator):
 @needs_gpu
 def test_rows_do_not_depend_on_the_batch(on_gpu, generator):
     inputs = sample(on_gpu.form, generator, 64)
-    whole = on_gpu.run(inputs)
-    for tokens in (1, 5, 12, 29, 40):
-        part = {name: t[:tokens] if name in ("x", "residual") else t for name, t in inputs.items()}
-        assert torch.equal(on_gpu.run(part), whole[:tokens])
+    for variant in on_gpu.variants:
+        whole = on_gpu.run(inputs, variant)
+        for tokens in (1, 5, 12, 29, 40):
+            part = {name: t[:tokens] if name in ("x", "residual") else t for name, t in inputs.items()}
+            assert torch.equal(on_gpu.run(part, variant), whole[:tokens])
 
 
 @needs_gpu
@@ -234,10 +284,11 @@ def test_no_tokens(on_gpu, generator):
 
 
 @needs_gpu
-def test_graph_replay_equals_eager(on_gpu, generator):
+@pytest.mark.parametrize("variant", [1, 33, 102])
+def test_graph_replay_equals_eager(on_gpu, generator, variant):
     inputs = sample(on_gpu.form, generator, 8)
     arguments = on_gpu.arguments(inputs)
-    kernel = on_gpu.module[f"{on_gpu.form}_{on_gpu.kind}_1"]
+    kernel = on_gpu.module[f"{on_gpu.form}_{on_gpu.kind}_{variant}"]
     graph = torch.cuda.CUDAGraph()
     with tvm_ffi.use_torch_stream(torch.cuda.graph(graph)):
         kernel(*arguments)
@@ -250,11 +301,12 @@ def test_graph_replay_equals_eager(on_gpu, generator):
                 arguments[place].copy_(again[name])
         arguments[-1].fill_(float("nan"))
         graph.replay()
-        assert torch.equal(arguments[-1].cpu(), on_gpu.run(again))
+        assert torch.equal(arguments[-1].cpu(), on_gpu.run(again, variant))
 
 
 @needs_gpu
-def test_runs_on_the_current_stream(on_gpu, generator):
+@pytest.mark.parametrize("variant", [1, 33, 102])
+def test_runs_on_the_current_stream(on_gpu, generator, variant):
     """What is queued on the stream before the kernel is done before it reads."""
     inputs = sample(on_gpu.form, generator, 8)
     arguments = on_gpu.arguments(inputs)
@@ -264,19 +316,20 @@ def test_runs_on_the_current_stream(on_gpu, generator):
     with tvm_ffi.use_torch_stream(torch.cuda.stream(torch.cuda.Stream())):
         torch.cuda._sleep(20_000_000)
         arguments[0].copy_(x)
-        on_gpu.module[f"{on_gpu.form}_{on_gpu.kind}_1"](*arguments)
+        on_gpu.module[f"{on_gpu.form}_{on_gpu.kind}_{variant}"](*arguments)
         result = arguments[-1].clone()
     torch.cuda.synchronize()
-    assert torch.equal(result.cpu(), on_gpu.run(inputs))
+    assert torch.equal(result.cpu(), on_gpu.run(inputs, variant))
 
 
 @needs_gpu
-def test_chain_of_dependent_launches(built, generator):
+@pytest.mark.parametrize("variant", [1, 33, 102])
+def test_chain_of_dependent_launches(built, generator, variant):
     """Kernels that start while the one before still runs see its results all the same."""
     linear = OnGPU(built, "linear", "lossless")
     square = (torch.randn(N, K, generator=generator) * K**-0.5).bfloat16()
     packed, x = lossless.pack(square.cuda()), torch.randn(8, K, generator=generator).bfloat16().cuda()
-    kernel = linear.module["linear_lossless_1"]
+    kernel = linear.module[f"linear_lossless_{variant}"]
 
     def chain():
         y = torch.zeros(8, N, device="cuda", dtype=torch.bfloat16)

@@ -1,0 +1,156 @@
+"""`wide_linear` on the CPU, thread by thread (tests/cuda_on_host): each way to share the work, no GPU needed.
+
+test_cuda_linear_on_host.py has what holds for every kernel of `linear`; this is what only wide ones have: warpgroups,
+parts of K in a thread block and in a cluster, odd numbers of blocks, and side lists.
+"""
+
+import dataclasses
+from functools import cache
+
+import pytest
+import torch
+
+from tests.cuda_on_host.prim_func import prepare, run_kernel
+from tests.cuda_on_host.runner import AVAILABLE
+from vllm_compile.ops import GATE_UP_SILU, LINEAR
+from vllm_compile.schedules import lossless
+from vllm_compile.schedules.cuda import matmul
+from vllm_compile.targets import cuda
+
+from . import harness
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux")
+
+TARGET = cuda.detect()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A configuration, and a call that is awkward for it."""
+
+    tokens: int
+    row_groups: int
+    k_groups: int
+    cluster: int
+    blocks: int
+    stages: int
+    packed: bool
+    N: int
+    K: int  # in blocks of 64 columns
+    gated: bool = False
+    optional: tuple[str, ...] = ()
+
+    def config(self):
+        names = ("tokens", "row_groups", "k_groups", "cluster", "blocks", "stages")
+        return {"kind": "wide", "lossless": self.packed, **{name: getattr(self, name) for name in names}}
+
+    def sample(self, generator, tokens):
+        op = GATE_UP_SILU if self.gated else LINEAR
+        width = {"intermediate": self.N // 2} if self.gated else {"N": self.N}
+        inputs, _ = op.sample(generator, torch.bfloat16, tokens, 64 * self.K, **width)
+        return op, {name: inputs[name] for name in ("x", "weight", *self.optional)}
+
+
+ALL = ("bias", "residual")
+CASES = {
+    # One warpgroup; one block of columns, and fewer blocks than stages.
+    "smallest": Case(16, 1, 1, 1, 1, 2, False, 64, 1),
+    "few_blocks": Case(16, 1, 1, 1, 2, 4, True, 64, 3, optional=("bias",)),
+    # Warpgroups that share x.
+    "rows": Case(32, 2, 1, 1, 2, 3, True, 256, 9, optional=ALL),
+    "rows_gated": Case(64, 2, 1, 1, 2, 2, True, 256, 9, gated=True),
+    "all_rows": Case(64, 4, 1, 1, 1, 3, True, 256, 5, optional=("residual",)),
+    "all_rows_plain": Case(64, 4, 1, 1, 1, 3, False, 256, 6, optional=("bias",)),
+    # Parts of K: within a block, in a cluster, both; unequal ones, and some with none.
+    "parts": Case(32, 1, 2, 1, 1, 3, True, 64, 5, optional=ALL),
+    "four_parts": Case(16, 1, 4, 1, 2, 2, False, 64, 11),
+    "cluster": Case(64, 2, 1, 4, 2, 3, True, 128, 9, optional=ALL),
+    "cluster_gated": Case(16, 1, 1, 2, 2, 2, False, 128, 7, gated=True),
+    "both": Case(32, 1, 2, 4, 1, 3, True, 64, 13, gated=True),
+    "empty_parts": Case(64, 1, 2, 4, 2, 3, True, 64, 5, optional=("residual",)),
+}
+
+
+@cache
+def kernel(case):
+    op, inputs = case.sample(torch.Generator(), 5)
+    return matmul.matmul(harness.op_spec(op, inputs, {}), case.config(), TARGET, case.gated)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared():
+    prepare(map(kernel, CASES.values()))
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def case(request):
+    return request.param
+
+
+def run(case, inputs, **options):
+    """The result, written over nan."""
+    out = torch.full((len(inputs["x"]), case.N // 2 if case.gated else case.N), float("nan")).bfloat16()
+    weight = lossless.pack(inputs["weight"]) if case.packed else inputs["weight"]
+    report = run_kernel(kernel(case), *{**inputs, "weight": weight}.values(), out, early={"weight"}, **options)
+    assert report.launched == report.waited == (1, 1)
+    return out
+
+
+def test_matches_reference(case, generator):
+    for tokens in (1, case.tokens - 3, case.tokens, case.tokens + 5):
+        op, inputs = case.sample(generator, tokens)
+        expected = harness.results(op, inputs, {})
+        harness.assert_matches(op, (run(case, inputs),), expected)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.packed])
+def test_side_list(name, generator):
+    """Entries above the window and below it, at all places of a fragment, and several in a row."""
+    case = CASES[name]
+    op, inputs = case.sample(generator, case.tokens)
+    weight, columns = inputs["weight"], 64 * case.K
+    for row in range(case.N):
+        for k in range(37 * row % min(columns, 101), columns, 101 if row % 16 == 0 else columns):
+            weight[row, k] *= 2.0**-19 if row % 2 else -(2.0**21)
+    expected = harness.results(op, inputs, {})
+    harness.assert_matches(op, (run(case, inputs),), expected)
+    # They matter: even a small one is missed where x is large.
+    row = case.N - 1
+    k = 37 * row % min(columns, 101)
+    inputs["x"] = inputs["x"].clone()
+    inputs["x"][::2, k], inputs["x"][1::2, k] = 2.0**40, -(2.0**40)
+    expected = harness.results(op, inputs, {})
+    harness.assert_matches(op, (run(case, inputs),), expected)
+    weight[row, k] = 0
+    with pytest.raises(AssertionError):
+        harness.assert_matches(op, (run(case, inputs),), expected)
+
+
+def test_comparison_sees_one_wrong_input(case, generator):
+    op, inputs = case.sample(generator, case.tokens)
+    expected = harness.results(op, inputs, {})
+    for name in inputs:
+        changed = inputs[name].clone()
+        changed.view(-1)[-1] += 4
+        with pytest.raises(AssertionError):
+            harness.assert_matches(op, (run(case, {**inputs, name: changed}),), expected)
+
+
+def test_neither_batch_nor_order_of_threads_matters(case, generator):
+    _, inputs = case.sample(generator, case.tokens)
+    whole = run(case, inputs)
+    for seed, tokens in enumerate((case.tokens, case.tokens, 1, case.tokens - 3)):
+        part = {name: t[:tokens] if name in ("x", "residual") else t for name, t in inputs.items()}
+        assert torch.equal(run(case, part, seed=seed), whole[:tokens])
+
+
+def test_nan_and_infinity_stay_in_their_rows(case, generator):
+    _, inputs = case.sample(generator, case.tokens)
+    clean = run(case, inputs)
+    inputs["x"] = inputs["x"].clone()
+    inputs["x"][4, 3], inputs["x"][7, 5] = float("nan"), float("inf")
+    dirty = run(case, inputs)
+    assert dirty[4].isnan().all()
+    assert not dirty[7].isfinite().all()
+    others = [token for token in range(case.tokens) if token not in (4, 7)]
+    assert torch.equal(dirty[others], clean[others])
