@@ -47,7 +47,8 @@ class GateUpSilu(KernelFamily):
 
     def vendor(self, spec: OpSpec, target: CudaTarget) -> Vendor:
         both = TensorSpec((Sym.TOKENS, spec.input("weight").size(0)), "bfloat16")
-        return Vendor("linear", matmul.VENDOR_TOKENS, epilogue=OpSpec("silu_mul", (("x", both),), spec.outputs))
+        least = matmul.vendor_tokens(self.variants(spec, target))
+        return Vendor("linear", least, epilogue=OpSpec("silu_mul", (("x", both),), spec.outputs))
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         return matmul.matmul(spec, config, target, gated=True)

@@ -45,7 +45,7 @@ class Linear(KernelFamily):
         return matmul.default_variants(spec, target, self.packed)
 
     def vendor(self, spec: OpSpec, target: CudaTarget) -> Vendor:
-        return Vendor("linear", matmul.VENDOR_TOKENS)
+        return Vendor("linear", matmul.vendor_tokens(self.variants(spec, target)))
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         return matmul.matmul(spec, config, target, gated=False)

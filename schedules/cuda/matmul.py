@@ -1,6 +1,7 @@
 """The matrix product of `linear` and `gate_up_silu` for few tokens: y[T, N] = x[T, K] @ w[N, K].T, weights read once.
 
-There are two kinds of kernels: `stream` (stream.py) up to 8 tokens, `wide` (wide.py) up to 64.
+There are two kinds of kernels: `stream` (stream.py) up to 16 tokens; and where the weight has rows enough to fill the
+chip with large thread blocks, `wide` (wide.py) from 9 to 64.  Beyond, cuBLASLt is faster (benchmarks/baseline.md).
 
 Roofline.  N * K * 2 bytes of weights (1.5 if lossless), 2 * T * N * K operations: up to some hundred tokens an H200's
 bound is memory, 4.8 TB/s.  Gates and ups of Llama-3.1-8B (28672 x 4096): 235 MB, 49 us; lossless 176 MB, 37 us.
@@ -22,8 +23,8 @@ from ..family import Config, Variant
 from . import records, stream, wide
 from .launch import Call, kernel
 
-VENDOR_TOKENS = 65  # from so many on cuBLASLt is faster (benchmarks/baseline.md)
 KINDS: dict[str, Any] = {"stream": stream, "wide": wide}
+STREAM_TOKENS = 16  # beyond, x is read from L2 too often
 BUCKETS = {1: 8, 9: 16, 17: 32, 33: 64}  # least and most tokens of a variant
 
 
@@ -66,11 +67,16 @@ def default_variants(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool
         config = records.find(spec, packed, min_tokens)
         if config is None and tokens > stream.TOKENS:
             config = wide.default(spec, target, packed, gated, tokens)
-        if config is None:
+        if config is None and tokens <= STREAM_TOKENS:
             config = stream.default(spec, target, packed, gated, tokens)
         if config is not None:
             variants.append(Variant(min_tokens, config))
     return variants
+
+
+def vendor_tokens(variants: Sequence[Variant]) -> int:
+    """From so many tokens on a vendor's product takes over: those that no variant is made for."""
+    return BUCKETS[variants[-1].min_tokens] + 1
 
 
 def matmul(spec: OpSpec, config: Config, target: CudaTarget, gated: bool) -> tirx.PrimFunc:

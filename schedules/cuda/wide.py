@@ -81,17 +81,27 @@ def promising(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, token
     return found
 
 
+def fills(spec: OpSpec, target: CudaTarget) -> bool:
+    """True if thread blocks of 128 rows, each with all of K, keep at least nine in ten multiprocessors busy.
+
+    Smaller weights take a split of K over a cluster, with which cuBLAS was faster (benchmarks/baseline.md).
+    """
+    return _thread_blocks(spec, (2, 1, 1)) >= 0.9 * target.multiprocessors
+
+
 def default(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens: int) -> Config | None:
-    """A choice by arithmetic, for up to `tokens` tokens; None if none fits.
+    """A choice by arithmetic, for up to `tokens` tokens; None if none fits, or for weights with few rows.
 
     The largest thread blocks that keep the multiprocessors busy: at least four in five have one and all are resident,
     or the last round of several is not mostly empty.  Blocks of 256 rows, of which one is resident, only for 64 tokens,
     where the L2 cache limits; otherwise two are, so that one streams while the other starts or ends.
     """
+    if not fills(spec, target):
+        return None
     width = next(width for width in TOKENS if tokens <= width)
     chosen: Config | None = None
     for shape in SHAPES:
-        if shape[0] == 4 and width < 64:
+        if shape[2] > 1 or (shape[0] == 4 and width < 64):
             continue
         resident = 1 if shape[0] == 4 else 2
         configs = [c for c in _roomiest(width, shape, packed, target, resident) if fits(spec, c, target, gated)]
