@@ -1,0 +1,138 @@
+"""`--target cuda` on a machine without a GPU: what is in the artifact, and what is refused.
+
+Kernels themselves are tested in tests/schedules; running a whole artifact needs a Hopper GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import models
+from vllm_compile.driver import CompileOptions, CompileResult, compile_model
+from vllm_compile.errors import ArtifactError, TargetError
+from vllm_compile.runtime import gpu
+from vllm_compile.runtime.manifest import check_target, read_manifest
+from vllm_compile.runtime.plan import KernelStep, Large, VendorCall, from_json
+from vllm_compile.runtime.program import load, read_weights
+from vllm_compile.schedules import lossless
+
+from .conftest import SEED
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 160,
+}
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+without_driver = pytest.mark.skipif(
+    any(Path("/proc/driver/nvidia").glob("*")), reason="there is an NVIDIA driver on this machine"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("cuda") / "model"
+    models.llama(SEED, dtype="bfloat16", initializer_range=0.02, **SIZES).save_pretrained(directory)
+    return directory
+
+
+def compiled(model: Path, out: Path, **options) -> CompileResult:
+    return compile_model(model, "cuda", out, CompileOptions(**options))
+
+
+@pytest.fixture(scope="module")
+def packed(model) -> CompileResult:
+    return compiled(model, model.with_name("packed"))
+
+
+def test_weights_are_packed_and_restored_bit_for_bit(model, packed):
+    stored = dict(read_weights(packed.artifact))
+    plan = from_json((packed.artifact / "plan.json").read_text())
+    checkpoint = load_file(model / "model.safetensors")
+    for layer in range(2):
+        weight = checkpoint[f"model.layers.{layer}.mlp.down_proj.weight"]
+        (name,) = [name for name in stored if f"layers_{layer}_" in name and "down_proj" in name]
+        assert name.endswith(".lossless12")
+        assert torch.equal(lossless.unpack(stored[name], *weight.shape).view(torch.int16), weight.view(torch.int16))
+    assert set(plan.restored.values()) == {name for name in stored if name.endswith(".lossless12")}
+    assert not plan.restored.keys() & stored.keys(), "what is restored is not stored too"
+
+
+def test_large_batches_go_to_vendors_with_plain_weights(packed):
+    plan = from_json((packed.artifact / "plan.json").read_text())
+    steps = [s for f in plan.functions.values() for s in f.steps if isinstance(s, KernelStep)]
+    large = {s.op: s.large for s in steps if s.large is not None}
+    assert large.keys() == {"linear", "gate_up_silu", "paged_attention"}
+    assert large["paged_attention"].prefill
+    vendor, epilogue = large["gate_up_silu"].steps
+    assert isinstance(large["gate_up_silu"], Large)
+    assert isinstance(vendor, VendorCall)
+    assert epilogue.op == "silu_mul"
+    arguments = dict(vendor.arguments)
+    assert arguments["weight"].spec.dtype == "bfloat16"
+    assert arguments["out"].buffer == epilogue.arguments[0].buffer
+
+
+def test_plain_weights(model, tmp_path):
+    result = compiled(model, tmp_path / "plain", pack="none")
+    assert not [name for name, _ in read_weights(result.artifact) if "lossless" in name]
+    assert from_json((result.artifact / "plan.json").read_text()).restored == {}
+
+
+def test_weights_that_do_not_fit_stay_plain(model, tmp_path):
+    """Exponents spread evenly: no window of 15 holds them."""
+    spread = shutil.copytree(model, tmp_path / "model")
+    checkpoint = load_file(spread / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    shape = checkpoint[name].shape
+    checkpoint[name] = torch.exp2(torch.randint(-100, 0, shape).float()).bfloat16()
+    save_file(checkpoint, spread / "model.safetensors", {"format": "pt"})
+    result = compiled(Path(spread), tmp_path / "artifact")
+    (warning,) = [w for w in result.warnings if "stay plain" in w]
+    assert "down_proj" in warning
+    kinds = {name.split(".")[0]: "lossless" in name for name, _ in read_weights(result.artifact) if "proj" in name}
+    assert not any(is_packed for name, is_packed in kinds.items() if "down_proj" in name)
+    assert any(kinds.values()), "the others are packed all the same"
+
+
+def test_without_weights(model, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(model / "config.json", bare)
+    result = compiled(bare, tmp_path / "artifact", weightless=True)
+    assert not list(result.artifact.glob("*.safetensors"))
+    assert result.verdict == {"outcome": "not-run", "reason": "compiled without weights"}
+
+
+@without_driver
+def test_no_gpu(packed):
+    assert packed.verdict["outcome"] == "not-run"
+    assert "needs a Hopper GPU" in packed.verdict["reason"]
+    with pytest.raises(TargetError, match="no NVIDIA driver"):
+        load(packed.artifact)
+
+
+@pytest.mark.parametrize(("capability", "driver", "message"), [((8, 0), (580, 0), "8.0"), ((9, 0), (535, 1), "535.1")])
+def test_other_gpu_or_old_driver(packed, monkeypatch, capability, driver, message):
+    monkeypatch.setattr(gpu, "detect", lambda: gpu.Gpu("NVIDIA A100", capability, driver, 80 << 30))
+    manifest = read_manifest(packed.artifact)
+    with pytest.raises(TargetError, match=message):
+        check_target(manifest["target"]["name"], manifest["target"]["features"], packed.artifact)
+
+
+def test_changed_manifest(packed, tmp_path):
+    copy = Path(shutil.copytree(packed.artifact, tmp_path / "artifact"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["target"]["name"] = "cpu"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="differs"):
+        read_manifest(copy)
