@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_compile.schedules import lossless
+from vllm_compile import lossless
 from vllm_compile.spec import OpSpec, Sym, TensorSpec
 
 LAYERS = ("qkv", "o", "gate_up", "down", "lm_head")

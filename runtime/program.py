@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from vllm_compile import lossless
 from vllm_compile.errors import ArtifactError
-from vllm_compile.schedules import lossless
 from vllm_compile.spec import TensorSpec
 from vllm_compile.targets import cuda
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_compile.errors import UnsupportedError
+from vllm_compile.lossless import Lossless
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
@@ -13,7 +14,6 @@ from .cpu import FAMILIES as CPU_FAMILIES
 from .cuda import FAMILIES as CUDA_FAMILIES
 from .family import KernelFamily, Variant, Vendor
 from .layouts import Layout
-from .lossless import Lossless
 
 FAMILIES: Mapping[str, Sequence[KernelFamily]] = {"cpu": CPU_FAMILIES, "cuda": CUDA_FAMILIES}
 

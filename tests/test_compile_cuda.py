@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import models
+from vllm_compile import lossless
 from vllm_compile.driver import CompileOptions, CompileResult, compile_model
 from vllm_compile.errors import ArtifactError, TargetError
 from vllm_compile.runtime import gpu
 from vllm_compile.runtime.manifest import check_target, read_manifest
 from vllm_compile.runtime.plan import KernelStep, Large, VendorCall, from_json
 from vllm_compile.runtime.program import load, read_weights
-from vllm_compile.schedules import lossless
 
 from .conftest import SEED
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from . import lossless
 from .runtime.executor import Executor
 from .runtime.manifest import LIBRARY
 from .runtime.plan import CallStep, Plan
-from .schedules import lossless
 
 ENTRIES = ("forward", "logits")
 

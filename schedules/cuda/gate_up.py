@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
+from vllm_compile.lossless import TILE, Lossless
 from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets.cuda import CudaTarget
 
 from ..family import Config, KernelFamily, Variant, Vendor
 from ..layouts import Layout
-from ..lossless import TILE, Lossless
 from . import matmul
 
 

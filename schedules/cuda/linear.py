@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
+from vllm_compile.lossless import Lossless
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets.cuda import CudaTarget
 
 from ..family import Config, KernelFamily, Variant, Vendor
 from ..layouts import Layout
-from ..lossless import Lossless
 from . import matmul
 
 

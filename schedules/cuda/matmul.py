@@ -15,10 +15,10 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
+from vllm_compile import lossless
 from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets.cuda import CudaTarget
 
-from .. import lossless
 from ..family import Config, Variant
 from . import records, stream, wide
 from .launch import Call, kernel

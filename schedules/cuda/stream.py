@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from tvm.script import tirx as T
 
+from vllm_compile import lossless
 from vllm_compile.spec import OpSpec, Sym
 from vllm_compile.targets.cuda import CudaTarget
 
-from .. import lossless
 from ..family import Config
 from .launch import Call, Launch
 

@@ -6,7 +6,7 @@
 // mma.m16n8k16: the weight's rows are A, eight tokens are B.  As the order of k within a block is free, lane (g, t)
 // takes 16 contiguous bytes of x and of the weight: columns 32 * h + 8 * t to + 7, for both halves h of the block.
 //
-// A lossless weight (../lossless.py) is made of bf16 numbers with exponent fields 0 to 15, which nine bit operations
+// A lossless weight (vllm_compile/lossless.py) is made of bf16 numbers with exponent fields 0 to 15, which nine bit operations
 // restore for each eight weights.  x (or the weight, whichever is less work) is multiplied by 2^64, exactly, so that
 // products do not come near float32's denormals; each row's scale is applied to its sum.
 //

@@ -1,4 +1,4 @@
-// How kernels read a weight matrix: 16 rows x 64 columns at a time, plain or lossless (../lossless.py).
+// How kernels read a weight matrix: 16 rows x 64 columns at a time, plain or lossless (vllm_compile/lossless.py).
 #ifndef VLLM_COMPILE_WEIGHTS
 #define VLLM_COMPILE_WEIGHTS
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 import tvm_ffi
 
+from vllm_compile import lossless
 from vllm_compile.errors import TargetError
 from vllm_compile.ops import GATE_UP_SILU, LINEAR
-from vllm_compile.schedules import lossless
 from vllm_compile.schedules.cuda import build as cuda_build
 from vllm_compile.schedules.cuda import matmul, records
 from vllm_compile.schedules.cuda.gate_up import GateUpSilu

@@ -12,8 +12,8 @@ import torch
 
 from tests.cuda_on_host.prim_func import prepare, run_kernel
 from tests.cuda_on_host.runner import AVAILABLE
+from vllm_compile import lossless
 from vllm_compile.ops import GATE_UP_SILU, LINEAR
-from vllm_compile.schedules import lossless
 from vllm_compile.schedules.cuda import matmul
 from vllm_compile.targets import cuda
 

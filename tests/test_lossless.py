@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_compile.schedules import lossless
+from vllm_compile import lossless
 
 
 def bits(*values: int) -> torch.Tensor:
