@@ -11,14 +11,13 @@ from safetensors import safe_open
 
 from vllm_compile import lossless
 from vllm_compile.errors import ArtifactError
-from vllm_compile.spec import TensorSpec
+from vllm_compile.spec import DUMMY_STD, TensorSpec
 from vllm_compile.targets import cuda
 
 from . import manifest as artifact
 from .executor import Executor
 from .plan import KernelStep, Plan, from_json
 
-DUMMY_STD = 0.02  # what transformers initialises with by default
 Observer = Callable[[int, torch.Tensor], None]
 
 

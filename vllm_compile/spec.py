@@ -25,6 +25,8 @@ class Sym(StrEnum):
 
 Dim = int | Sym
 
+DUMMY_STD = 0.02  # of weights made at random: what transformers initialises with by default
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1}
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_compile.errors import ModelError
-from vllm_compile.runtime.program import DUMMY_STD
+from vllm_compile.spec import DUMMY_STD
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
