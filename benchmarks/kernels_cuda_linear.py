@@ -109,6 +109,7 @@ def build_search(folder: Path, models: Sequence[str]) -> None:
     from vllm_compile.targets import cuda
 
     target = cuda.detect()
+    pending = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for spec in compiled_calls(models):
             for kind, packed in KINDS.items():
@@ -117,7 +118,9 @@ def build_search(folder: Path, models: Sequence[str]) -> None:
                     promising = matmul.promising(spec, target, packed, least, gated=spec.op == "gate_up_silu")
                     for i, config in enumerate(promising):
                         configs[symbol(spec, kind, f"{least}_{i}")] = (spec, config)
-                pool.submit(_build, folder / f"search_{symbol(spec, kind, 'all')}.so", configs)
+                pending.append(pool.submit(_build, folder / f"search_{symbol(spec, kind, 'all')}.so", configs))
+    for made in pending:
+        made.result()  # raises what went wrong
 
 
 def _build(path: Path, configs: Mapping[str, tuple[OpSpec, Mapping[str, Any]]]) -> None:

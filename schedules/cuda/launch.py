@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,28 +103,15 @@ def kernel(
                 ]
             }
         )
-        with _bindings(extents, tags):
+        with ExitStack() as bindings:  # the first is the outermost
+            for extent, tag in zip(extents, tags, strict=True):
+                bindings.enter_context(T.thread_binding(extent, thread=tag))
             values = list(arguments(call))
             if how.shared_bytes:
                 values.append(T.alloc_buffer((how.shared_bytes,), "uint8", scope="shared.dyn").data)
             source = f'#include "{header}"\n'
             T.evaluate(T.cuda.func_call(f"vllm_compile::{function}", *values, source_code=source, return_type="void"))
     return builder.get()
-
-
-class _bindings:  # noqa: N801 (used as a function)
-    """All thread bindings at once, the first outermost."""
-
-    def __init__(self, extents: Sequence[Any], tags: Sequence[str]) -> None:
-        self._frames = [T.thread_binding(e, thread=tag) for e, tag in zip(extents, tags, strict=True)]
-
-    def __enter__(self) -> None:
-        for frame in self._frames:
-            frame.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for frame in reversed(self._frames):
-            frame.__exit__(*error)
 
 
 def _output_names(spec: OpSpec) -> list[str]:
