@@ -13,7 +13,8 @@ TB/s counts the bytes of the weight as it is stored; the share is that of the GP
 
 `search` times every promising configuration of the calls that a compiled model makes, in the same way but with fewer
 replays, and writes the fastest for each as a record (schedules/cuda/records.py); one that gives a wrong result is named
-and left out.  --models takes some of the models only.
+and left out.  --models, --layouts and --buckets take some of the models, of the layouts of the weight, and of the
+numbers of tokens only.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ MODELS = {  # [N, K] of each layer
 }
 BIASED = {("Qwen2.5-7B", "qkv")}
 TOKENS = (1, 8, 16, 32, 64)
+BUCKETS = {1: 8, 9: 16, 17: 32, 33: 64}  # least and most tokens of a variant, as in schedules/cuda/matmul.py
 COLD_BYTES = 400_000_000
 REPLAYS = 15
 SEARCH_REPLAYS = 5
@@ -103,7 +105,7 @@ def build(folder: Path, models: Sequence[str]) -> None:
     _build(folder / "kernels.so", configs)
 
 
-def build_search(folder: Path, models: Sequence[str]) -> None:
+def build_search(folder: Path, models: Sequence[str], layouts: Sequence[str], buckets: Sequence[int]) -> None:
     """A library for each call with every promising configuration."""
     from vllm_compile.schedules.cuda import matmul
     from vllm_compile.targets import cuda
@@ -112,10 +114,10 @@ def build_search(folder: Path, models: Sequence[str]) -> None:
     pending = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for spec in compiled_calls(models):
-            for kind, packed in KINDS.items():
+            for kind in layouts:
                 configs = {}
-                for least in matmul.BUCKETS:
-                    promising = matmul.promising(spec, target, packed, least, gated=spec.op == "gate_up_silu")
+                for least in buckets:
+                    promising = matmul.promising(spec, target, KINDS[kind], least, gated=spec.op == "gate_up_silu")
                     for i, config in enumerate(promising):
                         configs[symbol(spec, kind, f"{least}_{i}")] = (spec, config)
                 pending.append(pool.submit(_build, folder / f"search_{symbol(spec, kind, 'all')}.so", configs))
@@ -156,7 +158,7 @@ class Kernels:
 
     def variant(self, spec: OpSpec, kind: str, tokens: int) -> int:
         """The variant for so many tokens."""
-        return max(m for m in (1, 9, 17, 33) if m <= tokens and symbol(spec, kind, m) in self.configs)
+        return max(m for m in BUCKETS if m <= tokens and symbol(spec, kind, m) in self.configs)
 
     def bound(self, name: str, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
         kernel = self.module[name]
@@ -319,18 +321,21 @@ def measure(kernels: Kernels, spec: OpSpec, bandwidth: float) -> list[tuple[int,
     return rows
 
 
-def search(folder: Path, spec: OpSpec) -> list[dict[str, Any]]:
+def search(folder: Path, spec: OpSpec, layouts: Sequence[str], buckets: Sequence[int]) -> list[dict[str, Any]]:
     """A record for each variant of one call: the fastest configuration for as many tokens as it is made for."""
     N, K = spec.input("weight").shape
     plain, packed = cold_weights(spec)
     found = []
-    libraries = {kind: Kernels(folder / f"search_{symbol(spec, kind, 'all')}.so") for kind in KINDS}
-    for least, tokens in {1: 8, 9: 16, 17: 32, 33: 64}.items():
+    weights_of = {"plain": plain, "lossless": packed}
+    libraries = {kind: Kernels(folder / f"search_{symbol(spec, kind, 'all')}.so") for kind in layouts}
+    for least in buckets:
+        tokens = BUCKETS[least]
         x = torch.randn(tokens, K, device="cuda").bfloat16()
         more = extras(spec, tokens)
         wanted, allowed = reference(spec, x, plain[0], more)
         y = torch.empty(tokens, spec.outputs[0].size(1), device="cuda", dtype=torch.bfloat16)
-        for (kind, kernels), weights in zip(libraries.items(), (plain, packed), strict=True):
+        for kind, kernels in libraries.items():
+            weights = weights_of[kind]
             graphs = {"cublas": kernels.graph(cublas_of(spec, x, plain, more))}
             for name in kernels.configs:
                 if not name.startswith(symbol(spec, kind, f"{least}_")):
@@ -381,19 +386,21 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--bandwidth", type=float, default=4.8, help="of the GPU's memory in TB/s (default: an H200's)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--layouts", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--buckets", nargs="+", type=int, choices=BUCKETS, default=list(BUCKETS), help="least tokens")
     parser.add_argument("--records", type=Path, default=Path("records.json"), help="where `search` writes")
     options = parser.parse_args()
     if options.step == "build":
         return build(options.folder, options.models)
     if options.step == "build-search":
-        return build_search(options.folder, options.models)
+        return build_search(options.folder, options.models, options.layouts, options.buckets)
     torch.manual_seed(0)
     name = torch.cuda.get_device_name()
     if options.step == "search":
         print(name)
         found = []
         for spec in compiled_calls(options.models):
-            found += search(options.folder, spec)
+            found += search(options.folder, spec, options.layouts, options.buckets)
             write_records(options.records, found)
         return None
     kernels = Kernels(options.folder / "kernels.so")

@@ -1,8 +1,9 @@
 """Times an artifact beside its peers: same weights, same prompts, interleaved, medians.
 
-Each engine lives in its own process and idles while another is timed; on a GPU they share its memory.  A decode
-step is the difference between generating 1 + n tokens and generating 1, divided by n; prefill is what generating one
-token takes.
+Each engine lives in its own process and idles while another is timed; on a GPU they share its memory, unless it is too
+small for all: then each has it to itself, one after the other.  A decode step is the difference between generating
+1 + n tokens and generating 1, divided by n, once the prompts are in the engine's prefix cache (which vLLM has by
+default; `hf` has none); prefill is what generating one token takes, of prompts that were never seen before.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -120,6 +121,9 @@ class Engine:
         return json.loads(line)
 
 
+Measure = Callable[[Engine, list[list[int]]], float]  # seconds of an engine for prompts
+
+
 def bench(
     artifact: Path,
     model: Path | None,
@@ -127,6 +131,7 @@ def bench(
     decodes: Sequence[Workload],
     prefills: Sequence[Workload],
     repeats: int,
+    alone: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """Time `artifact` and its peers.
@@ -139,64 +144,64 @@ def bench(
         against: names out of `bench_worker.PEERS`.
         decodes, prefills: what to time.
         repeats: how often every engine does every workload.
+        alone: run one engine after the other instead of all at once, taking turns.
     """
     manifest = read_manifest(artifact)
     plan = from_json((artifact / PLAN).read_text())
-    most = plan.model.max_positions // 2
-    decodes, prefills = ([replace(w, length=min(w.length, most)) for w in ws] for ws in (decodes, prefills))
     target, device = manifest["target"]["name"], device_of(manifest["target"]["name"])
     if target != "cpu" and {"hf", "vllm-all-cores"} & set(against):
         raise VllmCompileError("on a GPU the peers are vllm and vllm-eager")
-    bandwidth = read_bandwidth(device)
+    bandwidth, steps = read_bandwidth(device), DECODE_STEPS[target]
+    most = plan.model.max_positions - steps - 1
+    decodes, prefills = ([replace(w, length=min(w.length, most)) for w in ws] for ws in (decodes, prefills))
     rows: list[Row] = []
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         seed = manifest["source"]["dummy_weights_seed"]
         weightless = not list(artifact.glob("*.safetensors"))
         peer = model if model is not None and seed is None else _dummy_model(artifact, plan, seed, scratch, weightless)
-        steps = DECODE_STEPS[target]
-        longest = max(w.length for w in (*decodes, *prefills)) + steps + 1
         options = {
-            "max_model_len": min(longest, plan.model.max_positions),
+            "max_model_len": max(w.length for w in (*decodes, *prefills)) + steps + 1,
             "max_num_seqs": max(w.batch for w in (*decodes, *prefills)),
             **({"load_format": "dummy"} if weightless else {}),
         }
         names = ("compiled", *against)
-        shares = _gpu_shares(names, plan) if target != "cpu" else {}
-        engines = []
-        for name in names:
-            progress(f"starting {name}")
-            directory = artifact if name == "compiled" else peer
-            memory: dict[str, Any] = {} if name == "compiled" else {"kv_cache_memory_bytes": PEER_CACHE_BYTES}
-            if name in shares:
-                memory = {"gpu_memory_utilization": shares[name]}
-            engine = Engine(name, directory, {**options, **memory}, scratch / f"{name}.log")
-            stack.callback(engine.close)
-            engines.append(engine)
-        for workload in decodes:
-            progress(f"decode, {workload}")
-            times = _interleaved(engines, plan, repeats, partial(_decode_step, steps=steps), workload)
-            rows += _rows("decode", workload, times, plan, bandwidth, steps)
-        for workload in prefills:
-            progress(f"prefill, {workload}")
-            times = _interleaved(engines, plan, repeats, _prefill, workload)
-            rows += _rows("prefill", workload, times, plan, bandwidth, steps)
-        loads = {engine.name: engine.load_seconds for engine in engines}
-        first_tokens = {engine.name: engine.first_token_seconds for engine in engines}
+        step: Measure = partial(_decode_step, steps=steps)
+        workloads = [("decode", workload, step) for workload in decodes]
+        workloads += [("prefill", workload, _prefill) for workload in prefills]
+        times: dict[tuple[str, Workload], dict[str, list[float]]] = {}
+        loads, first_tokens = {}, {}
+        for group in [(name,) for name in names] if alone else [names]:
+            with ExitStack() as running:
+                engines = []
+                for name, memory in _memory(group, plan, target).items():
+                    progress(f"starting {name}")
+                    directory = artifact if name == "compiled" else peer
+                    engine = Engine(name, directory, {**options, **memory}, scratch / f"{name}.log")
+                    engines.append(running.enter_context(closing(engine)))
+                    loads[name], first_tokens[name] = engine.load_seconds, engine.first_token_seconds
+                for kind, workload, measure in workloads:
+                    progress(f"{kind}, {workload}")
+                    figures = _interleaved(engines, plan, repeats, measure, kind, workload)
+                    times.setdefault((kind, workload), {}).update(figures)
+        for (kind, workload), figures in times.items():
+            rows += _rows(kind, workload, figures, plan, bandwidth, steps)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     seconds = {"load_seconds": loads, "first_token_seconds": first_tokens}
     return {"device": name, "bandwidth": bandwidth, **seconds, "rows": rows}
 
 
-def _gpu_shares(names: Sequence[str], plan: Plan) -> dict[str, float]:
-    """The share of the GPU's memory that each engine gets, so that all fit at once."""
+def _memory(names: Sequence[str], plan: Plan, target: str) -> dict[str, dict[str, Any]]:
+    """vLLM's options for the memory of each engine, so that all of `names` fit at once."""
+    if target == "cpu":
+        return {name: {} if name == "compiled" else {"kv_cache_memory_bytes": PEER_CACHE_BYTES} for name in names}
     total = gpu.detect().memory_bytes
     specs = {a.buffer: a.spec for name in ("forward", "logits") for a in plan.functions[name].weights}
     plain = sum(s.nbytes() for name, s in specs.items() if name not in plan.restored.values())
     needs = {name: plain + GPU_CACHE_BYTES for name in names}
     needs["compiled"] = sum(s.nbytes() for s in specs.values()) + GPU_CACHE_BYTES
     spare = max(GPU_SHARE * total - sum(needs.values()), 0) / len(needs)
-    return {name: round((need + spare) / total, 3) for name, need in needs.items()}
+    return {name: {"gpu_memory_utilization": round((need + spare) / total, 3)} for name, need in needs.items()}
 
 
 def read_bandwidth(device: torch.device, size: int = 1 << 30, repeats: int = 5) -> float:
@@ -225,6 +230,7 @@ def step_bytes(plan: Plan, batch: int, context: int) -> int:
 
 
 def _decode_step(engine: Engine, prompts: list[list[int]], steps: int) -> float:
+    engine.seconds(prompts, 1)  # fills the prefix cache
     first = engine.seconds(prompts, 1)
     return (engine.seconds(prompts, 1 + steps) - first) / steps
 
@@ -237,16 +243,17 @@ def _interleaved(
     engines: list[Engine],
     plan: Plan,
     repeats: int,
-    measure: Callable[[Engine, list[list[int]]], float],
+    measure: Measure,
+    kind: str,
     workload: Workload,
 ) -> dict[str, list[float]]:
-    """Seconds by engine, one figure per repeat, on random prompts.
+    """Seconds by engine, one figure per repeat, on random prompts that no other workload has.
 
     The first round warms up and is not counted.
     """
     times: dict[str, list[float]] = {engine.name: [] for engine in engines}
     for repeat in range(repeats + 1):
-        draw = random.Random(repeat)
+        draw = random.Random(f"{kind} {workload} {repeat}")
         ids = range(plan.model.vocab_size)
         prompts = [draw.choices(ids, k=workload.length) for _ in range(workload.batch)]
         for engine in engines:

@@ -21,12 +21,11 @@ PEERS = ("vllm", "vllm-all-cores", "vllm-eager", "hf")
 
 
 def vllm_engine(model: str, options: dict[str, Any]) -> Generate:
-    """vLLM's own loop; prefix caching is off, so that every repeat does the same work."""
+    """vLLM's own loop, with its defaults."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
     llm = LLM(
         model,
-        enable_prefix_caching=False,
         skip_tokenizer_init=True,
         disable_log_stats=True,
         **options,

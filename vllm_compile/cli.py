@@ -174,6 +174,7 @@ def _add_bench(commands: Any) -> None:
         help="prompts to prefill (default: 1x1024)",
     )
     parser.add_argument("--repeats", type=int, default=5, help="counted rounds (default: 5)")
+    parser.add_argument("--alone", action="store_true", help="one engine after the other: where memory holds only one")
     parser.add_argument("--json", action="store_true", help="all figures as the last line of stdout")
     parser.set_defaults(run=_bench)
 
@@ -202,7 +203,14 @@ def _bench(options: argparse.Namespace) -> int:
     prefills = [Workload(*pair) for pair in options.prefill]
     with console.status("starting") as status:
         figures = bench(
-            options.artifact, options.model, options.against, decodes, prefills, options.repeats, status.update
+            options.artifact,
+            options.model,
+            options.against,
+            decodes,
+            prefills,
+            options.repeats,
+            options.alone,
+            status.update,
         )
     title = f"{figures['device']}, medians of {options.repeats}; torch reads memory at {figures['bandwidth']:.1f} GB/s"
     columns = ("workload", "batch", "tokens", "engine", "ms", "tokens/s", "GB/s", "of reads", "compiled is")

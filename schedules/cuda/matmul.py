@@ -62,9 +62,12 @@ def default_variants(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool
 
     A token's result has the same bits in all batches that one variant serves; variants sum in orders of their own.
     """
-    variants = []
+    variants: list[Variant] = []
     for min_tokens, tokens in BUCKETS.items():
-        config = records.find(spec, packed, min_tokens)
+        record = records.find(spec, packed, min_tokens)
+        if variants and record is not None and record.cublas_us < record.us:
+            break
+        config = record.config if record is not None else None
         if config is None and tokens > stream.TOKENS:
             config = wide.default(spec, target, packed, gated, tokens)
         if config is None and tokens <= STREAM_TOKENS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,28 @@ from ..family import Config
 PATH = Path(__file__).with_name("records.json")
 
 
+@dataclass(frozen=True)
+class Record:
+    """The fastest of our configurations for a call, the microseconds it took, and those that cuBLAS took."""
+
+    config: Config
+    us: float
+    cublas_us: float
+
+
 def key(spec: OpSpec, packed: bool, min_tokens: int) -> tuple[Any, ...]:
     """What a record is found by."""
     N, K = spec.input("weight").size(0), spec.input("weight").size(1)
     return spec.op, N, K, spec.has_input("residual"), packed, min_tokens
 
 
-def find(spec: OpSpec, packed: bool, min_tokens: int) -> Config | None:
-    """The recorded configuration for exactly this call, if there is one."""
+def find(spec: OpSpec, packed: bool, min_tokens: int) -> Record | None:
+    """What is recorded for exactly this call, if anything."""
     return _load(PATH).get(key(spec, packed, min_tokens))
 
 
 @cache
-def _load(path: Path) -> Mapping[tuple[Any, ...], Config]:
+def _load(path: Path) -> Mapping[tuple[Any, ...], Record]:
     records = json.loads(path.read_text()) if path.exists() else []
     names = ("op", "N", "K", "residual", "lossless", "min_tokens")
-    return {tuple(record[name] for name in names): record["config"] for record in records}
+    return {tuple(r[name] for name in names): Record(r["config"], r["us"], r["cublas_us"]) for r in records}

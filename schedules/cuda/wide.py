@@ -27,19 +27,18 @@ HEADER = "wide_linear.cuh"
 ROWS = 64  # of a warpgroup
 TOKENS = (16, 32, 64)
 MOST_GROUPS = 4  # warpgroups of a thread block
-MOST_STAGES = 6
+MOST_STAGES = 8
 RESERVED = 1 << 10  # bytes of a multiprocessor's shared memory that each thread block costs besides its own
-MOST_PIECES = 4  # of x, that a lane of the largest thread blocks, of 128 registers, can load ahead
 # (row_groups, k_groups, cluster): `default` takes the first that fills the chip; a search tries more.
 SHAPES = ((4, 1, 1), (4, 1, 2), (2, 1, 1), (2, 1, 2), (2, 1, 4), (1, 2, 1), (1, 2, 2), (1, 2, 4))
-MORE_SHAPES = ((1, 1, 2), (1, 1, 4), (2, 2, 1), (2, 2, 2))
+MORE_SHAPES = ((1, 1, 2), (1, 1, 4), (2, 2, 1), (2, 2, 2), (2, 2, 4), (1, 4, 1), (1, 4, 2))
 
 
 def shared_bytes(config: Config) -> int:
-    """Shared memory of a thread block: buffers of x and the stages of all warps, or in the same place their sums."""
+    """Shared memory of a thread block: buffers and stages of x, stages of weights; or in the same place the sums."""
     vectors = 3 if config["lossless"] else 4
     tokens, groups = config["tokens"], config["row_groups"] * config["k_groups"]
-    x = config["k_groups"] * 2 * config["blocks"] * tokens * 128
+    x = config["k_groups"] * (2 + config["stages"]) * config["blocks"] * tokens * 128
     stages = 4 * groups * config["stages"] * config["blocks"] * vectors * 512
     return max(x + stages, config["k_groups"] * tokens * (config["row_groups"] * ROWS + 4) * 4)
 
@@ -47,11 +46,9 @@ def shared_bytes(config: Config) -> int:
 def fits(spec: OpSpec, config: Config, target: CudaTarget, gated: bool) -> bool:
     """True if a kernel of this configuration can be built: whole warpgroups (half gates, half ups if gated)."""
     groups = config["row_groups"] * config["k_groups"]
-    pieces = config["tokens"] / 8 * 2 * config["blocks"] / (4 * config["row_groups"])
     return (
         spec.input("weight").size(0) % (ROWS * config["row_groups"]) == 0
         and groups <= MOST_GROUPS
-        and (groups < MOST_GROUPS or pieces <= MOST_PIECES)
         and shared_bytes(config) <= target.shared_bytes
     )
 

@@ -1,9 +1,10 @@
 // Products of 9 to 64 tokens with a weight matrix that is read once: y[tokens, N] = x[tokens, K] @ weight[N, K].T
 //
 // A thread block makes ROW_GROUPS * 64 rows of the weight for TOKENS tokens, in K_GROUPS * CLUSTER parts of K: one of
-// its warpgroups multiplies 64 rows in one part.  Each lane copies its own weights of the coming STAGES steps (of BLOCKS
-// blocks of 64 columns) to shared memory and reads back what it copied itself, as in stream_linear.cuh.  The warpgroups
-// of one part share x: they load it a step ahead and take turns with two buffers, one barrier a step.
+// its warpgroups multiplies 64 rows in one part.  Each lane copies its own weights and its own piece of x of the coming
+// STAGES steps (of BLOCKS blocks of 64 columns) to shared memory and reads back what it copied itself, as in
+// stream_linear.cuh.  The warpgroups of one part share x: it goes from the stages to two buffers that take turns, one
+// barrier a step.
 //
 // The products go through wgmma: A, the weight, comes from registers, B, x, from shared memory.  The order of k within
 // a block is free: lane (g, t) has columns 8 * t to + 7 of each half block, two of them in each fragment, so x's words
@@ -84,6 +85,7 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x,
   constexpr int X_BLOCK = TOKENS * 128;      // bytes of x in a block
   constexpr int PIECES = TOKENS / 8 * 2 * BLOCKS;          // 8 tokens x 32 columns of x in a step: one load of a warp
   constexpr int OWN_PIECES = (PIECES + TILES - 1) / TILES;
+  constexpr int X_STEP = BLOCKS * X_BLOCK;                 // bytes of x in a step
   static_assert(BLOCKS == 1 || BLOCKS == 2, "fragments of a step that registers hold");
 
   const int token0 = blockIdx.y * TOKENS;  // more tokens than TOKENS: each part reads the weight again
@@ -105,13 +107,15 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x,
   const int steps = all_steps * (part + 1) / (K_GROUPS * CLUSTER) - first_step;
   const int begin = first_step * BLOCKS, end = min(begin + steps * BLOCKS, blocks);
 
-  char* const buffers = static_cast<char*>(shared) + k_group * (2 * BLOCKS * X_BLOCK);
-  uint4* const ring = reinterpret_cast<uint4*>(static_cast<char*>(shared) + K_GROUPS * 2 * BLOCKS * X_BLOCK) +
+  char* const buffers = static_cast<char*>(shared) + k_group * ((2 + STAGES) * X_STEP);
+  const uint4* const x_ring = reinterpret_cast<const uint4*>(buffers + 2 * X_STEP) + lane;
+  uint4* const ring = reinterpret_cast<uint4*>(static_cast<char*>(shared) + K_GROUPS * (2 + STAGES) * X_STEP) +
                       warp * (STAGES * BLOCKS * V * 32) + lane;
   const uint32_t buffers_address = shared_address(buffers), ring_address = shared_address(ring);
+  const uint32_t x_address = shared_address(x_ring);
   const char* const source = lane_source<PACKED>(weight, first_row, K, lane);
 
-  auto load = [&](int stage, int step) {
+  auto load_weights = [&](int stage, int step) {
     if (step < steps) {
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++) {
@@ -127,45 +131,49 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x,
         }
       }
     }
-    commit_copies();
   };
-
-  launch_dependents();
-#pragma unroll
-  for (int stage = 0; stage < STAGES; stage++) load(stage, stage);
-
-  wait_for_kernels_before();
-
   // Lane (g, t) of a piece: token g, columns 8 * t to + 7.
-  uint4 piece[OWN_PIECES];
-  auto load_x = [&](int step) {
+  auto load_x = [&](int stage, int step) {
+    if (step < steps) {
 #pragma unroll
-    for (int own = 0; own < OWN_PIECES; own++) {
-      const int i = own * TILES + tile, token = i / (2 * BLOCKS) * 8 + g;
-      const int block = begin + step * BLOCKS + i % (2 * BLOCKS) / 2;
-      piece[own] = make_uint4(0, 0, 0, 0);
-      if (i < PIECES && token < tokens && block < end)
-        piece[own] = *reinterpret_cast<const uint4*>(x + (size_t)token * K + block * 64 + i % 2 * 32 + t * 8);
+      for (int own = 0; own < OWN_PIECES; own++) {
+        const int i = own * TILES + tile, token = i / (2 * BLOCKS) * 8 + g;
+        const int block = begin + step * BLOCKS + i % (2 * BLOCKS) / 2;
+        if (PIECES % TILES == 0 || i < PIECES)
+          copy_async_or_zero(x_address + stage * X_STEP + i * 512,
+                             x + (size_t)min(token, tokens - 1) * K + min(block, end - 1) * 64 + i % 2 * 32 + t * 8,
+                             token < tokens && block < end);
+      }
     }
   };
   // [block][fragment][half][8 tokens][token][t]: word i of a piece belongs to fragment i of lane t.
-  auto store_x = [&](int buffer) {
+  auto store_x = [&](int buffer, int stage) {
 #pragma unroll
     for (int own = 0; own < OWN_PIECES; own++) {
       const int i = own * TILES + tile;
       if (PIECES % TILES == 0 || i < PIECES) {
+        const uint4 piece = x_ring[stage * (X_STEP / 16) + i * 32];
         char* to = buffers + (buffer * BLOCKS + i % (2 * BLOCKS) / 2) * X_BLOCK + i % 2 * (TOKENS * 16);
         to += i / (2 * BLOCKS) * 128 + lane * 4;
 #pragma unroll
-        for (int w = 0; w < 4; w++) *reinterpret_cast<uint32_t*>(to + w * (TOKENS * 32)) = element(piece[own], w);
+        for (int w = 0; w < 4; w++) *reinterpret_cast<uint32_t*>(to + w * (TOKENS * 32)) = element(piece, w);
       }
     }
   };
-  load_x(0);
+
+  launch_dependents();
+#pragma unroll
+  for (int stage = 0; stage < STAGES; stage++) load_weights(stage, stage);
+  commit_copies();
 
   Side side;
   if constexpr (PACKED)
     side.start(side_list(weight, N, K), row_table(weight, N, K) + first_row + lane, lane < 16, begin * 64);
+
+  wait_for_kernels_before();
+
+#pragma unroll
+  for (int stage = 0; stage < STAGES; stage++) load_x(stage, stage), commit_copies();
 
   float sums[TOKENS / 8][4] = {};
   uint32_t a[BLOCKS][4][4];
@@ -195,19 +203,20 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x,
 #pragma unroll 1
   for (int step = 0; step < steps; step++) {
     const int buffer = step % 2;
-    store_x(buffer);
     wait_copies<STAGES - 1>();
+    store_x(buffer, stage);
     unpack(stage, step, 0);
     wgmma_wait<0>();  // after the barrier, nobody uses the other buffer
     proxy_fence();
     sync_threads<32 * TILES>(1 + k_group);
     multiply(buffer, 0);
-    load_x(step + 1);
     if constexpr (BLOCKS > 1) {
       unpack(stage, step, 1);
       multiply(buffer, 1);
     }
-    load(stage, step + STAGES);
+    load_weights(stage, step + STAGES);
+    load_x(stage, step + STAGES);
+    commit_copies();
     stage = stage + 1 == STAGES ? 0 : stage + 1;
     wgmma_wait<BLOCKS - 1>();  // a[0] is free
   }

@@ -67,7 +67,7 @@ CASES = {
     "cluster": Case(64, 2, 1, 4, 2, 3, True, 128, 9, optional=ALL),
     "cluster_gated": Case(16, 1, 1, 2, 2, 2, False, 128, 7, gated=True),
     "both": Case(32, 1, 2, 4, 1, 3, True, 64, 13, gated=True),
-    "empty_parts": Case(64, 1, 2, 4, 2, 3, True, 64, 5, optional=("residual",)),
+    "empty_parts": Case(64, 1, 2, 4, 2, 2, True, 64, 5, optional=("residual",)),
 }
 
 
