@@ -1,4 +1,4 @@
-"""The command line: `vllm-compile compile | verify | bench`.
+"""The command line: `vllm-compile compile | verify | bench | db | worker`.
 
 Everything for people goes to stderr; with --json the last line of stdout is a summary for
 programs.  Errors that a user can act on are one line and exit code 2.
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .bench_worker import PEERS
+from .cli_database import add_database, add_worker
 from .errors import VllmCompileError
 
 console = Console(stderr=True)
@@ -41,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_compile(commands)
     _add_verify(commands)
     _add_bench(commands)
+    add_database(commands)
+    add_worker(commands)
     return parser
 
 
