@@ -77,13 +77,13 @@ def add_worker(commands: Any) -> None:
 
 
 @contextmanager
-def _opened(options: argparse.Namespace, writable: bool) -> Iterator[Database]:
+def _opened(options: argparse.Namespace, writable: bool, salvage: bool = False) -> Iterator[Database]:
     try:
         from .schedules.database import open_database
         from .schedules.database.tokens import VARIABLE
     except ModuleNotFoundError as error:
         raise DatabaseError(f"the tuning database needs {error.name}; pip install 'vllm-compile[tune]'") from error
-    with open_database(options.db, writable, os.environ.get(VARIABLE)) as database:
+    with open_database(options.db, writable, os.environ.get(VARIABLE), salvage) as database:
         yield database
 
 
@@ -180,7 +180,7 @@ def _stats(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from .schedules.database.bundle import export_bundle
 
-    with _opened(options, writable=False) as database:
+    with _opened(options, writable=False, salvage=options.salvage) as database:
         written, damaged = export_bundle(database, options.bundle, options.salvage)
     console.print(f"wrote {written} records to {options.bundle}; {damaged} damaged ones left out", soft_wrap=True)
     return _answer(options, {"records": written, "damaged": damaged})

@@ -18,7 +18,7 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,18 +47,33 @@ def export_bundle(database: Database, path: Path, salvage: bool = False) -> tupl
     Raises:
         DatabaseError: a record is damaged, the file exists, or it cannot be written.
     """
+    damaged = 0
+
+    def sound() -> Iterator[tuple[Record, State]]:
+        nonlocal damaged
+        for item in all_records(database, salvage):
+            if item is None:
+                damaged += 1
+            else:
+                yield item
+
+    return write_bundle(path, sound()), damaged
+
+
+def write_bundle(path: Path, items: Iterable[tuple[Record, State]]) -> int:
+    """Write a new bundle of these records; gives how many; DatabaseError as above."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     if path.exists():
         raise DatabaseError(f"{path}: exists already; name a new file")
     try:
         with _open(staged, path.suffix, "wb") as file:
-            count, damaged = _write(file, database, salvage)
+            count = _write(file, items)
         os.link(staged, path)  # unlike a rename, never over a file that has appeared since
     except OSError as error:
         raise DatabaseError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         staged.unlink(missing_ok=True)
-    return count, damaged
+    return count
 
 
 def import_bundle(database: Database, path: Path) -> tuple[int, int]:
@@ -130,7 +145,7 @@ def _open(path: Path, suffix: str, mode: str) -> IO[bytes]:
     return path.open(mode)  # type: ignore[return-value]
 
 
-def _write(file: IO[bytes], database: Database, salvage: bool) -> tuple[int, int]:
+def _write(file: IO[bytes], items: Iterable[tuple[Record, State]]) -> int:
     digest = hashlib.sha256()
     numbers: dict[str, dict[str, int]] = {"workload": {}, "target": {}}
 
@@ -147,17 +162,13 @@ def _write(file: IO[bytes], database: Database, salvage: bool) -> tuple[int, int
         return known[text]
 
     line({"bundle": FORMAT})
-    count = damaged = 0
-    for item in all_records(database, salvage):
-        if item is None:
-            damaged += 1
-            continue
-        record, state = item
+    count = 0
+    for record, state in items:
         workload, target = number("workload", record.workload.text), number("target", record.target.text)
         line({"record": record.content(), "workload": workload, "target": target, "state": state})
         count += 1
     file.write(canonical({"records": count, "sha256": digest.hexdigest()}).encode() + b"\n")
-    return count, damaged
+    return count
 
 
 def _records(path: Path) -> Iterator[tuple[Record, State]]:

@@ -10,8 +10,10 @@ from sqlalchemy.exc import DBAPIError
 
 from vllm_compile.errors import DatabaseError, UnreachableError
 
+DAMAGED = "the file is damaged, nothing is written to it; restore it, or read what is left: db export --salvage"
+
 SQLITE = {
-    sqlite3.SQLITE_CORRUPT: "the file is damaged; restore it from a bundle, or read what is left: db export --salvage",
+    sqlite3.SQLITE_CORRUPT: DAMAGED,
     sqlite3.SQLITE_NOTADB: "not a SQLite database; nothing was written; name another file",
     sqlite3.SQLITE_READONLY: "may not be written to; ask for write access, or work on a copy",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened; check that it exists, and that its directory may be written to",

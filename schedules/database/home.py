@@ -17,7 +17,7 @@ from sqlalchemy.exc import ArgumentError
 from vllm_compile.errors import DatabaseError
 
 from . import migrate, tokens
-from .failures import reported
+from .failures import DAMAGED, reported
 
 BUSY_SECONDS = 60  # SQLite: how long to wait for another process's transaction
 CONNECT_SECONDS = 10
@@ -65,13 +65,14 @@ class Database:
         self.close()
 
 
-def open_database(url: str | Path, writable: bool = True, token: str | None = None) -> Database:
+def open_database(url: str | Path, writable: bool = True, token: str | None = None, salvage: bool = False) -> Database:
     """Open a database; an empty one gets its tables if it is opened for writing.
 
     Args:
         url: a file's path, `sqlite:///path`, or `postgresql://user:password@host:port/name`.
         writable: False opens it so that nothing can be changed.
         token: a team's, where the database has tokens.
+        salvage: read also what is left of a torn SQLite file.
 
     Raises:
         UnreachableError: no server answers, or it does not let us in.
@@ -79,12 +80,14 @@ def open_database(url: str | Path, writable: bool = True, token: str | None = No
     """
     parsed = _parse(url)
     name = parsed.database or "" if parsed.drivername == "sqlite" else parsed.render_as_string(hide_password=True)
-    engine = _engine(parsed, name, writable)
+    engine = _engine(parsed, name, writable, salvage)
     try:
         with reported(name):
             if parsed.drivername == "sqlite" and writable and Path(name).exists():
                 _check_pages(engine, name)
             migrate.require_current(engine, name, writable)
+            if parsed.drivername == "sqlite" and writable:
+                _use_wal(engine)
     except BaseException:
         engine.dispose()
         raise
@@ -113,8 +116,8 @@ def _parse(url: str | Path) -> URL:
         return URL.create("sqlite", database=text)
     try:
         parsed = make_url(text)
-    except ArgumentError as error:
-        raise DatabaseError(f"{text.split('@')[-1]}: not a database URL ({error})") from error
+    except (ArgumentError, ValueError) as error:
+        raise DatabaseError(f"not a database URL ({error}); it is postgresql://USER:PASSWORD@HOST:PORT/NAME") from error
     if parsed.drivername == "sqlite" and parsed.database:
         return parsed
     if parsed.drivername in ("postgresql", "postgresql+psycopg"):
@@ -125,13 +128,13 @@ def _parse(url: str | Path) -> URL:
     )
 
 
-def _engine(url: URL, name: str, writable: bool) -> Engine:
+def _engine(url: URL, name: str, writable: bool, salvage: bool = False) -> Engine:
     if url.drivername == "sqlite":
         if not writable and not Path(name).is_file():
             raise DatabaseError(f"{name}: no tuning database here; check the path")
         if not Path(name).parent.is_dir():
             raise DatabaseError(f"{name}: its directory does not exist; make it first")
-        return _sqlite_engine(name, writable)
+        return _sqlite_engine(name, writable, salvage)
     options = "" if writable else "-c default_transaction_read_only=on"
     arguments: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "options": options}
     try:
@@ -141,7 +144,7 @@ def _engine(url: URL, name: str, writable: bool) -> Engine:
         raise DatabaseError(f"{name}: needs {error.name}; pip install 'vllm-compile[postgres]'") from error
 
 
-def _sqlite_engine(name: str, writable: bool) -> Engine:
+def _sqlite_engine(name: str, writable: bool, salvage: bool) -> Engine:
     uri = Path(name).absolute().as_uri() + ("?mode=rwc" if writable else "?mode=ro")
     creator_url = URL.create("sqlite", database=f"{uri}", query={"uri": "true"})
     engine = sqlalchemy.create_engine(creator_url, connect_args={"timeout": BUSY_SECONDS})
@@ -149,8 +152,8 @@ def _sqlite_engine(name: str, writable: bool) -> Engine:
     def connected(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # transactions are begun below, not by the driver's guess
         connection.execute("PRAGMA foreign_keys = ON")
-        if writable:
-            connection.execute("PRAGMA journal_mode = WAL")
+        if salvage and not writable:  # SQLite's word for: do not refuse a file that is too short
+            connection.execute("PRAGMA writable_schema = ON")
 
     # IMMEDIATE: a transaction that reads first and writes then cannot be refused half-way.
     begin = functools.partial(Connection.exec_driver_sql, statement="BEGIN IMMEDIATE" if writable else "BEGIN")
@@ -159,12 +162,18 @@ def _sqlite_engine(name: str, writable: bool) -> Engine:
     return engine
 
 
+def _use_wal(engine: Engine) -> None:
+    """Readers beside a writer; the file keeps the mode, so that it is set only once it is known to be ours."""
+    connection = engine.raw_connection()  # not within a transaction
+    try:
+        connection.cursor().execute("PRAGMA journal_mode = WAL")
+    finally:
+        connection.close()
+
+
 def _check_pages(engine: Engine, name: str) -> None:
     """Refuse a damaged file before anything is written to it."""
     with engine.connect() as connection:
         answers = connection.exec_driver_sql("PRAGMA quick_check(1)").scalars().all()
     if answers != ["ok"]:
-        raise DatabaseError(
-            f"{name}: the file is damaged and was not written to ({' '.join(str(answers[0]).split())}); "
-            "restore it from a bundle, or read what is left: db export --salvage"
-        )
+        raise DatabaseError(f"{name}: {DAMAGED} ({' '.join(str(answers[0]).split())})")

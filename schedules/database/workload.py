@@ -41,7 +41,7 @@ class Workload:
 
     @staticmethod
     def of_module(structural_hash: str, saved: str) -> Workload:
-        """A TVM module: its structural hash, and the module as TVM saves it to JSON (base64)."""
+        """A TVM module: its structural hash, and the module as `tvm.ir.save_json` gives it."""
         return Workload.from_text(canonical({"module": saved, "structural_hash": structural_hash}))
 
     @staticmethod
