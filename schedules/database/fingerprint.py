@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 from .canonical import canonical, sha256
 
@@ -37,12 +38,12 @@ class Fingerprint:
     tvm: str
     intrinsics: int
 
-    @property
+    @cached_property
     def text(self) -> str:
         """Canonical JSON, all of it."""
-        return canonical(asdict(self))
+        return canonical({field.name: getattr(self, field.name) for field in fields(self)})
 
-    @property
+    @cached_property
     def key(self) -> str:
         """SHA-256 of the text, in hex."""
         return sha256(self.text)

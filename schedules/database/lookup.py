@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, literal, select, union_all
 
 from . import intern
 from .fingerprint import Fingerprint
@@ -89,14 +89,18 @@ def _fastest(connection: Connection, workload_id: int, target_ids: Sequence[int]
     """The row of the preferred state with the least time, or None."""
     if not target_ids:
         return None
-    for state in PREFERENCE:
-        statement = (
-            select_records()
+    # The first entry of each state, read from the index; only the one preferred is read whole.
+    firsts = []
+    for rank, state in enumerate(PREFERENCE):
+        first = (
+            select(records.c.id, literal(rank).label("rank"))
             .where(records.c.workload_id == workload_id, records.c.target_id.in_(target_ids))
             .where(records.c.how == how, records.c.state == state)
             .order_by(records.c.median_us, records.c.id)
             .limit(1)
+            .subquery()
         )
-        if (row := connection.execute(statement).first()) is not None:
-            return row
-    return None
+        firsts.append(select(first.c.id, first.c.rank))
+    preferred = union_all(*firsts).subquery()
+    best = select(preferred.c.id).order_by(preferred.c.rank).limit(1).scalar_subquery()
+    return connection.execute(select_records().where(records.c.id == best)).first()

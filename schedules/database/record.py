@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from enum import StrEnum
 from typing import Any
 
@@ -124,7 +125,7 @@ class Record:
         return {
             "schedule": {"kind": self.schedule.kind, "text": self.schedule.text},
             "how": self.how,
-            "times": {name: float(value) for name, value in asdict(self.times).items()},
+            "times": {name: float(value) for name, value in vars(self.times).items()},
             "gb_per_s": float(self.gb_per_s),
             "roofline_share": float(self.roofline_share),
             "verdict": None
@@ -134,7 +135,7 @@ class Record:
                 "tolerance": float(self.verdict.tolerance),
                 "executed_on": self.verdict.executed_on,
             },
-            "provenance": asdict(self.provenance),
+            "provenance": dict(vars(self.provenance)),
         }
 
     @staticmethod
@@ -152,7 +153,7 @@ class Record:
             Provenance(**content["provenance"]),
         )
 
-    @property
+    @cached_property
     def id(self) -> str:
         """SHA-256 of all the record says: the same in every database, and a check of what was stored."""
         return sha256(canonical([self.workload.text, self.target.text, self.content()]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from vllm_compile.spec import OpSpec, TensorSpec
 
@@ -52,7 +53,7 @@ class Workload:
             return Workload(text, canonical({"structural_hash": content["structural_hash"]}))
         return Workload(text, text)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """SHA-256 of the identity, in hex: what the database finds it by, before it compares the whole."""
         return sha256(self.identity)
