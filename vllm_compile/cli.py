@@ -71,6 +71,7 @@ def _add_compile(commands: Any) -> None:
     parser.add_argument(
         "--weightless", action="store_true", help="leave the weights out; serve with vLLM's --load-format dummy"
     )
+    parser.add_argument("--db", metavar="URL", help="tuning database to take configurations of kernels from")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write the module after each pass as TVMScript")
     parser.add_argument("--json", action="store_true", help="a summary as the last line of stdout")
     parser.set_defaults(run=_compile)
@@ -80,7 +81,13 @@ def _compile(options: argparse.Namespace) -> int:
     from .driver import CompileOptions, compile_model
 
     settings = CompileOptions(
-        options.dtype, options.strict, options.dummy_weights, options.dump, options.pack, options.weightless
+        options.dtype,
+        options.strict,
+        options.dummy_weights,
+        options.dump,
+        options.pack,
+        options.weightless,
+        options.db,
     )
     with console.status("starting") as status:
         result = compile_model(options.model, options.target, options.out, settings, status.update)

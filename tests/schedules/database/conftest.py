@@ -19,7 +19,7 @@ from .postgres import Server, binaries
 def server():
     commands = binaries()
     if commands is None:
-        assert "CI" not in os.environ, "CI must have Debian's package postgresql"
+        assert "REQUIRE_POSTGRES" not in os.environ, "install Debian's package postgresql"
         pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
     directory = Path(tempfile.mkdtemp(prefix="postgres-"))  # pytest's own folders are closed to other accounts
     running = Server(directory, commands)
