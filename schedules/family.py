@@ -23,10 +23,23 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel that serves calls of at least `min_tokens` tokens (up to the next variant's)."""
+    """A kernel that serves calls of at least `min_tokens` tokens (up to the next variant's).
+
+    `record` says where in a tuning database the configuration comes from, None if it does not.
+    """
 
     min_tokens: int
     config: Config = field(default_factory=dict)
+    record: Mapping[str, Any] | None = None
+
+
+class Tuned(Protocol):
+    """Configurations that were found by tuning: what a choice of kernels asks before it goes by a family's rules."""
+
+    def find(
+        self, family: KernelFamily, spec: OpSpec, layouts: Mapping[str, Layout], tokens: tuple[int, int | None]
+    ) -> Variant | None:
+        """The best variant of the family known for calls of `tokens`, least and most (None: no limit)."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,10 @@ class KernelFamily(Protocol):
     def variants(self, spec: OpSpec, target: Target) -> Sequence[Variant]:
         """The default choice by number of tokens, ascending; the first has min_tokens 1."""
         return (Variant(1),)
+
+    def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: Target) -> bool:
+        """True if a tuned configuration may take the place of the default for calls of so many tokens and more."""
+        return False
 
     def vendor(self, spec: OpSpec, target: Target) -> Vendor | None:
         """Who takes over in large batches, if anybody."""

@@ -12,7 +12,7 @@ from vllm_compile.targets import Target
 
 from .cpu import FAMILIES as CPU_FAMILIES
 from .cuda import FAMILIES as CUDA_FAMILIES
-from .family import KernelFamily, Variant, Vendor
+from .family import KernelFamily, Tuned, Variant, Vendor
 from .layouts import Layout
 
 FAMILIES: Mapping[str, Sequence[KernelFamily]] = {"cpu": CPU_FAMILIES, "cuda": CUDA_FAMILIES}
@@ -28,8 +28,10 @@ class Choice:
     vendor: Vendor | None = None
 
 
-def choose(spec: OpSpec, target: Target, lossless: bool = True) -> Choice:
+def choose(spec: OpSpec, target: Target, lossless: bool = True, tuned: Tuned | None = None) -> Choice:
     """The kernels for `spec` on `target`; `lossless` admits those that read losslessly packed weights.
+
+    What `tuned` knows comes before the family's own choice, for each of the ranges of tokens that the family has.
 
     Raises:
         UnsupportedError: none of the target's families serves the call; it is named.
@@ -39,6 +41,34 @@ def choose(spec: OpSpec, target: Target, lossless: bool = True) -> Choice:
             continue
         layouts = family.layouts(spec, target)
         if lossless or not any(isinstance(layout, Lossless) for layout in layouts.values()):
-            return Choice(family, layouts, family.variants(spec, target), family.vendor(spec, target))
+            variants, vendor = family.variants(spec, target), family.vendor(spec, target)
+            if tuned is not None:
+                variants = _tuned_variants(tuned, family, spec, target, layouts, variants, vendor)
+            return Choice(family, layouts, variants, vendor)
     inputs = ", ".join(f"{name} {list(map(str, tensor.shape))} {tensor.dtype}" for name, tensor in spec.inputs)
     raise UnsupportedError(f"target {target.name} has no kernel for {spec.op}({inputs})")
+
+
+def token_ranges(variants: Sequence[Variant], vendor: Vendor | None) -> list[tuple[int, int | None]]:
+    """The least and most tokens of each variant's calls; None where there is no most."""
+    after = vendor.min_tokens if vendor is not None and not vendor.prefill else None
+    ends = [*(variant.min_tokens for variant in variants[1:]), after]
+    return [(v.min_tokens, None if end is None else end - 1) for v, end in zip(variants, ends, strict=True)]
+
+
+def _tuned_variants(
+    tuned: Tuned,
+    family: KernelFamily,
+    spec: OpSpec,
+    target: Target,
+    layouts: Mapping[str, Layout],
+    variants: Sequence[Variant],
+    vendor: Vendor | None,
+) -> Sequence[Variant]:
+    """The variants, those replaced for which there is a tuned one that the family can build here."""
+    chosen = []
+    for default, tokens in zip(variants, token_ranges(variants, vendor), strict=True):
+        found = tuned.find(family, spec, layouts, tokens)
+        usable = found is not None and family.admits(spec, found.config, default.min_tokens, target)
+        chosen.append(found if found is not None and usable else default)
+    return chosen

@@ -1,4 +1,4 @@
-"""The command line: `vllm-compile compile | verify | bench`.
+"""The command line: `vllm-compile compile | verify | bench | db | worker`.
 
 Everything for people goes to stderr; with --json the last line of stdout is a summary for
 programs.  Errors that a user can act on are one line and exit code 2.
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .bench_worker import PEERS
+from .cli_database import add_database, add_worker
 from .errors import VllmCompileError
 
 console = Console(stderr=True)
@@ -41,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_compile(commands)
     _add_verify(commands)
     _add_bench(commands)
+    add_database(commands)
+    add_worker(commands)
     return parser
 
 
@@ -68,6 +71,7 @@ def _add_compile(commands: Any) -> None:
     parser.add_argument(
         "--weightless", action="store_true", help="leave the weights out; serve with vLLM's --load-format dummy"
     )
+    parser.add_argument("--db", metavar="URL", help="tuning database to take configurations of kernels from")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write the module after each pass as TVMScript")
     parser.add_argument("--json", action="store_true", help="a summary as the last line of stdout")
     parser.set_defaults(run=_compile)
@@ -77,7 +81,13 @@ def _compile(options: argparse.Namespace) -> int:
     from .driver import CompileOptions, compile_model
 
     settings = CompileOptions(
-        options.dtype, options.strict, options.dummy_weights, options.dump, options.pack, options.weightless
+        options.dtype,
+        options.strict,
+        options.dummy_weights,
+        options.dump,
+        options.pack,
+        options.weightless,
+        options.db,
     )
     with console.status("starting") as status:
         result = compile_model(options.model, options.target, options.out, settings, status.update)

@@ -14,7 +14,7 @@ import tvm
 from tvm import tirx
 
 from .artifact import source_digest, write_config, write_manifest
-from .errors import ArtifactError, ModelError, TargetError, UnsupportedError
+from .errors import ArtifactError, DatabaseError, ModelError, TargetError, UnsupportedError
 from .frontend.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from .frontend.hf import TracedModel, read_config, trace
 from .frontend.importer import ImportedModel, import_model
@@ -24,6 +24,7 @@ from .runtime import manifest as files
 from .runtime.manifest import check_target
 from .runtime.plan import ModelShape, Plan
 from .schedules.build import build_library
+from .schedules.family import Tuned
 from .schedules.select import choose
 from .spec import OpSpec
 from .staging import staged
@@ -44,6 +45,7 @@ class CompileOptions:
         dummy_weights: seed of random weights to use instead of a checkpoint's, or None.
         dump: directory for the module after each pass, as TVMScript, or None.
         pack: `lossless` packs weights to 12 bits where a kernel reads them so; `none` leaves them as they are.
+        db: URL of a tuning database to take configurations of kernels from, or None.
         weightless: leave the weights out; such an artifact is served with vLLM's `--load-format dummy` alone.
     """
 
@@ -53,6 +55,7 @@ class CompileOptions:
     dump: Path | None = None
     pack: str = "lossless"
     weightless: bool = False
+    db: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def compile_model(
         UnsupportedError: an architecture, operator, dtype or shape is not supported; it is named.
         TargetError: the target is unknown, or this machine is none.
         ArtifactError: `out` cannot be written.
+        DatabaseError: the tuning database cannot be read.
     """
     options = options or CompileOptions()
     seconds: dict[str, float] = {}
@@ -126,10 +130,12 @@ def compile_model(
     weights = WeightProgram(module, _reader(traced, imported, checkpoint))
     unpacked: set[OpSpec] = set()  # calls one of whose weights does not fit the lossless format
 
+    tuned = _tuned(options.db, machine)
+
     def attempt() -> CompileResult:
         lossless = options.pack == "lossless"
         with stage("lowering"):
-            lowered = lower(module, lambda spec: choose(spec, machine, lossless and spec not in unpacked))
+            lowered = lower(module, lambda spec: choose(spec, machine, lossless and spec not in unpacked, tuned))
         with staged(final) as directory:
             with stage("kernels"):
                 build_library(_prim_funcs(lowered, machine), machine, directory / files.LIBRARY)
@@ -155,6 +161,17 @@ def compile_model(
         except UnfitWeightError as error:
             unpacked.add(error.call)
             warnings.append(f"{error.parameter} and all weights of its kind stay plain: {error.reason}")
+
+
+def _tuned(url: str | None, machine: Target) -> Tuned | None:
+    """The tuning database at `url`, if one is named."""
+    if url is None:
+        return None
+    try:
+        from .schedules.database.tuned import open_tuned
+    except ModuleNotFoundError as error:
+        raise DatabaseError(f"the tuning database needs {error.name}; pip install 'vllm-compile[tune]'") from error
+    return open_tuned(url, machine)
 
 
 def _verdict(directory: Path, source: Path, machine: Target, options: CompileOptions) -> dict[str, Any]:
@@ -218,6 +235,7 @@ def _kernel_records(lowered: Lowered) -> list[dict[str, Any]]:
             "symbol": symbol,
             "min_tokens": variant.min_tokens,
             "config": dict(variant.config),
+            "record": variant.record,
             "inputs": {name: [*map(str, spec.shape), spec.dtype] for name, spec in kernels.spec.inputs},
         }
         for kernels in lowered.kernels.values()

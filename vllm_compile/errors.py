@@ -23,3 +23,15 @@ class TargetError(VllmCompileError):
 
 class ArtifactError(VllmCompileError):
     """The artifact is damaged, of another schema, or made for another machine."""
+
+
+class DatabaseError(VllmCompileError):
+    """The tuning database cannot be used as asked: damaged, of another schema, read-only, no such record."""
+
+
+class UnreachableError(DatabaseError):
+    """The database does not answer; the same call may succeed later."""
+
+
+class LeaseLostError(DatabaseError):
+    """A worker's lease on a task has run out: the task is another's, and the result is not taken."""

@@ -19,7 +19,7 @@ from vllm_compile.targets import Target
 from ..family import Config, KernelFamily, Variant
 from ..layouts import Layout
 from .matmul import Value, matmul
-from .matmul_tiles import default_variants, space
+from .matmul_tiles import admits, default_variants, space
 from .matmul_words import serves_dtypes, weight_layout
 from .rounding import rounded
 from .vector_math import exp
@@ -56,6 +56,9 @@ class GateUpSilu(KernelFamily):
 
     def variants(self, spec: OpSpec, target: Target) -> Sequence[Variant]:
         return default_variants(spec, target, gated=True)
+
+    def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: Target) -> bool:
+        return admits(spec, config, min_tokens, target, gated=True)
 
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
         return matmul(spec, config, target, gated=True, finish=finish)

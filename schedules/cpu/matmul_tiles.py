@@ -43,6 +43,11 @@ def space(spec: OpSpec, target: Target, gated: bool = False) -> list[Config]:
     return [_config(*shape, distance) for shape in _shapes(spec, target, gated) for distance in distances]
 
 
+def admits(spec: OpSpec, config: Config, min_tokens: int, target: Target, gated: bool = False) -> bool:
+    """True for a tile of the space that needs no more rows than there are tokens."""
+    return config in space(spec, target, gated) and config["rows"] <= min_tokens
+
+
 def default_variants(spec: OpSpec, target: Target, gated: bool = False) -> Sequence[Variant]:
     """For few tokens the fewest tiles, evenly filled; for many the tile with the least to load."""
     shapes = sorted(_shapes(spec, target, gated))

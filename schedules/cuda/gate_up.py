@@ -50,5 +50,8 @@ class GateUpSilu(KernelFamily):
         least = matmul.vendor_tokens(self.variants(spec, target))
         return Vendor("linear", least, epilogue=OpSpec("silu_mul", (("x", both),), spec.outputs))
 
+    def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: CudaTarget) -> bool:
+        return config in matmul.space(spec, target, self.packed, gated=True)
+
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         return matmul.matmul(spec, config, target, gated=True)

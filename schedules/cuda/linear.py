@@ -47,5 +47,8 @@ class Linear(KernelFamily):
     def vendor(self, spec: OpSpec, target: CudaTarget) -> Vendor:
         return Vendor("linear", matmul.vendor_tokens(self.variants(spec, target)))
 
+    def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: CudaTarget) -> bool:
+        return config in matmul.space(spec, target, self.packed)
+
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         return matmul.matmul(spec, config, target, gated=False)

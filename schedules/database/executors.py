@@ -1,0 +1,133 @@
+"""How a worker runs a task: an interface, and the way on this machine."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from threading import Event
+from typing import Any, Protocol
+
+from .fingerprint import Fingerprint
+from .record import Record
+from .tasks import Lease
+from .workload import Workload
+
+POLL_SECONDS = 0.05
+
+
+class TaskFailedError(Exception):
+    """An attempt came to nothing: an exception, a crash, a time-out; the message is stored with the task."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a task gives: JSON of its own, and records."""
+
+    result: Any = None
+    records: Sequence[Record] = field(default=())
+
+    def to_json(self) -> str:
+        records = [[r.workload.text, r.target.text, r.content()] for r in self.records]
+        return json.dumps({"result": self.result, "records": records})
+
+    @staticmethod
+    def from_json(text: str) -> Outcome:
+        content = json.loads(text)
+        records = [
+            Record.from_content(record, Workload.from_text(workload), Fingerprint.from_text(target))
+            for workload, target, record in content["records"]
+        ]
+        return Outcome(content["result"], records)
+
+
+Handler = Callable[[Any], Outcome]  # of one kind of task: payload -> outcome
+
+
+class Executor(Protocol):
+    """Runs tasks, one at a time."""
+
+    def run(self, held: Lease, lost: Event) -> Outcome:
+        """Do the task; stop early if `lost` is set, since nobody wants the outcome then.
+
+        Raises:
+            TaskFailedError: it came to nothing.
+        """
+
+    def close(self) -> None:
+        """Give back processes and other resources."""
+
+
+class LocalExecutor(Executor):
+    """Runs tasks in a process of its own, so that a crash or a hang of a kernel is a failed attempt and no more.
+
+    Args:
+        handlers: by kind of task; functions that can be imported.
+        timeout: seconds that an attempt may take.
+    """
+
+    def __init__(self, handlers: Mapping[str, Handler], timeout: float) -> None:
+        self._handlers = dict(handlers)
+        self._timeout = timeout
+        self._process: Any = None
+        self._pipe: Connection | None = None
+
+    def run(self, held: Lease, lost: Event) -> Outcome:
+        pipe = self._connected()
+        deadline = time.monotonic() + self._timeout
+        try:
+            pipe.send_bytes(json.dumps([held.kind, held.payload]).encode())
+            while not pipe.poll(POLL_SECONDS):
+                if lost.is_set():
+                    raise TaskFailedError("the lease was lost while it ran")
+                if time.monotonic() > deadline:
+                    raise TaskFailedError(f"took longer than {self._timeout:g} s")
+            error, outcome = json.loads(pipe.recv_bytes())
+        except (EOFError, OSError) as ended:
+            self._process.join(1)
+            code = self._process.exitcode
+            self.close()
+            raise TaskFailedError(f"its process ended with exit code {code}") from ended
+        except TaskFailedError:
+            self.close()
+            raise
+        if error is not None:
+            raise TaskFailedError(error)
+        return Outcome.from_json(outcome)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            assert self._pipe is not None
+            self._pipe.close()
+            self._process = self._pipe = None
+
+    def _connected(self) -> Connection:
+        if self._process is None or not self._process.is_alive():
+            self.close()
+            start = multiprocessing.get_context("spawn")  # a fork would share the parent's threads' locks, and CUDA
+            self._pipe, theirs = start.Pipe()
+            self._process = start.Process(target=_serve, args=(theirs, self._handlers), daemon=True)
+            self._process.start()
+            theirs.close()
+        assert self._pipe is not None
+        return self._pipe
+
+
+def _serve(pipe: Connection, handlers: Mapping[str, Handler]) -> None:
+    """The process: JSON of tasks in, JSON of outcomes out, until the worker is gone."""
+    while True:
+        try:
+            kind, payload = json.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            return
+        try:
+            answer = [None, handlers[kind](payload).to_json()]
+        except Exception as error:
+            answer = ["".join(traceback.format_exception_only(error)).strip(), None]
+        pipe.send_bytes(json.dumps(answer).encode())

@@ -1,0 +1,177 @@
+"""One record: a schedule of a workload on a machine, its times, and how they came about."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from vllm_compile.errors import DatabaseError
+
+from .canonical import canonical, sha256
+from .fingerprint import Fingerprint
+from .workload import Workload
+
+
+class How(StrEnum):
+    """Where the times come from; the two are never mixed."""
+
+    MEASURED = "measured"
+    ESTIMATED = "estimated"
+
+
+class ScheduleKind(StrEnum):
+    PARAMETERS = "parameters"  # a kernel family and its configuration
+    TRACE = "trace"  # of TVM's MetaSchedule
+
+
+class State(StrEnum):
+    """How far a schedule is trusted, in ascending order; merging takes the later one."""
+
+    CANDIDATE = "candidate"
+    VERIFIED = "verified"  # measured on two hosts
+    PROMOTED = "promoted"  # preferred to faster ones, by somebody's word
+    RETIRED = "retired"  # never given as an answer again
+
+
+STATES = tuple(State)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A kind of schedule and its canonical JSON."""
+
+    kind: ScheduleKind
+    text: str
+
+    @staticmethod
+    def parameters(family: str, config: Mapping[str, Any]) -> Schedule:
+        """A kernel family's configuration."""
+        return Schedule(ScheduleKind.PARAMETERS, canonical({"family": family, "config": dict(config)}))
+
+    @staticmethod
+    def trace(trace: Any) -> Schedule:
+        """The JSON of a MetaSchedule trace."""
+        return Schedule(ScheduleKind.TRACE, canonical(trace))
+
+    @property
+    def key(self) -> str:
+        return sha256(canonical([self.kind, self.text]))
+
+    def content(self) -> Any:
+        return json.loads(self.text)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of one call: median, 10th and 90th percentile."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The comparison of the kernel's output with the operator's reference.
+
+    Attributes:
+        error: the largest, in the units of `tolerance`.
+        tolerance: the operator's.
+        executed_on: what ran the kernel for the comparison (the device, or an emulator of it).
+    """
+
+    error: float
+    tolerance: float
+    executed_on: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Who measured, when (Unix seconds), on which host, at which commit of this project."""
+
+    author: str
+    measured_at: int
+    host: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is committed; never changed afterwards, only its state is.
+
+    Attributes:
+        gb_per_s: bytes that the workload must move, by the median time, in 1e9 bytes per second.
+        roofline_share: of the bound for this machine, 1.0 being all of it.
+        verdict: None where nothing was compared; such a record cannot be committed.
+    """
+
+    workload: Workload
+    target: Fingerprint
+    schedule: Schedule
+    how: How
+    times: Times
+    gb_per_s: float
+    roofline_share: float
+    verdict: Verdict | None
+    provenance: Provenance
+
+    def content(self) -> dict[str, Any]:
+        """As JSON, without workload and target."""
+        return {
+            "schedule": {"kind": self.schedule.kind, "text": self.schedule.text},
+            "how": self.how,
+            "times": {name: float(value) for name, value in vars(self.times).items()},
+            "gb_per_s": float(self.gb_per_s),
+            "roofline_share": float(self.roofline_share),
+            "verdict": None
+            if self.verdict is None
+            else {
+                "error": float(self.verdict.error),
+                "tolerance": float(self.verdict.tolerance),
+                "executed_on": self.verdict.executed_on,
+            },
+            "provenance": dict(vars(self.provenance)),
+        }
+
+    @staticmethod
+    def from_content(content: Mapping[str, Any], workload: Workload, target: Fingerprint) -> Record:
+        """The inverse of `content`; KeyError, TypeError or ValueError if it is none."""
+        return Record(
+            workload,
+            target,
+            Schedule(ScheduleKind(content["schedule"]["kind"]), content["schedule"]["text"]),
+            How(content["how"]),
+            Times(**content["times"]),
+            content["gb_per_s"],
+            content["roofline_share"],
+            Verdict(**content["verdict"]),
+            Provenance(**content["provenance"]),
+        )
+
+    @cached_property
+    def id(self) -> str:
+        """SHA-256 of all the record says: the same in every database, and a check of what was stored."""
+        return sha256(canonical([self.workload.text, self.target.text, self.content()]))
+
+
+def check(record: Record) -> None:
+    """Raise DatabaseError unless the record may be committed."""
+    times, verdict = record.times, record.verdict
+    numbers = (times.p10, times.median, times.p90, record.gb_per_s, record.roofline_share)
+    if not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise _refused(record, f"its times and rates must be positive numbers, not {numbers}")
+    if not times.p10 <= times.median <= times.p90:
+        raise _refused(record, f"its times are not in order: p10 {times.p10}, median {times.median}, p90 {times.p90}")
+    if verdict is None or not verdict.executed_on:
+        raise _refused(record, "its output was not compared with the reference; compare it first")
+    if not (math.isfinite(verdict.tolerance) and 0 <= verdict.error <= verdict.tolerance):
+        raise _refused(record, f"its output is wrong: error {verdict.error}, tolerance {verdict.tolerance}")
+
+
+def _refused(record: Record, reason: str) -> DatabaseError:
+    return DatabaseError(f"a record of {record.workload.summary()} is not taken: {reason}")

@@ -1,0 +1,82 @@
+"""Tasks in a process of their own: crashes, hangs and errors are failed attempts; the worker goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from threading import Event, Timer
+
+import pytest
+
+from vllm_compile.schedules.database.executors import LocalExecutor, Outcome, TaskFailedError
+from vllm_compile.schedules.database.tasks import Lease, all_tasks, counts, submit
+from vllm_compile.schedules.database.worker import Worker
+
+from .samples import record
+
+
+def square(number) -> Outcome:
+    return Outcome(number**2, [record(config={"task": number})])
+
+
+def fail(number) -> Outcome:
+    raise ValueError(f"{number} is no good")
+
+
+def crash(number) -> Outcome:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return Outcome()
+
+
+def hang(number) -> Outcome:
+    time.sleep(1000)
+    return Outcome()
+
+
+def unchecked(number) -> Outcome:
+    return Outcome(None, [record(us=-1)])
+
+
+HANDLERS = {"square": square, "fail": fail, "crash": crash, "hang": hang, "unchecked": unchecked}
+
+
+@pytest.fixture(scope="module")
+def executor():
+    made = LocalExecutor(HANDLERS, timeout=8)
+    yield made
+    made.close()
+
+
+def task(kind: str, payload=3) -> Lease:
+    return Lease(1, kind, payload, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("fail", "ValueError: 3 is no good"), ("crash", "exit code -11"), ("hang", "longer than 8 s")]
+)
+def test_failed_attempts(executor, kind, words):
+    with pytest.raises(TaskFailedError, match=words):
+        executor.run(task(kind), Event())
+    assert executor.run(task("square"), Event()) == square(3)  # and goes on
+
+
+def test_stops_when_the_lease_is_lost(executor):
+    executor.run(task("square"), Event())
+    lost, start = Event(), time.monotonic()
+    Timer(0.2, lost.set).start()
+    with pytest.raises(TaskFailedError, match="lease was lost"):
+        executor.run(task("hang"), lost)
+    assert time.monotonic() - start < 5
+
+
+def test_a_worker_does_what_it_can(executor, database):
+    for kind in ("square", "fail", "unchecked"):
+        submit(database, kind, [1, 2], max_attempts=2)
+    submit(database, "unknown", [1])
+    done = Worker(database, executor, list(HANDLERS), "a").run(Event(), until_empty=True)
+    assert (done.completed, done.failed, done.lost) == (2, 8, 0)
+    assert counts(database) == {"queued": 1, "leased": 0, "done": 2, "failed": 4}
+    errors = {t.kind: t.error for t in all_tasks(database) if t.error}
+    assert errors["fail"] == "ValueError: 2 is no good"
+    assert "must be positive numbers" in errors["unchecked"]

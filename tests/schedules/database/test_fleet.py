@@ -1,0 +1,204 @@
+"""Many workers, killed at random, a server restarted, a clock that jumps: each task is done once."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SEED
+from vllm_compile.errors import DatabaseError, LeaseLostError
+from vllm_compile.schedules.database import open_database, tasks
+from vllm_compile.schedules.database.bundle import all_records
+from vllm_compile.schedules.database.tasks import (
+    TaskState,
+    all_tasks,
+    complete,
+    counts,
+    give_up,
+    lease,
+    renew,
+    submit,
+)
+
+from .fleet import KIND
+from .samples import record
+
+ROOT = Path(__file__).parents[3]
+TASKS = 2000
+ATTEMPTS = 30  # more than a task can be killed
+
+
+class Fleet:
+    """Workers in processes of their own, one of which has a clock that jumps; the dead are replaced."""
+
+    def __init__(self, url: str, size: int) -> None:
+        self._url, self._random, self.started, self.killed = url, random.Random(SEED), 0, 0
+        self.processes = [self._start() for _ in range(size)]
+
+    def _start(self) -> subprocess.Popen:
+        self.started += 1
+        name, seed = f"worker{self.started}", f"{SEED}-{self.started}"
+        jump = ["jump"] if self.started % 4 == 1 else []
+        command = [sys.executable, "-m", "tests.schedules.database.fleet", self._url, name, seed, *jump]
+        return subprocess.Popen(command, cwd=ROOT)
+
+    def kill_one(self) -> None:
+        index = self._random.randrange(len(self.processes))
+        self.processes[index].kill()
+        self.processes[index].wait()
+        self.killed += 1
+        self.processes[index] = self._start()
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def run(url: str, size: int, kills: int, half_way=lambda: None) -> None:
+    """TASKS tasks by a fleet, killed `kills` times while it works; then what is left is looked at."""
+    with open_database(url) as database:
+        assert submit(database, KIND, range(TASKS), max_attempts=ATTEMPTS) == TASKS
+        fleet = Fleet(url, size)
+        try:
+            restarted = False
+            deadline = time.monotonic() + 240
+            while (done := counts(database)["done"]) < TASKS:
+                assert time.monotonic() < deadline, counts(database)
+                if done > TASKS // 2 and not restarted:
+                    half_way()
+                    restarted = True
+                if done > TASKS * (fleet.killed + 1) // (kills + 1):
+                    fleet.kill_one()
+                time.sleep(0.1)
+        finally:
+            fleet.stop()
+        found = all_tasks(database)
+        assert [(task.payload, task.result, task.state) for task in found] == [
+            (n, n * n, TaskState.DONE) for n in range(TASKS)
+        ]
+        assert measured(database) == Counter(range(TASKS))
+        again = sum(task.attempts > 1 for task in found)
+        print(f"{fleet.killed} kills, {again} tasks took more than one attempt, seed {SEED}")
+        assert restarted
+        assert fleet.killed == kills
+        assert again >= 1
+
+
+def measured(database) -> Counter:
+    """How many records each task has left."""
+    return Counter(json.loads(item[0].schedule.text)["config"]["task"] for item in all_records(database))
+
+
+@pytest.mark.slow
+def test_postgresql(server):
+    def restart() -> None:
+        server.stop("immediate")  # as in a crash
+        server.start()
+
+    run(server.create("fleet"), size=8, kills=12, half_way=restart)
+
+
+@pytest.mark.slow
+def test_sqlite(tmp_path):
+    run(str(tmp_path / "fleet.db"), size=4, kills=6)
+
+
+@pytest.fixture
+def held(database):
+    """A lease that has run out, and the one that another worker has got since."""
+    submit(database, KIND, [1])
+    first = lease(database, "first", [KIND], 0.05)
+    assert lease(database, "second", [KIND], 60) is None
+    time.sleep(0.1)
+    return first, lease(database, "second", [KIND], 60)
+
+
+def outcome(name: str):
+    return 1, [record(config={"task": 1}, host=name)]
+
+
+def test_whose_lease_ran_out_commits_nothing(database, held):
+    first, second = held
+    assert second.fence > first.fence
+    for call in (
+        lambda: complete(database, first, *outcome("first")),
+        lambda: renew(database, first, 60),
+        lambda: give_up(database, first, "late"),
+    ):
+        with pytest.raises(LeaseLostError, match="has run out"):
+            call()
+    assert measured(database) == Counter()
+    complete(database, second, *outcome("second"))
+    complete(database, second, *outcome("second"))  # the answer was lost: once more is no error
+    with pytest.raises(LeaseLostError):
+        complete(database, first, *outcome("first"))
+    assert measured(database) == Counter([1])
+
+
+def test_without_fences_it_would_be_done_twice(database, held, monkeypatch):
+    """The test above can fail: with the fence not looked at, both workers' records are there."""
+    monkeypatch.setattr(tasks, "_update", lambda connection, held, **values: None)
+    for name, each in zip(("first", "second"), held, strict=True):
+        complete(database, each, *outcome(name))
+    assert measured(database) == Counter([1, 1])
+
+
+def test_a_lease_that_nobody_else_took_has_run_out_too(database):
+    submit(database, KIND, [1])
+    held = lease(database, "first", [KIND], 0.05)
+    time.sleep(0.1)
+    with pytest.raises(LeaseLostError):
+        complete(database, held, 1)
+
+
+def test_renewed(database):
+    submit(database, KIND, [1])
+    held = lease(database, "first", [KIND], 0.5)
+    for _ in range(3):
+        time.sleep(0.3)
+        renew(database, held, 0.5)
+    complete(database, held, 1)
+
+
+def test_attempts_end(database):
+    submit(database, KIND, [1], max_attempts=2)
+    give_up(database, lease(database, "a", [KIND], 60), "no luck")
+    assert [(t.state, t.error) for t in all_tasks(database)] == [(TaskState.QUEUED, "no luck")]
+    give_up(database, lease(database, "a", [KIND], 60), "none again")
+    assert [(t.state, t.error) for t in all_tasks(database)] == [(TaskState.FAILED, "none again")]
+    assert lease(database, "a", [KIND], 60) is None
+
+
+def test_deaths_are_attempts(database):
+    submit(database, KIND, [1], max_attempts=2)
+    for _ in range(2):
+        assert lease(database, "a", [KIND], 0.01) is not None
+        time.sleep(0.05)
+    assert lease(database, "a", [KIND], 60) is None
+    (task,) = all_tasks(database)
+    assert (task.state, task.error) == (TaskState.FAILED, "its worker's lease ran out, at the last attempt")
+
+
+def test_order_kinds_and_duplicates(database):
+    assert submit(database, KIND, [1, 2]) == 2
+    assert submit(database, KIND, [2, 3], priority=5) == 1
+    assert submit(database, "other", [4], priority=9) == 1
+    taken = [lease(database, "a", [KIND], 60).payload for _ in range(3)]
+    assert taken == [3, 1, 2]
+    assert lease(database, "a", [KIND], 60) is None
+
+
+def test_a_wrong_record_is_not_done(database):
+    submit(database, KIND, [1])
+    held = lease(database, "a", [KIND], 60)
+    with pytest.raises(DatabaseError, match="was not compared"):
+        complete(database, held, 1, [record(verdict=None)])
+    assert counts(database)["leased"] == 1

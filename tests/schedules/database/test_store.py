@@ -1,0 +1,139 @@
+"""What may be stored, how states move, what the tables themselves refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import sqlalchemy
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import insert, update
+
+from vllm_compile.errors import DatabaseError
+from vllm_compile.schedules.database import How, State, Times, Verdict, commit, lookup, open_database, store
+from vllm_compile.schedules.database.rows import row_of
+from vllm_compile.schedules.database.schema import metadata, records
+
+from .samples import H200, linear, record
+
+NAN, INF = float("nan"), float("inf")
+
+
+def state(database, key: str) -> State:
+    return store.find(database, key)[1]
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (record(verdict=None), "was not compared"),
+        (record(verdict=Verdict(0.0, 1.0, "")), "was not compared"),
+        (record(verdict=Verdict(2e-2, 1e-2, "device")), "output is wrong"),
+        (record(verdict=Verdict(NAN, 1e-2, "device")), "output is wrong"),
+        (record(verdict=Verdict(0.0, INF, "device")), "output is wrong"),
+        (record(us=0), "positive"),
+        (record(us=NAN), "positive"),
+        (replace(record(), times=Times(10, 11, 12)), "not in order"),
+    ],
+)
+def test_refused(database, bad, words):
+    with pytest.raises(DatabaseError, match=words):
+        commit(database, [record(us=5), bad])
+    assert lookup(database, linear(), H200) is None  # all or none
+    commit(database, [record(us=5)])
+    assert lookup(database, linear(), H200) is not None
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"error": 1.0}, {"error": None}, {"executed_on": ""}, {"p10_us": 99.0}, {"state": "best"}, {"how": "guessed"}],
+)
+def test_the_tables_refuse_it_too(database, columns):
+    good = record()
+    commit(database, [good])
+    with database.reading() as connection:
+        numbers = connection.execute(sqlalchemy.select(records.c.workload_id, records.c.target_id)).one()
+    row = row_of(good, *numbers, State.CANDIDATE) | {"id": "f" * 64}
+    with pytest.raises(sqlalchemy.exc.IntegrityError), database.engine.begin() as connection:
+        connection.execute(insert(records).values(row | columns))
+    with database.engine.begin() as connection:
+        connection.execute(insert(records).values(row))  # without the change it is taken
+
+
+def test_twice_is_once(database):
+    assert commit(database, [record()]) == commit(database, [record()])
+    assert store.count(database)["candidate"] == 1
+
+
+def test_verified_on_two_hosts(database):
+    (first,) = commit(database, [record()])
+    (again,) = commit(database, [record(at=1_750_000_001)])
+    commit(database, [record(config={"kind": "other"}, host="beta")])
+    commit(database, [record(how=How.ESTIMATED, host="gamma")])
+    assert state(database, first) == state(database, again) == State.CANDIDATE
+    (second,) = commit(database, [record(host="beta")])
+    assert {state(database, key) for key in (first, again, second)} == {State.VERIFIED}
+
+
+def test_transitions(database):
+    (key,) = commit(database, [record()])
+    with pytest.raises(DatabaseError, match="is candidate, only what is verified can be promoted; it takes"):
+        store.promote(database, key)
+    commit(database, [record(host="beta")])
+    store.promote(database, key[:10])
+    assert state(database, key) == State.PROMOTED
+    store.retire(database, key)
+    for move in (store.promote, store.retire):
+        with pytest.raises(DatabaseError, match="is retired, only"):
+            move(database, key)
+
+
+@pytest.mark.parametrize("prefix", ["", "zz", "%", "_"])
+def test_unknown_id(database, prefix):
+    commit(database, [record()])
+    with pytest.raises(DatabaseError, match="no record starts with"):
+        store.find(database, prefix)
+
+
+def test_ambiguous_id(database):
+    ids = commit(database, [record(us=n) for n in range(1, 40)])
+    prefix = next(a[0] for a in ids if sum(b[0] == a[0] for b in ids) > 1)
+    with pytest.raises(DatabaseError, match="several records start"):
+        store.find(database, prefix)
+
+
+@pytest.mark.parametrize("column", [{"median_us": 9.5}, {"schedule": "{}"}, {"host": "elsewhere"}])
+def test_an_altered_row_is_no_answer(database, column):
+    (key, other) = commit(database, [record(), record(linear(N=64))])
+    with database.engine.begin() as connection:
+        connection.execute(update(records).where(records.c.id == key).values(column))
+    with pytest.raises(DatabaseError, match="is not what was committed"):
+        lookup(database, linear(), H200)
+    assert lookup(database, linear(N=64), H200).record.id == other
+
+
+def test_migrations_make_the_schema(database):
+    with database.engine.connect() as connection:
+        context = MigrationContext.configure(connection)
+        assert compare_metadata(context, metadata) == []
+        other = sqlalchemy.MetaData()
+        sqlalchemy.Table("more", other, sqlalchemy.Column("id", sqlalchemy.Integer))
+        assert compare_metadata(context, other) != []
+
+
+def test_a_newer_schema_is_refused(database, url):
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(DatabaseError, match=r"schema \(9999\) is newer than this version's; update"):
+        open_database(url)
+
+
+def test_opened_for_reading(database, url):
+    commit(database, [record()])
+    with open_database(url, writable=False) as reader:
+        assert lookup(reader, linear(), H200) is not None
+        with pytest.raises(DatabaseError, match="opened for reading"):
+            commit(reader, [record(us=3)])
+        with pytest.raises(sqlalchemy.exc.DBAPIError), reader.engine.begin() as connection:
+            connection.exec_driver_sql("DELETE FROM records")  # not even past the API
