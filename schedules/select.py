@@ -35,10 +35,11 @@ def choose(spec: OpSpec, target: Target, lossless: bool = True) -> Choice:
         UnsupportedError: none of the target's families serves the call; it is named.
     """
     for family in FAMILIES[target.name]:
-        if family.op != spec.op or not family.serves(spec, target):
+        if family.op != spec.op or not spec.options <= family.options or not family.serves(spec, target):
             continue
         layouts = family.layouts(spec, target)
         if lossless or not any(isinstance(layout, Lossless) for layout in layouts.values()):
             return Choice(family, layouts, family.variants(spec, target), family.vendor(spec, target))
     inputs = ", ".join(f"{name} {list(map(str, tensor.shape))} {tensor.dtype}" for name, tensor in spec.inputs)
-    raise UnsupportedError(f"target {target.name} has no kernel for {spec.op}({inputs})")
+    options = "".join(f", {name}={spec.attribute(name)}" for name in sorted(spec.options))
+    raise UnsupportedError(f"target {target.name} has no kernel for {spec.op}({inputs}{options})")

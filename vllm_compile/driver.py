@@ -18,8 +18,9 @@ from .errors import ArtifactError, ModelError, TargetError, UnsupportedError
 from .frontend.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from .frontend.hf import TracedModel, read_config, trace
 from .frontend.importer import ImportedModel, import_model
-from .lowering import Lowered, lower
-from .relax_passes.pipeline import PassRecord, run_passes
+from .lowering import Lowered, dimension, lower
+from .relax_passes.outline_layers import FORWARD, LOGITS
+from .relax_passes.pipeline import OPTIONAL, PassRecord, run_passes
 from .runtime import manifest as files
 from .runtime.manifest import check_target
 from .runtime.plan import ModelShape, Plan
@@ -136,7 +137,7 @@ def compile_model(
             if not options.weightless:
                 with stage("weights"):
                     write_shards(lowered.weights.values(), weights.evaluate, directory)
-            plan = Plan(_model_shape(config, dtype), lowered.functions, lowered.restored)
+            plan = Plan(_model_shape(config, module, dtype), lowered.functions, lowered.restored)
             (directory / files.PLAN).write_text(plan.to_json())
             write_config(source, dtype, directory)
             with stage("verify"):
@@ -195,7 +196,7 @@ def _dumper(directory: Path | None) -> Callable[[str, tvm.IRModule], None]:
 
 
 def _check_matches(passes: list[PassRecord], strict: bool) -> list[str]:
-    idle = [record.name for record in passes if record.matches == 0]
+    idle = [record.name for record in passes if record.matches == 0 and record.name not in OPTIONAL]
     if idle and strict:
         raise UnsupportedError(f"passes matched nothing: {', '.join(idle)} (--strict)")
     return [f"pass {name} matched nothing" for name in idle]
@@ -249,15 +250,20 @@ def _reader(
     return read
 
 
-def _model_shape(config: Any, dtype: str) -> ModelShape:
-    heads = config.num_attention_heads
+def _model_shape(config: Any, module: tvm.IRModule, dtype: str) -> ModelShape:
+    """Shapes as the compiled functions have them; heads of queries as the configuration says."""
+    forward, logits = module[FORWARD], module[LOGITS]
+    caches = {tuple(map(dimension, p.ty.shape.values)) for p in forward.params if p.name.startswith("kv_")}
+    if len(caches) != 1:
+        raise UnsupportedError(f"{config.model_type}: layers whose KV caches have different shapes are not supported")
+    (_, num_kv_heads, _, width) = caches.pop()
     return ModelShape(
-        num_layers=config.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
+        num_layers=sum(p.name.startswith("kv_") for p in forward.params),
+        num_heads=config.num_attention_heads,
+        num_kv_heads=int(num_kv_heads),
+        head_dim=int(width) // 2,
+        hidden_size=int(forward.ret_ty.shape.values[-1]),
+        vocab_size=int(logits.ret_ty.shape.values[-1]),
         max_positions=config.max_position_embeddings,
         dtype=dtype,
     )

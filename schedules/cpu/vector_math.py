@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from tvm import tirx
 from tvm.script import tirx as T
 
@@ -29,8 +31,27 @@ def exp(x: tirx.Expr) -> tirx.Expr:
 
     x = n * ln 2 + r with an integer n and |r| <= ln2 / 2; exp(r) by a polynomial; n added to its exponent.
     Below EXP_MIN, also for -inf, the result is 0; above EXP_MAX, also for inf, that of EXP_MAX; for NaN, NaN.
-    Pass whole vectors, or bind the result: inside T.vectorized it must not occur twice in an expression.
+    Pass whole vectors; inside T.vectorized use `bound_exp`.
     """
+    bindings: list[tuple[tirx.Var, tirx.Expr]] = []
+
+    def bind(value: tirx.Expr) -> tirx.Expr:
+        variable = tirx.Var(f"exp_{len(bindings)}", value.ty)
+        bindings.append((variable, value))
+        return variable
+
+    result = _exp(x, bind)
+    for variable, value in reversed(bindings):
+        result = tirx.Let(variable, value, result)
+    return result
+
+
+def bound_exp(x: tirx.Expr) -> tirx.Expr:
+    """`exp` whose intermediate values are statements: for scalars inside T.vectorized."""
+    return T.Bind(_exp(x, T.Bind))
+
+
+def _exp(x: tirx.Expr, bind: Callable[[tirx.Expr], tirx.Expr]) -> tirx.Expr:
     lanes = x.ty.dtype.lanes
     float_type, int_type = (f"{base}x{lanes}" if lanes > 1 else base for base in ("float32", "int32"))
 
@@ -43,17 +64,74 @@ def exp(x: tirx.Expr) -> tirx.Expr:
     def fma(a: tirx.Expr, b: tirx.Expr, c: tirx.Expr) -> tirx.Expr:
         return T.call_llvm_pure_intrin(float_type, "llvm.fma", a, b, c)
 
-    capped, n, r = (tirx.Var(name, float_type) for name in ("capped", "n", "r"))
+    # T.Select, unlike T.min, is certain to keep a NaN.
+    capped = bind(T.Select(x > constant(EXP_MAX), constant(EXP_MAX), x))
+    n = bind(T.call_llvm_pure_intrin(float_type, "llvm.nearbyint", capped * constant(LOG2_E)))
+    r = bind(fma(n, constant(-LN2_LOW), fma(n, constant(-LN2_HIGH), capped)))
     polynomial = constant(EXP_COEFFICIENTS[-1])
     for coefficient in reversed(EXP_COEFFICIENTS[:-1]):
         polynomial = fma(polynomial, r, constant(coefficient))
     exponent = T.shift_left(T.Cast(int_type, n), splat(T.int32(23)))
     result = T.reinterpret(float_type, T.reinterpret(int_type, polynomial) + exponent)
-    result = T.Select(capped < constant(EXP_MIN), constant(0.0), result)
-    reduced = fma(n, constant(-LN2_LOW), fma(n, constant(-LN2_HIGH), capped))
-    nearest = T.call_llvm_pure_intrin(float_type, "llvm.nearbyint", capped * constant(LOG2_E))
-    # T.Select, unlike T.min, is certain to keep a NaN.
-    at_most = T.Select(x > constant(EXP_MAX), constant(EXP_MAX), x)
-    for variable, value in ((r, reduced), (n, nearest), (capped, at_most)):
-        result = tirx.Let(variable, value, result)
-    return result
+    return T.Select(capped < constant(EXP_MIN), constant(0.0), result)
+
+
+def sigmoid(x: tirx.Expr) -> tirx.Expr:
+    """1 / (1 + exp(-x)) of a float32; `x` is bound, as are those of the functions below."""
+    return T.float32(1) / (T.float32(1) + bound_exp(T.float32(0) - x))
+
+
+def tanh(x: tirx.Expr) -> tirx.Expr:
+    """tanh of a float32, with an absolute error below 2e-7."""
+    return T.float32(1) - T.float32(2) / (bound_exp(x + x) + T.float32(1))
+
+
+# erf on [0, inf) as 1 - (a1 t + ... + a5 t^5) exp(-x^2), t = 1 / (1 + p x): Abramowitz & Stegun 1964, 7.1.26,
+# absolute error 1.5e-7.
+ERF_P = 0.3275911
+ERF_COEFFICIENTS = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
+
+
+def erf(x: tirx.Expr) -> tirx.Expr:
+    """erf of a float32, with an absolute error below 4e-7."""
+    size = T.Bind(T.Select(x < T.float32(0), T.float32(0) - x, x))
+    t = T.Bind(T.float32(1) / (T.float32(1) + T.float32(ERF_P) * size))
+    polynomial = T.float32(0)
+    for coefficient in reversed(ERF_COEFFICIENTS):
+        polynomial = (polynomial + T.float32(coefficient)) * t
+    result = T.Bind(T.float32(1) - polynomial * bound_exp(T.float32(0) - size * size))
+    return T.Select(x < T.float32(0), T.float32(0) - result, result)
+
+
+def gelu(x: tirx.Expr) -> tirx.Expr:
+    """x times the normal distribution function of x (Hendrycks & Gimpel 2016)."""
+    return x * T.float32(0.5) * (T.float32(1) + erf(T.Bind(x * T.float32(2**-0.5))))
+
+
+def gelu_tanh(x: tirx.Expr) -> tirx.Expr:
+    """The same authors' approximation by tanh."""
+    inner = T.Bind(T.float32(0.7978845608028654) * (x + T.float32(0.044715) * x * x * x))
+    return x * T.float32(0.5) * (T.float32(1) + tanh(inner))
+
+
+# By the names of `vllm_compile.expression`; operands are float32 and bound.
+FUNCTIONS: Mapping[str, Callable[..., tirx.Expr]] = {
+    "abs": lambda x: T.Select(x < T.float32(0), T.float32(0) - x, x),
+    "exp": bound_exp,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "negative": lambda x: T.float32(0) - x,
+    "relu": lambda x: T.Select(x < T.float32(0), T.float32(0), x),
+    "rsqrt": lambda x: T.float32(1) / T.sqrt(x),
+    "sigmoid": sigmoid,
+    "silu": lambda x: x * sigmoid(x),
+    "sqrt": T.sqrt,
+    "square": lambda x: x * x,
+    "tanh": tanh,
+    "add": lambda a, b: a + b,
+    "divide": lambda a, b: a / b,
+    "maximum": lambda a, b: T.Select(a < b, b, a),
+    "minimum": lambda a, b: T.Select(b < a, b, a),
+    "multiply": lambda a, b: a * b,
+    "subtract": lambda a, b: a - b,
+}
