@@ -120,7 +120,7 @@ def compile_model(
         traced = trace(config, DTYPES[dtype])
         checkpoint = open_checkpoint(source, traced.shapes, DTYPES[dtype], dummy_seed)
         imported = import_model(traced, config.max_position_embeddings)
-        _check_names(source, traced, imported, checkpoint)
+        _check_tensors(source, traced, imported, checkpoint)
     with stage("passes"):
         module, passes = run_passes(imported.module, _dumper(Path(options.dump) if options.dump else None))
         warnings = _check_matches(passes, options.strict)
@@ -170,8 +170,10 @@ def _verdict(directory: Path, source: Path, machine: Target, options: CompileOpt
 
 
 def _dtype(config: Any, asked: str | None) -> str:
-    if getattr(config, "quantization_config", None):
-        raise UnsupportedError("quantised checkpoints are not supported yet; compile the original weights")
+    if quantization := getattr(config, "quantization_config", None):
+        given = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        method = given.get("quant_method", "unknown")
+        raise UnsupportedError(f"checkpoints quantised by {method} are not supported yet; compile the original weights")
     dtype = asked or str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
     if dtype not in DTYPES:
         raise UnsupportedError(f"dtype {dtype} is not supported; pass --dtype bfloat16 or float32")
@@ -226,13 +228,21 @@ def _kernel_records(lowered: Lowered) -> list[dict[str, Any]]:
     ]
 
 
-def _check_names(
+def _check_tensors(
     source: Path, traced: TracedModel, imported: ImportedModel, checkpoint: Checkpoint | DummyCheckpoint
 ) -> None:
-    """Miss a tensor before the kernels are built, not after."""
-    missing = [n for n in imported.weights.values() if not any(alias in checkpoint for alias in traced.aliases[n])]
-    if missing:
-        raise ModelError(f"{source}: tensors missing in its safetensors: {', '.join(sorted(missing)[:5])}")
+    """Miss a tensor, or find one of another shape than the configuration's, before the kernels are built."""
+    stored = {n: [alias for alias in traced.aliases[n] if alias in checkpoint] for n in imported.weights.values()}
+    if missing := sorted(name for name, found in stored.items() if not found):
+        raise ModelError(f"{source}: tensors missing in its safetensors: {', '.join(missing[:5])}")
+    for name, found in stored.items():
+        expected = next(traced.shapes[alias] for alias in traced.aliases[name] if alias in traced.shapes)
+        for alias in found:
+            if (shape := checkpoint.shape(alias)) != expected:
+                tied = f", being tied to {found[0]}" if alias != found[0] else ""
+                raise ModelError(
+                    f"{alias}: shape {list(shape)} in the checkpoint, config.json says {list(expected)}{tied}"
+                )
 
 
 def _reader(
