@@ -53,6 +53,8 @@ def fuse_elementwise(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
 def _place(module: tvm.IRModule, function: relax.Function) -> str:
     """Where a function stands in the model, in the user's words."""
     name = next(var for var, f in module.functions_items() if f.same_as(function))
+    if FORWARD not in {var.name_hint for var in module.get_global_vars()}:
+        return name.name_hint
     calls = [b.value.op for b in Definitions(module[FORWARD]).bindings if isinstance(b.value.op, tvm.ir.GlobalVar)]
     numbers = [str(i) for i, callee in enumerate(calls) if callee.same_as(name)]
     return f"decoder layer {', '.join(numbers)}" if numbers else f"outside the decoder layers, in {name.name_hint}"

@@ -82,7 +82,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "StableLM": ("stablelm", {"use_qkv_bias": True}),
     "StarCoder 2": ("starcoder2", {"sliding_window": WINDOW}),
 }
-BFLOAT16 = ("Gemma 3", "GPT-2", "Phi-4-mini")
+BFLOAT16 = ("Gemma 3", "GPT-2")
 PROMPTS, NEW_TOKENS = (55, 31, 1), 6
 
 
