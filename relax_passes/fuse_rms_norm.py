@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import tvm
@@ -19,6 +20,7 @@ def fuse_rms_norm(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
     Before:
         f = astype(x, float32)
         y = multiply(weight, astype(multiply(f, rsqrt(add(mean(power(f, 2), axis=-1), eps))), dtype))
+        or, with a float32 weight, y = astype(multiply(weight, multiply(f, rsqrt(...))), dtype)
     After:
         y = rms_norm(x, weight, eps=eps)
     """
@@ -29,23 +31,46 @@ def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
     definitions = Definitions(function)
     found: dict[relax.Var, Rewrite] = {}
     for binding in definitions.bindings:
-        if (match := _match(definitions, binding.value)) is not None:
-            x, weight, eps = match
-            norm = RMS_NORM({"x": x, "weight": weight}, eps=eps)
-            found[binding.var] = replace_by(binding.var, norm)
+        match = match_scaled(definitions, binding.value)
+        if match is not None and same_type(match.x, binding.var):
+            found[binding.var] = _fuse(definitions, binding.var, match)
     return found
 
 
-def _match(d: Definitions, expr: Any) -> tuple[relax.Expr, relax.Expr, float] | None:
-    """(x, weight, eps) if `expr` is a whole RMSNorm."""
-    scaled = d.call(expr, "relax.multiply")
-    if scaled is None:
+def _fuse(d: Definitions, var: relax.Var, match: Scaled) -> Rewrite:
+    """The norm; of permuted rows, it comes before the permutation, where they lie one after the other."""
+    permuted = d.call(match.x, "relax.permute_dims")
+    axes = [] if permuted is None else [int(axis) for axis in permuted.attrs.axes]
+    if not axes or axes[-1] != len(axes) - 1:
+        return replace_by(var, RMS_NORM({"x": match.x, "weight": match.weight}, eps=match.eps))
+
+    def rewrite(emit):
+        norm = emit(RMS_NORM({"x": permuted.args[0], "weight": match.weight}, eps=match.eps))
+        return {var: relax.op.permute_dims(norm, axes)}
+
+    return rewrite
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A vector over its root mean square, times a weight; `x` is the vector before any cast to float32."""
+
+    x: relax.Expr
+    weight: relax.Expr
+    eps: float
+
+
+def match_scaled(d: Definitions, expr: Any) -> Scaled | None:
+    """What `expr` scales, if it is a whole RMSNorm, scaled before or after the rounding to the model's dtype."""
+    cast = d.call(expr, "relax.astype")
+    scaled = d.call(expr if cast is None else cast.args[0], "relax.multiply")
+    if scaled is None or (cast is not None and str(scaled.ty.dtype) != "float32"):
         return None
     for weight, normed in (tuple(scaled.args), tuple(scaled.args)[::-1]):
         is_scale = isinstance(weight.ty, relax.TensorType) and len(weight.ty.shape.values) == 1
-        match = _match_normed(d, _wide(d, normed)) if is_scale else None
-        if match is not None and same_type(match[0], scaled):
-            return match[0], weight, match[1]
+        match = _match_normed(d, normed if cast is not None else wide(d, normed)) if is_scale else None
+        if match is not None:
+            return Scaled(match[0], weight, match[1])
     return None
 
 
@@ -64,10 +89,10 @@ def _match_normed(d: Definitions, expr: Any) -> tuple[relax.Expr, float] | None:
         return None
     eps = d.constant(shifted.args[1])
     same = d.value(power.args[0]) is d.value(x) or power.args[0].same_as(x)
-    return (_wide(d, x), eps) if same and eps is not None else None
+    return (wide(d, x), eps) if same and eps is not None else None
 
 
-def _wide(d: Definitions, expr: Any) -> Any:
+def wide(d: Definitions, expr: Any) -> Any:
     """What a cast is applied to; anything else stands for itself."""
     cast = d.call(expr, "relax.astype")
     return cast.args[0] if cast is not None else expr

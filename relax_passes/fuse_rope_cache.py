@@ -9,7 +9,7 @@ import tvm
 from tvm import relax
 
 from vllm_compile.ops import KV_CACHE_WRITE, PAGED_ATTENTION, QKV_ROPE_CACHE
-from vllm_compile.ops.base import arguments_of
+from vllm_compile.ops.base import arguments_of, attributes_of
 
 from .base import Definitions, Rewrite, counted_pass, rewrite_functions
 
@@ -79,7 +79,7 @@ def _fuse(binding: relax.VarBinding, attention: dict[str, relax.Expr], inputs: d
         )
         q, kv = emit(relax.TupleGetItem(rotated, 0)), emit(relax.TupleGetItem(rotated, 1))
         given = {**attention, "q": q, "kv": kv}
-        return {binding.var: PAGED_ATTENTION(given, scale=binding.value.attrs["scale"])}
+        return {binding.var: PAGED_ATTENTION(given, **attributes_of(binding.value))}
 
     return rewrite
 

@@ -6,7 +6,7 @@ import tvm
 from tvm import relax, tirx
 
 from vllm_compile.ops import CAUSAL_ATTENTION, KV_CACHE_WRITE, PAGED_ATTENTION
-from vllm_compile.ops.base import arguments_of
+from vllm_compile.ops.base import arguments_of, attributes_of
 from vllm_compile.spec import Sym
 
 from .base import Definitions, Rewrite, clean, counted_pass, replace_bindings
@@ -51,7 +51,9 @@ def page_kv_cache(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
             q, k, v = (emit(relax.op.permute_dims(heads[name], HEADS_TO_ROWS)) for name in ("q", "k", "v"))
             written = emit(KV_CACHE_WRITE({"k": k, "v": v, "kv": cache, "slot_mapping": slots}))
             inputs = {"q": q, "kv": written, **metadata}
-            return {binding.var: PAGED_ATTENTION(inputs, scale=binding.value.attrs["scale"])}
+            attributes = attributes_of(binding.value)
+            del attributes["layer"]
+            return {binding.var: PAGED_ATTENTION(inputs, **attributes)}
 
         at[binding.var] = rewrite
     rewritten = replace_bindings(module, function, at)

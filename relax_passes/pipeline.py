@@ -9,7 +9,9 @@ import tvm
 
 from .base import match_counts
 from .fuse_add_rms_norm import fuse_add_rms_norm
+from .fuse_elementwise import fuse_elementwise
 from .fuse_gate_up import fuse_gate_up
+from .fuse_layer_norm import fuse_layer_norm
 from .fuse_residual import fuse_residual
 from .fuse_rms_norm import fuse_rms_norm
 from .fuse_rope_cache import fuse_rope_cache
@@ -21,6 +23,7 @@ from .page_kv_cache import page_kv_cache
 PIPELINE = (
     page_kv_cache,  # whole-batch attention -> paged KV cache; the serving signature
     outline_layers,  # one function per kind of layer; all passes below see each kind once
+    fuse_layer_norm,  # written-out norm of x without its mean -> layer_norm
     fuse_rms_norm,  # written-out norm -> rms_norm
     fuse_gate_up,  # silu(gate) * up -> gate_up_silu
     merge_qkv,  # parallel linear layers -> one
@@ -28,7 +31,11 @@ PIPELINE = (
     fuse_add_rms_norm,  # residual add + norm, where the sum is normalised next
     fuse_residual,  # the other residual adds -> epilogue of their linear layer
     lift_weights,  # what depends on weights alone -> runs once, at compile time
+    fuse_elementwise,  # whatever is left between two operators of ours -> one operator
 )
+
+# Passes for what only some families have: without a match they are no cause for a warning.
+OPTIONAL = frozenset({"fuse_layer_norm", "fuse_elementwise"})
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,11 @@ class KernelFamily(Protocol):
     def op(self) -> str:
         """The operator it computes."""
 
+    @property
+    def options(self) -> frozenset[str]:
+        """The operator's options (attributes that a call may leave out) that it knows."""
+        return frozenset()
+
     def serves(self, spec: OpSpec, target: Target) -> bool:
         """True if `build` can make a kernel for this call on this target."""
 

@@ -37,7 +37,7 @@ def choose(spec: OpSpec, target: Target, lossless: bool = True, tuned: Tuned | N
         UnsupportedError: none of the target's families serves the call; it is named.
     """
     for family in FAMILIES[target.name]:
-        if family.op != spec.op or not family.serves(spec, target):
+        if family.op != spec.op or not spec.options <= family.options or not family.serves(spec, target):
             continue
         layouts = family.layouts(spec, target)
         if lossless or not any(isinstance(layout, Lossless) for layout in layouts.values()):
@@ -46,7 +46,8 @@ def choose(spec: OpSpec, target: Target, lossless: bool = True, tuned: Tuned | N
                 variants = _tuned_variants(tuned, family, spec, target, layouts, variants, vendor)
             return Choice(family, layouts, variants, vendor)
     inputs = ", ".join(f"{name} {list(map(str, tensor.shape))} {tensor.dtype}" for name, tensor in spec.inputs)
-    raise UnsupportedError(f"target {target.name} has no kernel for {spec.op}({inputs})")
+    options = "".join(f", {name}={spec.attribute(name)}" for name in sorted(spec.options))
+    raise UnsupportedError(f"target {target.name} has no kernel for {spec.op}({inputs}{options})")
 
 
 def token_ranges(variants: Sequence[Variant], vendor: Vendor | None) -> list[tuple[int, int | None]]:

@@ -40,7 +40,11 @@ def _split(call: relax.Call, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     "relax.add": lambda call, a, b: a + b,
+    "relax.subtract": lambda call, a, b: a - b,
     "relax.multiply": lambda call, a, b: a * b,
+    "relax.divide": lambda call, a, b: a / b,
+    "relax.tanh": lambda call, x: x.tanh(),
+    "relax.nn.gelu": lambda call, x: torch.nn.functional.gelu(x),
     "relax.power": lambda call, x, exponent: x**exponent,
     "relax.negative": lambda call, x: -x,
     "relax.rsqrt": lambda call, x: x.rsqrt(),

@@ -16,7 +16,7 @@ from tests import models
 from tests.conftest import SEED
 from vllm_compile.cli import main
 from vllm_compile.paged_batch import PagedBatch
-from vllm_compile.relax_passes.pipeline import PIPELINE
+from vllm_compile.relax_passes.pipeline import OPTIONAL, PIPELINE
 from vllm_compile.runtime import manifest as files
 from vllm_compile.targets import cpu
 
@@ -87,7 +87,7 @@ class TestSecondCompile:
         assert summary["artifact"] == str(folder / "artifact")
         assert summary["verdict"]["outcome"] == "pass"
         assert [record["name"] for record in summary["passes"]] == [p.info.name for p in PIPELINE]
-        assert all(record["matches"] > 0 for record in summary["passes"])
+        assert {record["name"] for record in summary["passes"] if record["matches"] == 0} == OPTIONAL
         assert summary["warnings"] == []
         assert {kernel["op"] for kernel in summary["kernels"]} >= {"linear", "paged_attention", "rms_norm"}
         assert summary["seconds"].keys() >= {"import", "passes", "kernels", "weights", "verify"}
@@ -141,8 +141,8 @@ class TestRefusedModels:
         refused("architecture WhateverForCausalLM", *self.compile(copy, tmp_path / "out"))
 
     def test_operator(self, refused, tmp_path):
-        models.save(tmp_path / "model", SEED, mlp_bias=True)
-        refused("operator relax.split", *self.compile(tmp_path / "model", tmp_path / "out"))
+        models.save(tmp_path / "model", SEED, hidden_act="relu6")
+        refused("decoder layer 0, 1: operator relax.clip", *self.compile(tmp_path / "model", tmp_path / "out"))
 
     def test_dtype(self, refused, copy, tmp_path):
         change_json(copy / "config.json", dtype="float16")
@@ -150,7 +150,7 @@ class TestRefusedModels:
 
     def test_quantised(self, refused, copy, tmp_path):
         change_json(copy / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-        refused("quantised checkpoints are not supported", *self.compile(copy, tmp_path / "out"))
+        refused("checkpoints quantised by gptq are not supported", *self.compile(copy, tmp_path / "out"))
 
     def test_strict(self, refused, tmp_path):
         models.save(tmp_path / "model", SEED, mlp_bias=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import vllm_compile
 from tests import models
@@ -102,6 +103,18 @@ class TestWithoutKernels:
         with pytest.raises(ModelError, match=r"tensors missing in its safetensors: model\.layers\.2\."):
             vllm_compile.compile(copy, out=tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    def test_tied_weights_of_different_shapes(self, tmp_path, monkeypatch):
+        """Found before any kernel is built, as all shapes are."""
+        models.save(tmp_path / "model", SEED, tie_word_embeddings=True)
+        (shard,) = [
+            p for p in (tmp_path / "model").glob("*.safetensors") if "model.embed_tokens.weight" in load_file(p)
+        ]
+        tensors = load_file(shard)
+        save_file({**tensors, "lm_head.weight": torch.zeros(81, 64)}, shard, {"format": "pt"})
+        monkeypatch.setattr(driver, "build_library", lambda *_: pytest.fail("a kernel was built"))
+        with pytest.raises(ModelError, match=r"lm_head.weight: shape \[81, 64\] .* \[80, 64\], being tied to model"):
+            vllm_compile.compile(tmp_path / "model", out=tmp_path / "out")
 
     def test_not_run_is_a_verdict(self, tiny, tmp_path, monkeypatch):
         """The library is no library: that is what the verdict says."""

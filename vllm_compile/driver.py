@@ -18,8 +18,9 @@ from .errors import ArtifactError, DatabaseError, ModelError, TargetError, Unsup
 from .frontend.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from .frontend.hf import TracedModel, read_config, trace
 from .frontend.importer import ImportedModel, import_model
-from .lowering import Lowered, lower
-from .relax_passes.pipeline import PassRecord, run_passes
+from .lowering import Lowered, dimension, lower
+from .relax_passes.outline_layers import FORWARD, LOGITS
+from .relax_passes.pipeline import OPTIONAL, PassRecord, run_passes
 from .runtime import manifest as files
 from .runtime.manifest import check_target
 from .runtime.plan import ModelShape, Plan
@@ -123,7 +124,7 @@ def compile_model(
         traced = trace(config, DTYPES[dtype])
         checkpoint = open_checkpoint(source, traced.shapes, DTYPES[dtype], dummy_seed)
         imported = import_model(traced, config.max_position_embeddings)
-        _check_names(source, traced, imported, checkpoint)
+        _check_tensors(source, traced, imported, checkpoint)
     with stage("passes"):
         module, passes = run_passes(imported.module, _dumper(Path(options.dump) if options.dump else None))
         warnings = _check_matches(passes, options.strict)
@@ -142,7 +143,7 @@ def compile_model(
             if not options.weightless:
                 with stage("weights"):
                     write_shards(lowered.weights.values(), weights.evaluate, directory)
-            plan = Plan(_model_shape(config, dtype), lowered.functions, lowered.restored)
+            plan = Plan(_model_shape(config, module, dtype), lowered.functions, lowered.restored)
             (directory / files.PLAN).write_text(plan.to_json())
             write_config(source, dtype, directory)
             with stage("verify"):
@@ -186,8 +187,10 @@ def _verdict(directory: Path, source: Path, machine: Target, options: CompileOpt
 
 
 def _dtype(config: Any, asked: str | None) -> str:
-    if getattr(config, "quantization_config", None):
-        raise UnsupportedError("quantised checkpoints are not supported yet; compile the original weights")
+    if quantization := getattr(config, "quantization_config", None):
+        given = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        method = given.get("quant_method", "unknown")
+        raise UnsupportedError(f"checkpoints quantised by {method} are not supported yet; compile the original weights")
     dtype = asked or str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
     if dtype not in DTYPES:
         raise UnsupportedError(f"dtype {dtype} is not supported; pass --dtype bfloat16 or float32")
@@ -212,7 +215,7 @@ def _dumper(directory: Path | None) -> Callable[[str, tvm.IRModule], None]:
 
 
 def _check_matches(passes: list[PassRecord], strict: bool) -> list[str]:
-    idle = [record.name for record in passes if record.matches == 0]
+    idle = [record.name for record in passes if record.matches == 0 and record.name not in OPTIONAL]
     if idle and strict:
         raise UnsupportedError(f"passes matched nothing: {', '.join(idle)} (--strict)")
     return [f"pass {name} matched nothing" for name in idle]
@@ -243,13 +246,21 @@ def _kernel_records(lowered: Lowered) -> list[dict[str, Any]]:
     ]
 
 
-def _check_names(
+def _check_tensors(
     source: Path, traced: TracedModel, imported: ImportedModel, checkpoint: Checkpoint | DummyCheckpoint
 ) -> None:
-    """Miss a tensor before the kernels are built, not after."""
-    missing = [n for n in imported.weights.values() if not any(alias in checkpoint for alias in traced.aliases[n])]
-    if missing:
-        raise ModelError(f"{source}: tensors missing in its safetensors: {', '.join(sorted(missing)[:5])}")
+    """Miss a tensor, or find one of another shape than the configuration's, before the kernels are built."""
+    stored = {n: [alias for alias in traced.aliases[n] if alias in checkpoint] for n in imported.weights.values()}
+    if missing := sorted(name for name, found in stored.items() if not found):
+        raise ModelError(f"{source}: tensors missing in its safetensors: {', '.join(missing[:5])}")
+    for name, found in stored.items():
+        expected = next(traced.shapes[alias] for alias in traced.aliases[name] if alias in traced.shapes)
+        for alias in found:
+            if (shape := checkpoint.shape(alias)) != expected:
+                tied = f", being tied to {found[0]}" if alias != found[0] else ""
+                raise ModelError(
+                    f"{alias}: shape {list(shape)} in the checkpoint, config.json says {list(expected)}{tied}"
+                )
 
 
 def _reader(
@@ -267,15 +278,20 @@ def _reader(
     return read
 
 
-def _model_shape(config: Any, dtype: str) -> ModelShape:
-    heads = config.num_attention_heads
+def _model_shape(config: Any, module: tvm.IRModule, dtype: str) -> ModelShape:
+    """Shapes as the compiled functions have them; heads of queries as the configuration says."""
+    forward, logits = module[FORWARD], module[LOGITS]
+    caches = {tuple(map(dimension, p.ty.shape.values)) for p in forward.params if p.name.startswith("kv_")}
+    if len(caches) != 1:
+        raise UnsupportedError(f"{config.model_type}: layers whose KV caches have different shapes are not supported")
+    (_, num_kv_heads, _, width) = caches.pop()
     return ModelShape(
-        num_layers=config.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
+        num_layers=sum(p.name.startswith("kv_") for p in forward.params),
+        num_heads=config.num_attention_heads,
+        num_kv_heads=int(num_kv_heads),
+        head_dim=int(width) // 2,
+        hidden_size=int(forward.ret_ty.shape.values[-1]),
+        vocab_size=int(logits.ret_ty.shape.values[-1]),
         max_positions=config.max_position_embeddings,
         dtype=dtype,
     )

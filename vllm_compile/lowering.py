@@ -133,7 +133,10 @@ def op_spec(op: OwnOp, call: relax.Call) -> OpSpec:
     inputs = tuple((name, tensor_spec(arg.ty)) for name, arg in arguments_of(call).items())
     types = call.ty.fields if isinstance(call.ty, relax.TupleType) else [call.ty]
     written = types[: len(types) - len(op.updates)]
-    return OpSpec(op.name, inputs, tuple(tensor_spec(t) for t in written), tuple(sorted(attributes_of(call).items())))
+    attributes = attributes_of(call)
+    outputs = tuple(tensor_spec(t) for t in written)
+    options = frozenset(name for name in op.options if name in attributes)
+    return OpSpec(op.name, inputs, outputs, tuple(sorted(attributes.items())), options)
 
 
 class _FunctionLowering:

@@ -65,13 +65,15 @@ class OpSpec:
     `inputs` holds (argument name, tensor) pairs in calling order; leading batch axes are
     already merged, so activations are [T, K].  `outputs` are the tensors the kernel writes;
     an input that is updated in place (the KV cache) is not repeated there.
-    A kernel for it is called as `kernel(*inputs, *outputs)`.
+    A kernel for it is called as `kernel(*inputs, *outputs)`.  `options` names those attributes that
+    calls of the operator may leave out.
     """
 
     op: str
     inputs: tuple[tuple[str, TensorSpec], ...]
     outputs: tuple[TensorSpec, ...]
     attributes: tuple[tuple[str, Any], ...] = ()
+    options: frozenset[str] = frozenset()
 
     def input(self, name: str) -> TensorSpec:
         """The input called `name`; KeyError if the call has none such."""
@@ -83,3 +85,7 @@ class OpSpec:
     def attribute(self, name: str) -> Any:
         """The attribute called `name`; KeyError if the call has none such."""
         return dict(self.attributes)[name]
+
+    def option(self, name: str) -> Any:
+        """The attribute called `name`, or 0 if the call leaves it out."""
+        return dict(self.attributes).get(name, 0)

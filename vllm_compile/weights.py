@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import tvm
 from tvm import relax
+from tvm.ir.expr import GenericConst
 
 from .errors import ModelError, UnsupportedError
 from .heap import trim
@@ -36,6 +37,8 @@ OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "relax.add": lambda call, a, b: a + b,
     "relax.multiply": lambda call, a, b: a * b,
     "relax.astype": lambda call, tensor: tensor.to(getattr(torch, str(call.attrs.dtype))),
+    "relax.reshape": lambda call, tensor, shape: tensor.reshape(shape),
+    "vllm_compile.embedding": lambda call, ids, table: table[ids],
 }
 
 
@@ -84,6 +87,10 @@ class WeightProgram:
                     f"{value.name}: shape {list(tensor.shape)} in the checkpoint, config.json says {shape}"
                 )
             return tensor.to(getattr(torch, str(value.ty.dtype)))
+        if isinstance(value, relax.ShapeExpr):
+            return [int(dim) for dim in value.values]
+        if isinstance(value, GenericConst):
+            return torch.from_numpy(value.value.numpy().astype("float64")).to(getattr(torch, str(value.ty.dtype)))
         if isinstance(value, relax.Tuple):
             return [self._value(field) for field in value.fields]
         if isinstance(value, relax.Call) and value.op.name in OPERATORS:

@@ -2,8 +2,11 @@
 
 from ..family import KernelFamily
 from .attention import PagedAttention
+from .elementwise import Elementwise
 from .embedding import Embedding
 from .gate_up import GateUpSilu
+from .kv_cache_write import KVCacheWrite
+from .layer_norm import LayerNorm
 from .linear import Linear
 from .norm import AddRMSNorm, RMSNorm
 from .rope_cache import QKVRopeCache
@@ -13,7 +16,10 @@ FAMILIES: tuple[KernelFamily, ...] = (
     GateUpSilu(),
     RMSNorm(),
     AddRMSNorm(),
+    LayerNorm(),
     Embedding(),
+    Elementwise(),
     QKVRopeCache(),
+    KVCacheWrite(),
     PagedAttention(),
 )

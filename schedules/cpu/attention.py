@@ -18,7 +18,7 @@ from vllm_compile.targets import Target
 
 from ..family import Config, KernelFamily
 from .attention_narrow import Narrow
-from .attention_tile import PagedCache
+from .attention_tile import PagedCache, Scores
 from .attention_wide import Wide
 from .vectors import Vectors
 
@@ -31,7 +31,7 @@ NARROW_ROWS = 16
 
 
 def paged_attention(
-    heads: int, kv_heads: int, head_dim: int, dtype: str, scale: float, target: Target
+    heads: int, kv_heads: int, head_dim: int, dtype: str, scores: Scores, target: Target
 ) -> tirx.PrimFunc:
     """q [T, H, D], kv [B, KH, N, 2*D], table [R, W], seq_lens [R], query_start_loc [R+1] -> [T, H, D]."""
     group = heads // kv_heads
@@ -83,8 +83,8 @@ def paged_attention(
             next_item[0] = 0
             for _ in T.parallel(WORKERS):
                 cache = T.meta_var(PagedCache(vectors, head_dim, tile, kv_BHNC, table_RW))
-                wide = T.meta_var(Wide(vectors, cache, rows, heads, group, scale))
-                narrow = T.meta_var(Narrow(vectors, cache, NARROW_ROWS, heads, group, scale))
+                wide = T.meta_var(Wide(vectors, cache, rows, heads, group, scores))
+                narrow = T.meta_var(Narrow(vectors, cache, NARROW_ROWS, heads, group, scores))
                 spare = T.meta_var(cache.scratch())
                 wide_scratch = T.meta_var(wide.scratch())
                 narrow_scratch = T.meta_var(narrow.scratch())
@@ -129,6 +129,10 @@ class PagedAttention(KernelFamily):
     name: str = "cpu.paged_attention"
     op: str = "paged_attention"
 
+    @property
+    def options(self) -> frozenset[str]:
+        return frozenset({"window", "soft_cap"})
+
     def serves(self, spec: OpSpec, target: Target) -> bool:
         if spec.op != self.op:
             return False
@@ -137,4 +141,5 @@ class PagedAttention(KernelFamily):
 
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
         q, kv = spec.input("q"), spec.input("kv")
-        return paged_attention(q.size(1), kv.size(1), q.size(2), q.dtype, spec.attribute("scale"), target)
+        scores = Scores(spec.attribute("scale"), spec.option("window"), spec.option("soft_cap"))
+        return paged_attention(q.size(1), kv.size(1), q.size(2), q.dtype, scores, target)

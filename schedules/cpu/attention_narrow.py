@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .attention_tile import PagedCache, Tile, row_index
-from .attention_wide import NEVER
-from .vector_math import exp
+from .attention_tile import NEVER, PagedCache, Scores, Tile, row_index
 from .vectors import Vectors, scratch
 
 
@@ -29,7 +27,7 @@ class Narrow:
     capacity: int
     heads: int
     group: int
-    scale: float
+    scores: Scores
 
     @property
     def block(self) -> int:
@@ -93,7 +91,7 @@ class Narrow:
                     self._softmax(b, tile, first + i, before[i])
                 self._values(b, tile, first)
 
-        self.cache.for_each_tile(request, head, position + count, spare, one_tile)
+        self.cache.for_each_tile(request, head, self.scores.first(position), position + count, spare, one_tile)
         with T.serial(0, rows) as m:
             target = T.Bind(row_of(m) * D)
             inverse = T.Bind(T.float32(1) / b["sum"][m])
@@ -132,12 +130,17 @@ class Narrow:
                     v.store(scores[i][j], v.dot(k[j], q, v.load(scores[i][j])))
         for i in range(self.block):
             # The first token of the tile that this row does not see.
-            end = T.Bind(T.min(tile.count, position + (first + i) // self.group - tile.start + 1))
+            place = T.Bind(position + (first + i) // self.group - tile.start)
+            end = T.Bind(T.min(tile.count, place + 1))
+            begin = T.Bind(place - (self.scores.window - 1))
             top = v.splat(NEVER)
             for j in range(vectors):
                 index = T.ramp(token + j * v.lanes, 1, v.lanes)
-                score = v.load(scores[i][j]) * v.splat(self.scale)
-                score = T.Bind(T.Select(index < v.splat(end), score, v.splat(NEVER)))
+                score = v.load(scores[i][j]) * v.splat(self.scores.scale)
+                seen = index < v.splat(end)
+                if self.scores.window:
+                    seen = T.And(seen, index >= v.splat(begin))
+                score = T.Bind(T.Select(seen, score, v.splat(NEVER)))
                 v.store(b["scores"], score, (first + i) * self.cache.tile + token + j * v.lanes)
                 top = T.max(top, score)
             T.buffer_store(b["top"], T.max(b["top"][first + i], v.maximum(top)), [first + i])
@@ -146,11 +149,11 @@ class Narrow:
         """Scores of one row to weights exp(score - maximum), in place."""
         v = self.vectors
         top = T.Bind(v.splat(b["top"][row]))
-        scale = v.register(exp(v.splat(before) - top))
+        scale = v.register(self.scores.weight(v, v.splat(before), top))
         T.buffer_store(b["scale"], scale[0], [row])
         with T.serial(0, T.ceildiv(tile.count, v.lanes)) as s:
             at = T.Bind(row * self.cache.tile + s * v.lanes)
-            weight = T.Bind(exp(v.load(b["scores"], at) - top))
+            weight = T.Bind(self.scores.weight(v, v.load(b["scores"], at), top))
             if v.pairs:
                 v.store(b["weights_bf16"], v.to_bf16(weight), row * self.cache.tile + at)
             else:

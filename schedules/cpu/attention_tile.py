@@ -13,13 +13,43 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
+from .vector_math import exp
 from .vectors import CACHE_LINE, Vectors, prefetch, scratch
+
+NEVER = -1e30  # below every score; finite, so that a difference of two is not NaN
 
 
 def row_index(m, rows, first_row, heads: int, group: int) -> tirx.Expr:
     """Row of q [T*H, D] that is row m of an item, heads fastest; rows past the end repeat the last."""
     inside = T.min(m, rows - 1)
     return first_row + T.Cast("int64", inside // group) * heads + inside % group
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What becomes of a product of a query and a key: scaled, maybe soft-capped, seen within a window; 0 is none."""
+
+    scale: float
+    window: int = 0
+    soft_cap: float = 0.0
+
+    def weight(self, v: Vectors, score: tirx.Expr, top: tirx.Expr) -> tirx.Expr:
+        """exp(score - top) of vectors of scaled products; both are capped here, which keeps their order."""
+        if not self.soft_cap:
+            return exp(score - top)
+        score = v.load(v.register(score))
+        difference = v.register(self._capped(v, score) - self._capped(v, top))
+        return T.Select(score < v.splat(NEVER / 2), v.splat(0.0), exp(v.load(difference)))
+
+    def _capped(self, v: Vectors, score: tirx.Expr) -> tirx.Expr:
+        """Its steps are stored: TVM would put each into the next, again and again."""
+        power = v.register(exp(score * v.splat(2 / self.soft_cap)))
+        tanh = v.splat(1.0) - v.splat(2.0) / (v.load(power) + v.splat(1.0))
+        return v.load(v.register(tanh * v.splat(float(self.soft_cap))))
+
+    def first(self, position) -> tirx.Expr:
+        """The first position that a query at `position` sees."""
+        return T.max(position - (self.window - 1), 0) if self.window else T.int32(0)
 
 
 @dataclass(frozen=True)
@@ -75,16 +105,20 @@ class PagedCache:
             return scratch(self.tile // 2 * self.head_dim, "int32")
         return scratch(self.tile * 2 * self.head_dim, "float32") if self.kv.dtype == "bfloat16" else None
 
-    def for_each_tile(self, request, head, limit, spare: tirx.Buffer | None, body: Callable[[Tile], None]) -> None:
-        """Emit `body(tile)` over the first `limit` cached tokens of `request`."""
+    def for_each_tile(
+        self, request, head, first, limit, spare: tirx.Buffer | None, body: Callable[[Tile], None]
+    ) -> None:
+        """Emit `body(tile)` over the cached tokens of `request` below `limit`, from the block of token `first` on."""
         block_size = T.Cast("int32", self.kv.shape[2])
         block_stride, head_stride, token_stride = self.kv.strides[:3]
         blocks = T.Bind(T.ceildiv(limit, block_size))
+        skipped = T.Bind(T.truncdiv(first, block_size))
 
         def start_of(b):
             return T.Cast("int64", self.block_table[request, b]) * block_stride + T.Cast("int64", head) * head_stride
 
-        with T.serial(0, blocks) as b:
+        with T.serial(0, blocks - skipped) as following_block:
+            b = T.Bind(skipped + following_block)
             block = T.Bind(start_of(b))
             next_block = T.Bind(start_of(T.min(b + 1, blocks - 1)))
             used = T.Bind(T.min(block_size, limit - b * block_size))

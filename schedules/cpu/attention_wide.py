@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .attention_tile import PagedCache, Tile, row_index
-from .vector_math import exp
+from .attention_tile import NEVER, PagedCache, Scores, Tile, row_index
 from .vectors import Vectors, scratch
 
-NEVER = -1e30  # below every score; finite, so that a difference of two is not NaN
 ROW_VECTORS = 2  # vectors of rows that one block of registers holds
 
 
@@ -30,7 +28,7 @@ class Wide:
     rows: int
     heads: int
     group: int
-    scale: float
+    scores: Scores
 
     @property
     def step(self) -> int:
@@ -85,7 +83,7 @@ class Wide:
                 with T.serial(0, D // self.unroll) as d:
                     self._values(b, tile, first, d * self.unroll)
 
-        self.cache.for_each_tile(request, head, position + count, spare, one_tile)
+        self.cache.for_each_tile(request, head, self.scores.first(position), position + count, spare, one_tile)
         with T.serial(0, blocks) as g:
             for i in range(ROW_VECTORS):
                 at = T.Bind(g * self.step + i * v.lanes)
@@ -117,8 +115,11 @@ class Wide:
             for u in range(self.unroll):
                 # A token past the end of the tile counts as one of the far future.
                 seen_from = T.Select(token + u < tile.count, tile.start + token + u, T.int32(2**31 - 1))
-                visible = v.splat(T.Bind(seen_from)) <= position
-                score = v.load(scores[u][i]) * v.splat(self.scale)
+                token_position = T.Bind(v.splat(T.Bind(seen_from)))
+                visible = token_position <= position
+                if self.scores.window:
+                    visible = T.And(visible, token_position > position - v.splat(T.int32(self.scores.window)))
+                score = v.load(scores[u][i]) * v.splat(self.scores.scale)
                 score = T.Bind(T.Select(visible, score, v.splat(NEVER)))
                 v.store(b["scores"], score, (token + u) * self.rows + at)
                 top = T.max(top, score)
@@ -130,13 +131,14 @@ class Wide:
         for i in range(ROW_VECTORS):
             at = T.Bind(first + i * v.lanes)
             top = T.Bind(v.load(b["top"], at))
-            scale = T.Bind(exp(v.load(before[i]) - top))
+            scale = T.Bind(self.scores.weight(v, v.load(before[i]), top))
             v.store(b["scale"], scale, at)
             total = v.register()
             with T.serial(0, T.ceildiv(tile.count, v.values_per_word)) as s:
                 source = T.Bind(s * (v.values_per_word * self.rows) + at)
                 weights = [
-                    T.Bind(exp(v.load(b["scores"], source + n * self.rows) - top)) for n in range(v.values_per_word)
+                    T.Bind(self.scores.weight(v, v.load(b["scores"], source + n * self.rows), top))
+                    for n in range(v.values_per_word)
                 ]
                 word = T.Bind(v.pair(*map(v.to_bf16, weights)) if v.pairs else weights[0])
                 v.store(b["weights"], word, s * self.rows + at)

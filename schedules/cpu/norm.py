@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from vllm_compile.spec import OpSpec
+from vllm_compile.spec import DTYPE_BYTES, OpSpec
 from vllm_compile.targets import Target
 
 from ..family import Config, KernelFamily, Variant
@@ -33,8 +33,8 @@ def pairwise_sum(values: tirx.Buffer, count: int) -> tirx.Expr:
     return terms[0]
 
 
-def _row_kernel(width: int, dtype: str, eps: float, lanes: int):
-    """normalise(x_TD, weight_D, out_TD, t): row t of `rms_norm`, rounded to `dtype` as the reference does."""
+def _row_kernel(width: int, dtype: str, weight_dtype: str, eps: float, lanes: int):
+    """normalise(x_TD, weight_D, out_TD, t): row t of `rms_norm`, rounded as the reference does."""
     # Four registers' worth of partial sums hide the latency of an addition; no remainder for any width.
     chunk = math.gcd(width, 4 * lanes)
 
@@ -53,42 +53,48 @@ def _row_kernel(width: int, dtype: str, eps: float, lanes: int):
                 out_TD[t, i * chunk + j] = T.Cast(
                     dtype,
                     T.Cast("float32", weight_D[i * chunk + j])
-                    * rounded(T.Cast("float32", x_TD[t, i * chunk + j]) * inverse, dtype),
+                    * rounded(T.Cast("float32", x_TD[t, i * chunk + j]) * inverse, weight_dtype),
                 )
 
     return normalise, chunk
 
 
-def rms_norm(width: int, dtype: str, eps: float, lanes: int, parallel: bool) -> tirx.PrimFunc:
-    """x [T, D], weight [D] -> [T, D]."""
-    normalise, _ = _row_kernel(width, dtype, eps, lanes)
+def rms_norm(
+    heads: int, width: int, dtype: str, weight_dtype: str, eps: float, lanes: int, parallel: bool
+) -> tirx.PrimFunc:
+    """x [T, D] or [T, H, D], weight [D] -> the same shape; each row of D values by itself."""
+    normalise, _ = _row_kernel(width, dtype, weight_dtype, eps, lanes)
     rows = T.parallel if parallel else T.serial
-    align = 4 if dtype == "float32" else 2
+    align, weight_align = DTYPE_BYTES[dtype], DTYPE_BYTES[weight_dtype]
+    lead = (heads,) if heads else ()
+    per_token = heads or 1
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.handle, weight: T.handle, out: T.handle):
         tokens = T.int64()
-        x_TD = T.match_buffer(x, (tokens, width), dtype, align=align)
-        weight_D = T.match_buffer(weight, (width,), dtype, align=align)
-        out_TD = T.match_buffer(out, (tokens, width), dtype, align=align)
-        for t in rows(tokens):
-            normalise(x_TD, weight_D, out_TD, t)
+        x_in = T.match_buffer(x, (tokens, *lead, width), dtype, align=align)
+        weight_D = T.match_buffer(weight, (width,), weight_dtype, align=weight_align)
+        out_in = T.match_buffer(out, (tokens, *lead, width), dtype, align=align)
+        x_RD = T.decl_buffer((tokens * per_token, width), dtype, data=x_in.data, align=align)
+        out_RD = T.decl_buffer((tokens * per_token, width), dtype, data=out_in.data, align=align)
+        for r in rows(tokens * per_token):
+            normalise(x_RD, weight_D, out_RD, r)
 
     return kernel
 
 
-def add_rms_norm(width: int, dtype: str, eps: float, lanes: int, parallel: bool) -> tirx.PrimFunc:
+def add_rms_norm(width: int, dtype: str, weight_dtype: str, eps: float, lanes: int, parallel: bool) -> tirx.PrimFunc:
     """x, residual [T, D], weight [D] -> residual + x, its RMSNorm, both [T, D]."""
-    normalise, chunk = _row_kernel(width, dtype, eps, lanes)
+    normalise, chunk = _row_kernel(width, dtype, weight_dtype, eps, lanes)
     rows = T.parallel if parallel else T.serial
-    align = 4 if dtype == "float32" else 2
+    align, weight_align = DTYPE_BYTES[dtype], DTYPE_BYTES[weight_dtype]
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.handle, residual: T.handle, weight: T.handle, total: T.handle, out: T.handle):
         tokens = T.int64()
         x_TD = T.match_buffer(x, (tokens, width), dtype, align=align)
         residual_TD = T.match_buffer(residual, (tokens, width), dtype, align=align)
-        weight_D = T.match_buffer(weight, (width,), dtype, align=align)
+        weight_D = T.match_buffer(weight, (width,), weight_dtype, align=weight_align)
         total_TD = T.match_buffer(total, (tokens, width), dtype, align=align)
         out_TD = T.match_buffer(out, (tokens, width), dtype, align=align)
         for t in rows(tokens):
@@ -111,15 +117,18 @@ class RMSNorm(KernelFamily):
     op: str = "rms_norm"
 
     def serves(self, spec: OpSpec, target: Target) -> bool:
-        return spec.op == self.op
+        ranks = (2, 3) if self.op == "rms_norm" else (2,)
+        return spec.op == self.op and len(spec.input("x").shape) in ranks
 
     def variants(self, spec: OpSpec, target: Target) -> Sequence[Variant]:
         return (Variant(1, {"parallel": False}), Variant(PARALLEL_ROWS, {"parallel": True}))
 
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
-        x = spec.input("x")
-        build = rms_norm if self.op == "rms_norm" else add_rms_norm
-        return build(x.size(-1), x.dtype, spec.attribute("eps"), target.vector_lanes, config["parallel"])
+        x, weight = spec.input("x"), spec.input("weight").dtype
+        rest = (x.size(-1), x.dtype, weight, spec.attribute("eps"), target.vector_lanes, config["parallel"])
+        if self.op == "add_rms_norm":
+            return add_rms_norm(*rest)
+        return rms_norm(x.size(1) if len(x.shape) == 3 else 0, *rest)
 
 
 @dataclass(frozen=True)

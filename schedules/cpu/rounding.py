@@ -9,10 +9,16 @@ from tvm.script import tirx as T
 
 
 def rounded(value: tirx.Expr, dtype: str) -> tirx.Expr:
-    """The float32 `value` as a tensor of `dtype` holds it (to nearest, ties to even), again a float32."""
+    """The float32 `value`, scalar or vector, as a tensor of `dtype` holds it (nearest, ties to even), again float32."""
     if dtype == "float32":
         return value
     assert dtype == "bfloat16", dtype
-    bits = T.reinterpret("uint32", value)
-    last_kept = T.bitwise_and(T.shift_right(bits, T.uint32(16)), T.uint32(1))
-    return T.reinterpret("float32", T.bitwise_and(bits + (T.uint32(0x7FFF) + last_kept), T.uint32(0xFFFF0000)))
+    lanes = value.ty.dtype.lanes
+    float_type, bits_type = (f"{base}x{lanes}" if lanes > 1 else base for base in ("float32", "uint32"))
+
+    def splat(number: int) -> tirx.Expr:
+        return T.broadcast(T.uint32(number), lanes) if lanes > 1 else T.uint32(number)
+
+    bits = T.reinterpret(bits_type, value)
+    last_kept = T.bitwise_and(T.shift_right(bits, splat(16)), splat(1))
+    return T.reinterpret(float_type, T.bitwise_and(bits + (splat(0x7FFF) + last_kept), splat(0xFFFF0000)))

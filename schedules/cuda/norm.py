@@ -43,6 +43,8 @@ class RMSNorm(KernelFamily):
 
     def serves(self, spec: OpSpec, target: CudaTarget) -> bool:
         x = spec.input("x")
+        if len(x.shape) != 2 or spec.input("weight").dtype != x.dtype:
+            return False
         return x.dtype == "bfloat16" and x.size(1) % VECTOR == 0 and x.size(1) <= VECTOR * 1024 * MOST_PER_THREAD
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:

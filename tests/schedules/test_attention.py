@@ -75,6 +75,30 @@ def test_head_shapes(num_heads, num_kv_heads, head_dim, dtype, generator):
     check(*sample(generator, dtype, **shape), HOST)
 
 
+OPTIONS = [{"window": 40}, {"window": 7, "soft_cap": 2.0}, {"soft_cap": 2.0}, {"window": 1}]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_window_and_soft_cap(options, dtype, target, generator):
+    """They match, they matter, and chunks change no bit."""
+    inputs, attributes = sample(generator, dtype, lengths=((333, 333), (1, 90)), block_size=48)
+    check(inputs, attributes | options, target)
+    whole = attend(inputs, attributes | options, target)
+    with pytest.raises(AssertionError):
+        assert_matches(PAGED_ATTENTION, (whole,), results(PAGED_ATTENTION, inputs, attributes))
+    for begin, end in [(64, 65), (332, 333), (30, 300), (100, 103)]:
+        chunk = {
+            **inputs,
+            "q": inputs["q"][begin:end],
+            "block_table": inputs["block_table"][:1],
+            "seq_lens": torch.tensor([end], dtype=torch.int32),
+            "query_start_loc": torch.tensor([0, end - begin], dtype=torch.int32),
+        }
+        assert torch.equal(attend(chunk, attributes | options, target), whole[begin:end]), (begin, end)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_float32_is_as_good_as_float32_can_be(target, generator):
     inputs, attributes = sample(generator, torch.float32, lengths=((1, 3001), (200, 1000)), block_size=128)

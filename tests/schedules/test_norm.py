@@ -65,3 +65,21 @@ def test_comparison_sees_a_wrong_epsilon(generator, tmp_path):
     actual = run(kernel, RMSNorm(), spec, target, inputs)
     with pytest.raises(AssertionError):
         assert_matches(RMS_NORM, actual, results(RMS_NORM, inputs, attributes))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_float32_weights_and_heads(heads, target, generator, tmp_path):
+    """bfloat16 rows scaled before they are rounded (Gemma), each head a row of its own (Qwen 3)."""
+    inputs, attributes = RMS_NORM.sample(generator, torch.bfloat16, tokens=12, width=64)
+    inputs = {
+        "x": inputs["x"].view(12 // heads, *([heads] if heads > 1 else []), 64),
+        "weight": inputs["weight"].float(),
+    }
+    spec = op_spec(RMS_NORM, inputs, attributes)
+    actual = run(compile_variants(RMSNorm(), spec, target, tmp_path)[1], RMSNorm(), spec, target, inputs)
+    expected = results(RMS_NORM, inputs, attributes)
+    assert_matches(RMS_NORM, actual, expected)
+    early = results(RMS_NORM, {**inputs, "weight": inputs["weight"].bfloat16()}, attributes)
+    assert (actual[0] != expected[0]).float().mean() < 5e-3
+    assert (early[0] != expected[0]).float().mean() > 5e-2, "the roundings differ"

@@ -47,6 +47,11 @@ class Checkpoint:
         with self._open(self._shard_of[name]) as file:
             return file.get_tensor(name).clone()
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor called `name`; nothing else of it is read."""
+        with self._open(self._shard_of[name]) as file:
+            return tuple(file.get_slice(name).get_shape())
+
     def _shards(self) -> list[Path]:
         index = self.directory / INDEX
         if not index.exists():
@@ -89,6 +94,9 @@ class DummyCheckpoint:
 
     def names(self) -> Iterable[str]:
         return self._shapes.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
 
     def read(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]

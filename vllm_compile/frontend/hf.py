@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from vllm_compile.errors import ModelError, UnsupportedError
 
+from .families import check_family, older_name
 from .torch_ops import ATTENTION, mark_layers
 
 
@@ -80,9 +81,13 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
         UnsupportedError: the model has options that our attention does not express, or
             torch.export cannot trace it.
     """
-    _check_supported(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype).eval()
+    check_family(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype).eval()
+    except Exception as error:  # transformers raises whatever its models do
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UnsupportedError(f"{config.model_type}: transformers cannot build the model ({what})") from error
     materialise_buffers(model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     aliases = parameter_aliases(model)
@@ -95,22 +100,12 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
             program = torch.export.export(
                 _Flat(model), (ids, positions), dynamic_shapes=({0: tokens}, {0: tokens}), strict=False
             )
+    except UnsupportedError:
+        raise
     except Exception as error:  # torch.export raises many kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UnsupportedError(f"{type(model).__name__} cannot be traced by torch.export: {reason[0]}") from error
     return TracedModel(program, config, shapes, aliases)
-
-
-def _check_supported(config: Any) -> None:
-    name = (getattr(config, "architectures", None) or [config.model_type])[0]
-    for option in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, option, None):
-            raise UnsupportedError(f"{name}: {option} is not supported yet")
-    window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
-    if window and getattr(config, "use_sliding_window", True) and window < longest:
-        raise UnsupportedError(f"{name}: sliding-window attention (window {window}) is not supported yet")
-    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
-        raise UnsupportedError(f"{name}: mixture-of-experts layers are not supported yet")
 
 
 def decoder_layers(model: nn.Module, config: Any) -> nn.ModuleList:
@@ -131,9 +126,19 @@ def materialise_buffers(model: PreTrainedModel) -> None:
             model._init_weights(module)
 
 
-def parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Parameter name -> all names of the same parameter (tied weights have several)."""
+def parameter_aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """Parameter name -> all names it may have in a checkpoint.
+
+    Tied weights have several; a checkpoint may leave out the name of the model's body (GPT-2's do), or use an
+    older name.
+    """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return {name: tuple(group) for group in names.values() for name in group}
+    body = f"{model.base_model_prefix}."
+    aliases: dict[str, tuple[str, ...]] = {}
+    for group in names.values():
+        older = [older_name(model.config, name) for name in group]
+        short = [name.removeprefix(body) for name in group]
+        aliases |= dict.fromkeys(group, tuple(dict.fromkeys([*group, *older, *short])))
+    return aliases

@@ -8,6 +8,7 @@ model's dtype), attention, embeddings, layer boundaries and position tables.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import tvm
@@ -17,7 +18,7 @@ from tvm import relax, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from vllm_compile.errors import UnsupportedError
-from vllm_compile.ops import CAUSAL_ATTENTION, EMBEDDING, LAYER_BOUNDARY, LINEAR
+from vllm_compile.ops import CAUSAL_ATTENTION, EMBEDDING, LAYER_BOUNDARY, LAYER_NORM, LINEAR
 from vllm_compile.relax_passes.base import substitute
 from vllm_compile.spec import Sym
 
@@ -49,7 +50,9 @@ def import_model(traced: TracedModel, max_positions: int) -> ImportedModel:
     program = traced.program
     positions = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == "positions")
     tables = tabulate_positions(program, positions, max_positions)
-    importer = _Importer([relax.Var(f"position_table_{i}", _table_type(t)) for i, t in enumerate(tables)])
+    importer = _Importer(
+        [relax.Var(f"position_table_{i}", _table_type(t)) for i, t in enumerate(tables)], max_positions
+    )
     try:
         module = importer.from_exported_program(program, True, True, False, importer.converters())
     except AssertionError as error:
@@ -88,9 +91,9 @@ def _table_type(table: torch.Tensor) -> relax.TensorType:
 class _Importer(ExportedProgramImporter):
     """TVM's importer with our converters; parameters stay on meta, so they are never copied."""
 
-    def __init__(self, tables: list[relax.Var]) -> None:
+    def __init__(self, tables: list[relax.Var], max_positions: int) -> None:
         super().__init__()
-        self.tables = tables
+        self.tables, self.max_positions = tables, max_positions
 
     @staticmethod
     def _convert_pytorch_tensor_to_tvm(tensor_value):
@@ -102,6 +105,9 @@ class _Importer(ExportedProgramImporter):
         """Names of torch operators -> converters, each `(node, importer) -> Relax variable`."""
         return {
             "linear.default": _linear,
+            "addmm.default": _addmm,
+            "layer_norm.default": _layer_norm,
+            "dropout.default": lambda node, importer: importer.env[node.args[0]],
             "embedding.default": _embedding,
             "causal_attention.default": _causal_attention,
             "layer_boundary.default": _layer_boundary,
@@ -116,8 +122,27 @@ def _linear(node: fx.Node, importer: _Importer) -> relax.Var:
     return importer.block_builder.emit(LINEAR(inputs))
 
 
+def _addmm(node: fx.Node, importer: _Importer) -> relax.Var:
+    """GPT-2 keeps its weights transposed."""
+    bias, x, weight = importer.retrieve_args(node)[:3]
+    transposed = importer.block_builder.emit(relax.op.permute_dims(weight, [1, 0]))
+    return importer.block_builder.emit(LINEAR({"x": x, "weight": transposed, "bias": bias}))
+
+
+def _layer_norm(node: fx.Node, importer: _Importer) -> relax.Var:
+    args = importer.retrieve_args(node)
+    x, shape, weight, bias, eps = (*args, *(None, None, 1e-5)[len(args) - 2 :])[:5]
+    if len(shape) != 1 or weight is None:
+        raise UnsupportedError(f"layer_norm over {list(shape)} without a weight is not supported")
+    return importer.block_builder.emit(LAYER_NORM({"x": x, "weight": weight, "bias": bias}, eps=float(eps)))
+
+
 def _embedding(node: fx.Node, importer: _Importer) -> relax.Var:
     table, ids = importer.retrieve_args(node)[:2]
+    if ids in importer.tables:  # a function of the position looked up in a weight: that depends on weights alone
+        rows = importer.block_builder.emit(EMBEDDING({"ids": ids, "table": table}))
+        (lookup,) = node.args[1:2]
+        return _rows_of_positions(importer, cast(fx.Node, lookup).args[0], rows)
     return importer.block_builder.emit(EMBEDDING({"ids": ids, "table": table}))
 
 
@@ -129,8 +154,11 @@ def _cast(node: fx.Node, importer: _Importer) -> relax.Expr:
 
 
 def _causal_attention(node: fx.Node, importer: _Importer) -> relax.Var:
-    q, k, v, layer, scale = importer.retrieve_args(node)
-    return importer.block_builder.emit(CAUSAL_ATTENTION({"q": q, "k": k, "v": v}, layer=layer, scale=scale))
+    q, k, v, layer, scale, window, soft_cap = importer.retrieve_args(node)
+    if window >= importer.max_positions:  # a window as long as the model sees everything
+        window = 0
+    attributes = {"layer": layer, "scale": scale, "window": window, "soft_cap": soft_cap}
+    return importer.block_builder.emit(CAUSAL_ATTENTION({"q": q, "k": k, "v": v}, **attributes))
 
 
 def _layer_boundary(node: fx.Node, importer: _Importer) -> relax.Var:
@@ -139,6 +167,12 @@ def _layer_boundary(node: fx.Node, importer: _Importer) -> relax.Var:
 
 
 def _position_table(node: fx.Node, importer: _Importer) -> relax.Var:
-    positions, index = importer.retrieve_args(node)[:2]
-    rows = importer.block_builder.emit(EMBEDDING({"ids": positions, "table": importer.tables[index]}))
+    """The rows of a table; a table of whole numbers stands for its values at the positions."""
+    positions, index = node.args[:2]
+    table = importer.tables[cast(int, index)]
+    return table if len(table.ty.shape.values) == 1 else _rows_of_positions(importer, positions, table)
+
+
+def _rows_of_positions(importer: _Importer, positions: Any, table: relax.Var) -> relax.Var:
+    rows = importer.block_builder.emit(EMBEDDING({"ids": importer.env[positions], "table": table}))
     return importer.block_builder.emit(relax.op.expand_dims(rows, 0))

@@ -21,7 +21,8 @@ def tabulate_positions(
 ) -> list[torch.Tensor]:
     """Replace, in place, each maximal position-only value [1, T, D] by a lookup in a table.
 
-    Returns the tables, [max_positions, D] each, in the order of `position_table`'s index.
+    Returns the tables, [max_positions, D] each, in the order of `position_table`'s index; whole numbers
+    [1, T] (positions, counted in another way) give a table [max_positions].
     """
     graph = program.graph
     constants = _constants(program)
@@ -35,7 +36,7 @@ def tabulate_positions(
     for index, (node, table) in enumerate(zip(frontier, tables, strict=True)):
         with graph.inserting_after(node):
             lookup = graph.call_function(
-                torch.ops.vllm_compile.position_table.default, (positions, index, table.shape[1], table.dtype)
+                torch.ops.vllm_compile.position_table.default, (positions, index, table.shape[-1], table.dtype)
             )
         lookup.meta = dict(node.meta)
         node.replace_all_uses_with(lookup)
@@ -95,7 +96,11 @@ def _evaluate(
                 values[node] = cast(Callable, node.target)(*_with_cpu(args[0]), **args[1])
         return values[node]
 
-    return [value(node).flatten(0, -2).contiguous() for node in frontier]
+    return [_table(value(node)) for node in frontier]
+
+
+def _table(value: torch.Tensor) -> torch.Tensor:
+    return (value.flatten(0, -2) if value.is_floating_point() else value.flatten()).contiguous()
 
 
 def _with_cpu(args):

@@ -42,6 +42,8 @@ class OwnOp:
         weights: names of the inputs that are model weights (a pass may change their layout).
         updates: names of the inputs that the operator changes in place.  Each is also a result
             in Relax, after the ordinary ones, so that data flow orders reads after writes.
+        options: names of the attributes that a call may leave out.  A kernel family that does not
+            know an option never serves a call that has it.
     """
 
     name: str
@@ -51,6 +53,7 @@ class OwnOp:
     tolerance: dict[str, Tolerance]
     weights: tuple[str, ...] = ()
     updates: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     relax_op: Any = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -64,8 +67,9 @@ class OwnOp:
         object.__setattr__(self, "relax_op", op)
 
     def __call__(self, inputs: dict[str, relax.Expr], **attributes: Any) -> relax.Call:
-        """A Relax call with named inputs; an input that is None is left out."""
+        """A Relax call with named inputs; an input that is None, and an option that is None or 0, is left out."""
         given = {name: expr for name, expr in inputs.items() if expr is not None}
+        attributes = {name: value for name, value in attributes.items() if value or name not in self.options}
         attrs = tvm.ir.make_node("ir.DictAttrs", inputs=list(given), **attributes)
         return relax.Call(self.relax_op, list(given.values()), attrs)
 
@@ -85,8 +89,15 @@ def inputs_of(call: relax.Call) -> dict[str, Any]:
 
 
 def attributes_of(call: relax.Call) -> dict[str, Any]:
-    """The scalar attributes of a call of one of our operators."""
-    return {str(key): call.attrs[key] for key in call.attrs.keys() if key != "inputs"}  # noqa: SIM118
+    """The attributes of a call of one of our operators, arrays as tuples."""
+    return {str(key): _plain(call.attrs[key]) for key in call.attrs.keys() if key != "inputs"}  # noqa: SIM118
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as plain Python data, which can be compared and hashed."""
+    if isinstance(value, str):
+        return str(value)
+    return tuple(map(_plain, value)) if isinstance(value, Sequence) else value
 
 
 def like(type_: Any, *, last: Sequence[Any] | None = None) -> relax.TensorType:

@@ -7,13 +7,25 @@ from . import paged_attention
 from .base import OwnOp
 
 
-def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layer: int) -> torch.Tensor:
-    """q [1, H, T, D], k and v [1, KH, T, D] -> [1, T, H, D]; `layer` numbers the KV cache it will use."""
+def reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    layer: int,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> torch.Tensor:
+    """q [1, H, T, D], k and v [1, KH, T, D] -> [1, T, H, D]; `layer` numbers the KV cache it will use.
+
+    `window` and `soft_cap` are those of `paged_attention`.
+    """
     group = q.shape[1] // k.shape[1]
     k, v = (t.float().repeat_interleave(group, 1) for t in (k, v))
     scores = q.float() @ k.transpose(-1, -2) * scale
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+    position = torch.arange(scores.shape[-1])
+    unseen = paged_attention.unseen(position, position, window)
+    weights = paged_attention.capped(scores, soft_cap).masked_fill(unseen, float("-inf")).softmax(-1)
     return (weights @ v).to(q.dtype).transpose(1, 2)
 
 
@@ -28,4 +40,6 @@ def infer(i, a):
     return relax.TensorType([one, tokens, heads, i["v"].shape.values[3]], i["q"].dtype)
 
 
-CAUSAL_ATTENTION = OwnOp("causal_attention", infer, reference, sample, paged_attention.TOLERANCE)
+CAUSAL_ATTENTION = OwnOp(
+    "causal_attention", infer, reference, sample, paged_attention.TOLERANCE, options=("window", "soft_cap")
+)

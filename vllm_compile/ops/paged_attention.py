@@ -10,6 +10,18 @@ TOLERANCE = {
 }
 
 
+def unseen(query_position: torch.Tensor, position: torch.Tensor, window: int) -> torch.Tensor:
+    """bool [queries, positions]: what a query does not see, the future and what lies before its window."""
+    distance = query_position[:, None] - position
+    future = distance < 0
+    return future | (distance >= window) if window else future
+
+
+def capped(scores: torch.Tensor, soft_cap: float) -> torch.Tensor:
+    """Scores squeezed into (-soft_cap, soft_cap); 0 leaves them as they are."""
+    return torch.tanh(scores / soft_cap) * soft_cap if soft_cap else scores
+
+
 def reference(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -17,12 +29,15 @@ def reference(
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
     scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> torch.Tensor:
     """Returns [T, H, D]; rows that belong to no request are left undefined (zeros here).
 
     q [T, H, D], kv [B, KH, N, 2*D], block_table [R, W] int32, seq_lens [R] int32 (cached tokens
     including this step's; 0 for a padding row), query_start_loc [R + 1] int32.  Query i of
-    request r stands at position seq_lens[r] - queries + i and sees the positions up to its own.
+    request r stands at position seq_lens[r] - queries + i and sees the positions up to its own, the last
+    `window` of them if that is not 0.  Scores may be soft-capped (Gemma 2).
     Computes in float32 (float64 for a float64 q) and rounds once at the end.
     """
     out = torch.zeros_like(q)
@@ -37,8 +52,8 @@ def reference(
         k, v = pages.transpose(0, 1).flatten(1, 2)[:, :length].repeat_interleave(group, 0).split(head_dim, dim=-1)
         scores = torch.einsum("thd,hsd->hts", q[begin:end].to(wide), k) * scale
         position = torch.arange(length - (end - begin), length)
-        future = torch.arange(length)[None] > position[:, None]
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        hidden = unseen(position, torch.arange(length), window)
+        weights = capped(scores, soft_cap).masked_fill(hidden, float("-inf")).softmax(-1)
         out[begin:end] = torch.einsum("hts,hsd->thd", weights, v).to(q.dtype)
     return out
 
@@ -67,4 +82,6 @@ def sample(
     return inputs, {"scale": head_dim**-0.5}
 
 
-PAGED_ATTENTION = OwnOp("paged_attention", lambda i, a: like(i["q"]), reference, sample, TOLERANCE)
+PAGED_ATTENTION = OwnOp(
+    "paged_attention", lambda i, a: like(i["q"]), reference, sample, TOLERANCE, options=("window", "soft_cap")
+)

@@ -11,10 +11,13 @@ TOLERANCE = {
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [..., D], weight [D] -> [..., D]; the normalised value is rounded to x's dtype before scaling."""
+    """x [..., D], weight [D] -> [..., D]; the normalised value is rounded to the weight's dtype before scaling.
+
+    A weight of x's dtype gives Llama's roundings, a float32 weight those of Gemma and OLMo 2.
+    """
     x_fp32 = x.float()
     normed = x_fp32 * torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
+    return (weight * normed.to(weight.dtype)).to(x.dtype)
 
 
 def sample(generator: torch.Generator, dtype: torch.dtype, tokens: int = 5, width: int = 96):

@@ -1,0 +1,221 @@
+"""Families of models, each a small random one of its real configuration: the same tokens as Hugging Face.
+
+Prompts are longer than the sliding windows; several requests are prefilled and decoded together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import vllm_compile
+from tests.conftest import SEED
+from vllm_compile import driver
+from vllm_compile.driver import CompileOptions, compile_model
+from vllm_compile.errors import UnsupportedError
+from vllm_compile.frontend.hf import trace
+from vllm_compile.frontend.importer import import_model
+from vllm_compile.paged_batch import PagedBatch
+from vllm_compile.relax_passes.pipeline import run_passes
+from vllm_compile.schedules.cpu import gate_up, linear
+from vllm_compile.verify import relative_error
+
+pytestmark = pytest.mark.slow
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 160,
+    "max_position_embeddings": 96,
+    "pad_token_id": 0,
+}
+WINDOW = 24
+LAYERS = ["sliding_attention", "full_attention"]
+ROPES = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "Cohere": ("cohere", {"logit_scale": 0.25}),
+    "Gemma": ("gemma", {"head_dim": 16}),
+    "Gemma 2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW}),
+    "Gemma 3": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": WINDOW,
+            "layer_types": LAYERS,
+            "rope_parameters": ROPES,
+        },
+    ),
+    "GPT-2": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 160, "n_positions": 96}),
+    "GPT-NeoX": ("gpt_neox", SIZES),
+    "Granite": (
+        "granite",
+        {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "Mistral": ("mistral", {"sliding_window": WINDOW, "head_dim": 16}),
+    "OLMo 2": ("olmo2", {}),
+    "OPT": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "Phi-3": ("phi3", {"sliding_window": WINDOW}),
+    "Phi-4-mini": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "Qwen 2": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "Qwen 3": ("qwen3", {"head_dim": 32}),
+    "SmolLM 3": ("smollm3", {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}),
+    "StableLM": ("stablelm", {"use_qkv_bias": True}),
+    "StarCoder 2": ("starcoder2", {"sliding_window": WINDOW}),
+}
+BFLOAT16 = ("Gemma 3", "GPT-2")
+PROMPTS, NEW_TOKENS = (55, 31, 1), 6
+
+
+def random_model(family: str, **changes) -> PreTrainedModel:
+    """Its weights are so large that all of it shows; norm weights and biases are random too."""
+    kind, options = FAMILIES[family]
+    config = AutoConfig.for_model(kind, **SIZES | options | changes)
+    for name in ("initializer_range", "init_std"):
+        if hasattr(config, name):
+            setattr(config, name, 0.15)
+    torch.manual_seed(SEED)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def prompts() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(SEED)
+    return [torch.randint(3, 160, (length,), generator=generator) for length in PROMPTS]
+
+
+def continued(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
+    """Hugging Face's greedy continuation."""
+    text = ids[None]
+    for _ in range(NEW_TOKENS):
+        with torch.no_grad():
+            logits = model(input_ids=text, use_cache=False).logits
+        text = torch.cat([text, logits[:, -1:].argmax(-1)], dim=1)
+    return text[0, len(ids) :].tolist()
+
+
+def served(artifact: Path, requests: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Ours: one prefill of all requests, then one token each at a time."""
+    program = vllm_compile.load(artifact)
+    lengths = [len(ids) for ids in requests]
+    batch = PagedBatch(program.plan.model, [length + NEW_TOKENS for length in lengths])
+
+    def step(ids, begin, end):
+        arguments = batch.step(begin, end)
+        return program(ids.int(), arguments.pop("positions"), batch.kv, **arguments)
+
+    hidden = step(torch.cat(list(requests)), [0] * len(lengths), lengths)
+    ids = program.logits(hidden[torch.tensor(lengths).cumsum(0) - 1]).argmax(-1)
+    tokens = [ids]
+    for count in range(NEW_TOKENS - 1):
+        begin = [length + count for length in lengths]
+        ids = program.logits(step(ids, begin, [at + 1 for at in begin])).argmax(-1)
+        tokens.append(ids)
+    return torch.stack(tokens, dim=1).tolist()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_kernels():
+    """One tile per matrix product, which makes compiling twice as fast; tests/schedules has the others."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (linear, gate_up):
+            original = module.default_variants
+            patch.setattr(module, "default_variants", lambda *args, f=original, **options: f(*args, **options)[:1])
+        yield
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    """`artifacts(family)`: the compiled float32 model, not verified, which the tests do."""
+
+    @cache
+    def compiled(family: str) -> Path:
+        directory = tmp_path_factory.mktemp("family")
+        random_model(family).save_pretrained(directory / "model")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(driver, "verify_quick", lambda *_: {"outcome": "not-run", "reason": "tests do"})
+            return vllm_compile.compile(directory / "model", out=directory / "artifact").artifact
+
+    return compiled
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_tokens(family, artifacts):
+    model, requests = random_model(family), prompts()
+    assert served(artifacts(family), requests) == [continued(model, ids) for ids in requests]
+
+
+@pytest.mark.parametrize("family", BFLOAT16)
+def test_bfloat16(family, tmp_path):
+    """The verdict: against float32 no more than 1.1x the error of Hugging Face's bfloat16."""
+    random_model(family).save_pretrained(tmp_path / "model")
+    result = vllm_compile.compile(tmp_path / "model", out=tmp_path / "artifact", dtype="bfloat16")
+    assert result.verdict["outcome"] == "pass", result.verdict
+
+
+def logits_error(artifact: Path, model: PreTrainedModel) -> float:
+    """Of our logits for the longest prompt, against a model's."""
+    ids, program = prompts()[0], vllm_compile.load(artifact)
+    batch = PagedBatch(program.plan.model, [len(ids)])
+    step = batch.step([0], [len(ids)])
+    ours = program.logits(program(ids.int(), step.pop("positions"), batch.kv, **step))
+    with torch.no_grad():
+        return relative_error(ours, model(input_ids=ids[None], use_cache=False).logits[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Mistral", {"sliding_window": WINDOW + 1}),
+        ("Gemma 2", {"attn_logit_softcapping": 5.0}),
+        ("Gemma 3", {"rope_parameters": ROPES | {"sliding_attention": ROPES["full_attention"]}}),
+        ("StableLM", None),
+    ],
+)
+def test_a_small_difference_is_noticed(family, changes, artifacts):
+    """Negative control: a model that differs in what the family adds to Llama."""
+    model = random_model(family, **changes or {})
+    if changes is None:
+        model.model.layers[0].self_attn.v_proj.bias.data.zero_()
+    assert logits_error(artifacts(family), random_model(family)) < 1e-5
+    assert logits_error(artifacts(family), model) > 1e-3
+
+
+def test_layers_of_two_kinds_are_two_functions():
+    """However many layers there are."""
+    model = random_model("Gemma 2", num_hidden_layers=4, layer_types=LAYERS * 2)
+    imported = import_model(trace(model.config, torch.float32), 96)
+    module, _ = run_passes(imported.module)
+    names = {var.name_hint for var in module.get_global_vars()}
+    assert {name for name in names if name.startswith("layer_")} == {"layer_0", "layer_1"}
+
+
+@pytest.mark.parametrize(("family", "what"), [("Mistral", "window=24"), ("GPT-2", "layer_norm")])
+def test_cuda_refuses_what_it_cannot_serve(family, what, tmp_path):
+    """By name, before any kernel is built."""
+    random_model(family).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedError, match=f"target cuda has no kernel for .*{what}"):
+        compile_model(tmp_path / "model", "cuda", tmp_path / "artifact", CompileOptions())
+    assert not (tmp_path / "artifact").exists()
