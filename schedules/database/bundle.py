@@ -116,8 +116,8 @@ def all_records(database: Database, salvage: bool = False) -> Iterator[tuple[Rec
     for key in _readable_keys(database):
         try:
             with database.reading() as connection:
-                row = connection.execute(select_records().where(records.c.id == key)).first()
-                yield record_of(row, database.name) if row is not None else None
+                found = connection.execute(select_records().where(records.c.id == key)).first()
+                yield record_of(found, database.name) if found is not None else None
         except DatabaseError:
             yield None
 
