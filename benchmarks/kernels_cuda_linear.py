@@ -2,28 +2,20 @@
 
     python benchmarks/kernels_cuda_linear.py build DIR           # needs TVM and nvcc, no GPU
     python benchmarks/kernels_cuda_linear.py measure DIR         # needs a GPU, torch and apache-tvm-ffi, no TVM
-    python benchmarks/kernels_cuda_linear.py build-search DIR    # the same for every promising configuration
-    python benchmarks/kernels_cuda_linear.py search DIR --records schedules/cuda/records.json
 
 `measure` checks first (every kernel against float64, on random and on adversarial weights, on poisoned outputs; CUDA
 graph replay and eager bit for bit; a token's row in every batch), then prints a markdown table.  Each product is
 captured into a CUDA graph that goes through copies of the weight of 400 MB or more in all, eight times the L2 cache;
 the medians of 15 replays of ours and of cuBLAS's, taking turns, are divided by the number of copies.
-TB/s counts the bytes of the weight as it is stored; the share is that of the GPU's --bandwidth.
-
-`search` times every promising configuration of the calls that a compiled model makes, in the same way but with fewer
-replays, and writes the fastest for each as a record (schedules/cuda/records.py); one that gives a wrong result is named
-and left out.  --models, --layouts and --buckets take some of the models, of the layouts of the weight, and of the
-numbers of tokens only.
+TB/s counts the bytes of the weight as it is stored; the share is that of the GPU's --bandwidth.  --models takes some of
+the models only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +37,6 @@ TOKENS = (1, 8, 16, 32, 64)
 BUCKETS = {1: 8, 9: 16, 17: 32, 33: 64}  # least and most tokens of a variant, as in schedules/cuda/matmul.py
 COLD_BYTES = 400_000_000
 REPLAYS = 15
-SEARCH_REPLAYS = 5
 KINDS = {"plain": False, "lossless": True}
 
 
@@ -102,30 +93,10 @@ def build(folder: Path, models: Sequence[str]) -> None:
         for kind, packed in KINDS.items():
             for variant in family_of(spec, packed).variants(spec, cuda.detect()):
                 configs[symbol(spec, kind, variant.min_tokens)] = (spec, variant.config)
-    _build(folder / "kernels.so", configs)
+    build_configs(folder / "kernels.so", configs)
 
 
-def build_search(folder: Path, models: Sequence[str], layouts: Sequence[str], buckets: Sequence[int]) -> None:
-    """A library for each call with every promising configuration."""
-    from vllm_compile.schedules.cuda import matmul
-    from vllm_compile.targets import cuda
-
-    target = cuda.detect()
-    pending = []
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for spec in compiled_calls(models):
-            for kind in layouts:
-                configs = {}
-                for least in buckets:
-                    promising = matmul.promising(spec, target, KINDS[kind], least, gated=spec.op == "gate_up_silu")
-                    for i, config in enumerate(promising):
-                        configs[symbol(spec, kind, f"{least}_{i}")] = (spec, config)
-                pending.append(pool.submit(_build, folder / f"search_{symbol(spec, kind, 'all')}.so", configs))
-    for made in pending:
-        made.result()  # raises what went wrong
-
-
-def _build(path: Path, configs: Mapping[str, tuple[OpSpec, Mapping[str, Any]]]) -> None:
+def build_configs(path: Path, configs: Mapping[str, tuple[OpSpec, Mapping[str, Any]]]) -> None:
     """One library, and its configurations beside it."""
     from vllm_compile.schedules.cuda.build import build_library
     from vllm_compile.targets import cuda
@@ -321,88 +292,17 @@ def measure(kernels: Kernels, spec: OpSpec, bandwidth: float) -> list[tuple[int,
     return rows
 
 
-def search(folder: Path, spec: OpSpec, layouts: Sequence[str], buckets: Sequence[int]) -> list[dict[str, Any]]:
-    """A record for each variant of one call: the fastest configuration for as many tokens as it is made for."""
-    N, K = spec.input("weight").shape
-    plain, packed = cold_weights(spec)
-    found = []
-    weights_of = {"plain": plain, "lossless": packed}
-    libraries = {kind: Kernels(folder / f"search_{symbol(spec, kind, 'all')}.so") for kind in layouts}
-    for least in buckets:
-        tokens = BUCKETS[least]
-        x = torch.randn(tokens, K, device="cuda").bfloat16()
-        more = extras(spec, tokens)
-        wanted, allowed = reference(spec, x, plain[0], more)
-        y = torch.empty(tokens, spec.outputs[0].size(1), device="cuda", dtype=torch.bfloat16)
-        for kind, kernels in libraries.items():
-            weights = weights_of[kind]
-            graphs = {"cublas": kernels.graph(cublas_of(spec, x, plain, more))}
-            for name in kernels.configs:
-                if not name.startswith(symbol(spec, kind, f"{least}_")):
-                    continue
-                bound = [kernels.bound(name, [x, weight, *more.values(), y]) for weight in weights]
-                y.fill_(float("nan"))
-                graph = kernels.graph(lambda bound=bound: [call() for call in bound])
-                if bool(((y.double() - wanted).abs() <= allowed).all()):
-                    graphs[name] = graph
-                else:
-                    print(f"wrong: {name} {kernels.configs[name]}", flush=True)
-            times = dict(zip(graphs, median_us(list(graphs.values()), SEARCH_REPLAYS), strict=True))
-            cublas_us = times.pop("cublas") / len(plain)
-            if not times:
-                continue
-            best = min(times, key=times.__getitem__)
-            found.append(
-                {
-                    "op": spec.op,
-                    "N": N,
-                    "K": K,
-                    "residual": spec.has_input("residual"),
-                    "lossless": KINDS[kind],
-                    "min_tokens": least,
-                    "config": kernels.configs[best],
-                    "us": round(times[best] / len(plain), 2),
-                    "cublas_us": round(cublas_us, 2),
-                }
-            )
-            ranking = sorted(times, key=times.__getitem__)[:4]
-            shown = ", ".join(f"{times[n] / len(plain):.1f} {list(kernels.configs[n].values())[1:-1]}" for n in ranking)
-            print(f"{symbol(spec, kind, least)}: cuBLAS {cublas_us:.1f}; {len(times)} configs: {shown}", flush=True)
-    return found
-
-
-def write_records(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
-    """Records, one a line; those of other calls stay."""
-    names = ("op", "N", "K", "residual", "lossless", "min_tokens")
-    old = json.loads(path.read_text()) if path.exists() else []
-    merged = {tuple(record[name] for name in names): record for record in (*old, *found)}
-    lines = ",\n".join(json.dumps(merged[key]) for key in sorted(merged))
-    path.write_text(f"[\n{lines}\n]\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["build", "measure", "build-search", "search"])
+    parser.add_argument("step", choices=["build", "measure"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--bandwidth", type=float, default=4.8, help="of the GPU's memory in TB/s (default: an H200's)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--layouts", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--buckets", nargs="+", type=int, choices=BUCKETS, default=list(BUCKETS), help="least tokens")
-    parser.add_argument("--records", type=Path, default=Path("records.json"), help="where `search` writes")
     options = parser.parse_args()
     if options.step == "build":
         return build(options.folder, options.models)
-    if options.step == "build-search":
-        return build_search(options.folder, options.models, options.layouts, options.buckets)
     torch.manual_seed(0)
     name = torch.cuda.get_device_name()
-    if options.step == "search":
-        print(name)
-        found = []
-        for spec in compiled_calls(options.models):
-            found += search(options.folder, spec, options.layouts, options.buckets)
-            write_records(options.records, found)
-        return None
     kernels = Kernels(options.folder / "kernels.so")
     checked = sum(check(kernels, spec) for _, _, spec in calls(options.models))
     print(f"{name}, torch {torch.__version__}, apache-tvm-ffi {kernels.ffi.__version__}: {checked} results checked\n")

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from vllm_compile.bench import DECODE_STEPS, step_bytes
+from vllm_compile import bench as benchmark
+from vllm_compile.bench import DECODE_STEPS, Workload, bench, step_bytes
 from vllm_compile.cli import main
 from vllm_compile.runtime.program import load
 
@@ -29,3 +30,43 @@ def test_figures(trained_llama, compiled_fp32, capsys):
 def test_unknown_peer(compiled_fp32):
     with pytest.raises(SystemExit):
         main(["bench", str(compiled_fp32), "--against", "llama.cpp"])
+
+
+class FakeEngine:
+    """Stands for a worker process: remembers what it is asked for, and how many others live."""
+
+    living = 0
+
+    def __init__(self, name, model, options, log):
+        self.name, self.load_seconds, self.first_token_seconds = name, 0.0, 0.0
+        self.asked = []
+        FakeEngine.living += 1
+        self.others = FakeEngine.living - 1
+        made.append(self)
+
+    def seconds(self, prompts, new_tokens):
+        self.asked.append((prompts, new_tokens))
+        return float(new_tokens)
+
+    def close(self):
+        FakeEngine.living -= 1
+
+
+made = []
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_engines_are_asked_for(trained_llama, compiled_fp32, monkeypatch, alone):
+    made.clear()
+    monkeypatch.setattr(benchmark, "Engine", FakeEngine)
+    workloads = [Workload(2, 32)]
+    figures = bench(compiled_fp32, trained_llama, ["vllm"], workloads, workloads, repeats=1, alone=alone)
+    assert {row.milliseconds for row in figures["rows"]} == {1e3}
+    assert [engine.others for engine in made] == [0, 0 if alone else 1]
+    for engine in made:
+        rounds = [engine.asked[:3], engine.asked[3:6]]  # of the decode; one warms up
+        for asked in rounds:
+            assert [tokens for _, tokens in asked] == [1, 1, 1 + DECODE_STEPS["cpu"]]
+            assert all(prompts == asked[0][0] for prompts, _ in asked)  # the prefix cache has them from the first on
+        seen = [tuple(map(tuple, prompts)) for prompts, _ in (rounds[0][0], rounds[1][0], *engine.asked[6:])]
+        assert len(seen) == len(set(seen)) == 4  # a prefill never finds its prompts in the cache

@@ -19,10 +19,11 @@ from tvm.sym.analyzer import Analyzer
 from tvm.tirx.script.builder import ir as build
 
 from vllm_compile.expression import read_expression
-from vllm_compile.spec import DTYPE_BYTES, OpSpec, Sym
+from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
 from ..family import Config, KernelFamily, Variant
+from .arguments import bind_arguments
 from .evaluator import Evaluator, cuts
 
 # 16 K values take some 3 microseconds, waking OpenMP's threads 2 to 5: from here two cores gain.
@@ -50,13 +51,7 @@ def elementwise(spec: OpSpec, target: Target, parallel: bool) -> tirx.PrimFunc:
     blocks = -(-last // block)
     with IRBuilder() as builder, build.prim_func(s_tir=True):
         T.func_name("kernel")
-        named = (*spec.inputs, ("out", out))
-        handles = [T.arg(name, T.handle()) for name, _ in named]
-        tokens = T.int64()
-        buffers = {}
-        for handle, (name, tensor) in zip(handles, named, strict=True):
-            shape = [tokens if dim == Sym.TOKENS else dim for dim in tensor.shape]
-            buffers[name] = T.match_buffer(handle, shape or [1], tensor.dtype, align=DTYPE_BYTES[tensor.dtype])
+        tokens, buffers = bind_arguments(spec)
         bits = {name: _bits(buffer) for name, buffer in buffers.items() if name != "out"}
         rows = prod(middle)
         with (T.parallel if parallel else T.serial)(0, tokens * (rows * blocks)) as item:

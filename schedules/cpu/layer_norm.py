@@ -14,10 +14,11 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as build
 
-from vllm_compile.spec import DTYPE_BYTES, OpSpec, Sym
+from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
 from ..family import Config, KernelFamily, Variant
+from .arguments import bind_arguments
 from .norm import PARALLEL_ROWS, pairwise_sum
 
 
@@ -28,13 +29,7 @@ def layer_norm(spec: OpSpec, lanes: int, parallel: bool) -> tirx.PrimFunc:
     chunk = math.gcd(width, 4 * lanes)
     with IRBuilder() as builder, build.prim_func(s_tir=True):
         T.func_name("kernel")
-        named = (*spec.inputs, ("out", spec.outputs[0]))
-        handles = [T.arg(name, T.handle()) for name, _ in named]
-        tokens = T.int64()
-        tensors = {}
-        for handle, (name, tensor) in zip(handles, named, strict=True):
-            shape = [tokens if dim == Sym.TOKENS else dim for dim in tensor.shape]
-            tensors[name] = T.match_buffer(handle, shape, tensor.dtype, align=DTYPE_BYTES[tensor.dtype])
+        tokens, tensors = bind_arguments(spec)
         x, out = (
             T.decl_buffer((tokens * (rows_per_token * width),), x_spec.dtype, data=tensors[name].data)
             for name in ("x", "out")

@@ -24,10 +24,11 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as build
 
-from vllm_compile.spec import DTYPE_BYTES, OpSpec, Sym
+from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
 from ..family import Config
+from .arguments import bind_arguments
 from .matmul_words import Words, weight_layout
 from .vectors import prefetch, scratch
 
@@ -123,13 +124,7 @@ def matmul(spec: OpSpec, config: Config, target: Target, gated: bool, finish: Fi
 
     with IRBuilder() as builder, build.prim_func(s_tir=True):
         T.func_name("kernel")
-        named = (*spec.inputs, ("out", spec.outputs[0]))
-        handles = [T.arg(name, T.handle()) for name, _ in named]
-        tokens = T.int64()
-        tensors = {}
-        for handle, (name, tensor) in zip(handles, named, strict=True):
-            shape = packed if name == "weight" else [tokens if dim == Sym.TOKENS else dim for dim in tensor.shape]
-            tensors[name] = T.match_buffer(handle, shape, tensor.dtype, align=DTYPE_BYTES[tensor.dtype])
+        tokens, tensors = bind_arguments(spec, {"weight": packed})
         with T.attr(0, "pragma_import_llvm", v.ir):
             x = words.view(tensors["x"], tokens * K)
             w = T.decl_buffer((count * tile.length * v.lanes,), words.type, data=tensors["weight"].data, align=2)

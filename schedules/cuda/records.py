@@ -1,4 +1,6 @@
-"""Configurations that a search on a GPU found to be the fastest (benchmarks/kernels_cuda_linear.py search).
+"""Configurations that a search on a GPU found to be the fastest (benchmarks/search_cuda_linear.py).
+
+Those in records.json were found on an H100 (benchmarks/baseline.md): no other Hopper GPU has been searched on yet.
 
 A record: the call (op, N, K, residual, lossless), the least number of tokens that its variant serves, the
 configuration, and the microseconds that it and cuBLAS took for as many tokens as the variant is made for.

@@ -81,7 +81,7 @@ def promising(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, token
 def fills(spec: OpSpec, target: CudaTarget) -> bool:
     """True if thread blocks of 128 rows, each with all of K, keep at least nine in ten multiprocessors busy.
 
-    Smaller weights take a split of K over a cluster, with which cuBLAS was faster (benchmarks/baseline.md).
+    Smaller weights take a split of K over a cluster, with which cuBLAS is faster for some: a search decides then.
     """
     return _thread_blocks(spec, (2, 1, 1)) >= 0.9 * target.multiprocessors
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import tvm_ffi
 
+from benchmarks import kernels_cuda_linear
 from vllm_compile import lossless
 from vllm_compile.errors import TargetError
 from vllm_compile.ops import GATE_UP_SILU, LINEAR
@@ -189,6 +190,27 @@ def test_records_come_first(tmp_path, monkeypatch):
     assert found[1].config == wanted != usual[True][1].config
     assert found[:1] == usual[True][:1]
     assert Linear(packed=False).variants(spec, TARGET) == usual[False]
+
+
+@pytest.mark.parametrize(("cublas_us", "least"), [(9.0, [1]), (11.0, [1, 9])])
+def test_the_vendor_takes_over_where_a_record_says_it_is_faster(tmp_path, monkeypatch, cublas_us, least):
+    spec = spec_of("linear")
+    names = ("op", "N", "K", "residual", "lossless", "min_tokens")
+    config = Linear(packed=True).variants(spec, TARGET)[1].config
+    path = tmp_path / "records.json"
+    record = dict(zip(names, records.key(spec, True, 9), strict=True))
+    path.write_text(json.dumps([{**record, "config": config, "us": 10.0, "cublas_us": cublas_us}]))
+    monkeypatch.setattr(records, "PATH", path)
+    family = Linear(packed=True)
+    found = [variant.min_tokens for variant in family.variants(spec, TARGET)]
+    assert found[: len(least)] == least
+    if least == [1]:
+        assert found == least
+        assert family.vendor(spec, TARGET).min_tokens == 9
+
+
+def test_the_benchmark_knows_the_ranges_of_tokens():
+    assert kernels_cuda_linear.BUCKETS == matmul.BUCKETS
 
 
 def test_every_configuration_fits_shared_memory():

@@ -1,0 +1,113 @@
+"""Where the time of a decode step goes on a GPU: the step as a CUDA graph, whole, and without each of its kernels.
+
+    python benchmarks/step_cuda.py ARTIFACT 1x128 16x128     # batch x cached tokens; random weights
+
+Kernels overlap (each is launched while the one before it ends), so that a profiler's durations do not add up; how much
+sooner the step ends without a kernel does say what it costs.  Results are garbage then, times are not: no kernel's
+work depends on values.  Medians of 30 replays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections import Counter
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import torch
+
+from vllm_compile.paged_batch import PagedBatch
+from vllm_compile.runtime.manifest import PLAN, read_manifest
+from vllm_compile.runtime.plan import KernelStep, Plan, VendorCall, from_json
+from vllm_compile.runtime.program import Program
+
+REPLAYS = 30
+DEVICE = torch.device("cuda")
+
+
+class Remembering(Program):
+    """Keeps the weights it was given, for the same program with another plan."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> None:
+        self.given = list(weights or [])
+        super().load_weights(self.given)
+
+
+def without(plan: Plan, kernels: Collection[str]) -> Plan:
+    """The plan less the steps that `name_of` calls so."""
+
+    def kept(steps):
+        return tuple(step for step in steps if not isinstance(step, KernelStep) or name_of(step) not in kernels)
+
+    functions = {name: dataclasses.replace(f, steps=kept(f.steps)) for name, f in plan.functions.items()}
+    return dataclasses.replace(plan, functions=functions)
+
+
+def name_of(step: KernelStep) -> str:
+    """`linear 6144 x 4096`: the operator, and the shape of its weight if a vendor's product could take it."""
+    vendor = [part for part in step.large.steps if isinstance(part, VendorCall)] if step.large is not None else []
+    weights = [dict(call.arguments)["weight"].spec for call in vendor if call.function == "linear"]
+    return " ".join([step.op, *(f"{weight.size(0)} x {weight.size(1)}" for weight in weights)])
+
+
+def counts(plan: Plan) -> Counter[str]:
+    """How often each kernel is called in a step."""
+    found: Counter[str] = Counter()
+    for entry in ("forward", "logits"):
+        for step in plan.functions[entry].steps:
+            inner = [step] if isinstance(step, KernelStep) else plan.functions[step.function].steps
+            found.update(name_of(s) for s in inner if isinstance(s, KernelStep))
+    return found
+
+
+def step_us(program: Program, batch: int, context: int) -> float:
+    """Microseconds of one decode step of `batch` requests with `context` cached tokens each."""
+    requests = PagedBatch(program.plan.model, [context + 1] * batch, DEVICE)
+    for kv in requests.kv:
+        kv.normal_()
+    arguments = requests.step([context] * batch, [context + 1] * batch)
+    ids = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
+
+    def run() -> None:
+        program.logits(program.forward(ids, kv=requests.kv, **arguments))
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(3 + REPLAYS):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) * 1e3)
+    return statistics.median(times[3:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("workloads", nargs="+", metavar="BxN")
+    options = parser.parse_args()
+    workloads = [tuple(map(int, text.split("x"))) for text in options.workloads]
+    manifest, plan = read_manifest(options.artifact), from_json((options.artifact / PLAN).read_text())
+    program = Remembering(options.artifact, plan, manifest)
+    program.load_dummy_weights()
+    whole = [step_us(program, *workload) for workload in workloads]
+    print(f"{torch.cuda.get_device_name()}, microseconds a call\n")
+    print(f"| kernel | calls | {' | '.join(options.workloads)} |\n|---|---|{'---|' * len(workloads)}")
+    print(f"| whole step | | {' | '.join(f'{us:.0f}' for us in whole)} |", flush=True)
+    for name, calls in counts(plan).items():
+        rest = Program(options.artifact, without(plan, [name]), manifest)
+        rest.load_weights(program.given)
+        costs = [(us - step_us(rest, *workload)) / calls for us, workload in zip(whole, workloads, strict=True)]
+        print(f"| {name} | {calls} | {' | '.join(f'{us:.1f}' for us in costs)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

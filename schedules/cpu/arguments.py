@@ -1,0 +1,29 @@
+"""The arguments of a kernel as its call names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from vllm_compile.spec import DTYPE_BYTES, OpSpec, Sym
+
+
+def bind_arguments(
+    spec: OpSpec, stored: Mapping[str, Sequence[int]] | None = None
+) -> tuple[tirx.Var, dict[str, tirx.Buffer]]:
+    """The number of tokens, and each input and `out` as a buffer, of the function that is being built.
+
+    A scalar is one value [1].  `stored` gives the shapes of weights that lie in memory otherwise than `spec` says.
+    """
+    named = (*spec.inputs, ("out", spec.outputs[0]))
+    handles = [T.arg(name, T.handle()) for name, _ in named]
+    tokens = T.int64()
+    buffers = {}
+    for handle, (name, tensor) in zip(handles, named, strict=True):
+        shape: Sequence[Any] = [tokens if dim == Sym.TOKENS else dim for dim in tensor.shape] or [1]
+        shape = (stored or {}).get(name, shape)
+        buffers[name] = T.match_buffer(handle, shape, tensor.dtype, align=DTYPE_BYTES[tensor.dtype])
+    return tokens, buffers
