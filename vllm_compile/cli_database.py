@@ -80,7 +80,7 @@ def add_worker(commands: Any) -> None:
 def _opened(options: argparse.Namespace, writable: bool, salvage: bool = False) -> Iterator[Database]:
     try:
         from .schedules.database import open_database
-        from .schedules.database.tokens import VARIABLE
+        from .schedules.database.authorise import VARIABLE
     except ModuleNotFoundError as error:
         raise DatabaseError(f"the tuning database needs {error.name}; pip install 'vllm-compile[tune]'") from error
     with open_database(options.db, writable, os.environ.get(VARIABLE), salvage) as database:
@@ -232,13 +232,14 @@ def _roles(options: argparse.Namespace) -> int:
 
 def _token(options: argparse.Namespace) -> int:
     from .schedules.database import tokens
+    from .schedules.database.authorise import VARIABLE
 
     if (options.which is None) != (options.what == "list"):
         raise DatabaseError("token create TEAM, token list, or token revoke NUMBER")
     with _opened(options, writable=options.what != "list") as database:
         if options.what == "create":
             token = tokens.create(database, options.which)
-            console.print("shown this once; set it as " + tokens.VARIABLE)
+            console.print("shown this once; set it as " + VARIABLE)
             print(token)
             return _answer(options, {"team": options.which, "token": token})
         if options.what == "revoke":

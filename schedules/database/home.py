@@ -16,7 +16,8 @@ from sqlalchemy.exc import ArgumentError
 
 from vllm_compile.errors import DatabaseError
 
-from . import migrate, tokens
+from . import migrate
+from .authorise import authorise
 from .failures import DAMAGED, reported
 
 BUSY_SECONDS = 60  # SQLite: how long to wait for another process's transaction
@@ -52,7 +53,7 @@ class Database:
         if not self.writable:
             raise DatabaseError(f"{self.name}: opened for reading; open it for writing")
         with reported(self.name), self.engine.begin() as connection:
-            tokens.authorise(connection, self._token, self.name)
+            authorise(connection, self._token, self.name)
             yield connection
 
     def close(self) -> None:

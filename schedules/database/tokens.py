@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import insert, select, update
 
 from vllm_compile.errors import DatabaseError
 
 from .canonical import sha256
 from .clock import now
+from .home import Database
 from .schema import tokens
-
-if TYPE_CHECKING:
-    from .home import Database
-
-VARIABLE = "VLLM_COMPILE_DB_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -63,11 +58,3 @@ def revoke(database: Database, number: int) -> None:
         if active == {number}:
             raise DatabaseError(f"{database.name}: token {number} is the last one in force; create another first")
         connection.execute(update(tokens).where(tokens.c.id == number).values(revoked_at=now()))
-
-
-def authorise(connection: Connection, token: str | None, name: str) -> None:
-    """Raise DatabaseError if tokens are in force and `token` is none of them."""
-    in_force = set(connection.scalars(select(tokens.c.digest).where(tokens.c.revoked_at.is_(None))))
-    if in_force and (token is None or sha256(token) not in in_force):
-        what = "needs a token to write" if token is None else "does not know this token"
-        raise DatabaseError(f"{name}: {what}; set {VARIABLE} to your team's (made by: db token create TEAM)")
