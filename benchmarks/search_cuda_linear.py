@@ -1,11 +1,13 @@
-"""The fastest configuration of our linear kernels for each call of a compiled model, found by trying them on a GPU.
+"""The fastest configuration of our linear kernels for each call of a compiled model, found by trying them in its step.
 
-    python benchmarks/search_cuda_linear.py build DIR    # needs TVM and nvcc, no GPU
-    python benchmarks/search_cuda_linear.py run DIR      # needs a GPU, torch and apache-tvm-ffi, no TVM
+    python benchmarks/search_cuda_linear.py build ARTIFACT DIR    # needs TVM and nvcc, no GPU
+    python benchmarks/search_cuda_linear.py run ARTIFACT DIR      # needs a GPU, torch and apache-tvm-ffi, no TVM
 
-`run` times every promising configuration as kernels_cuda_linear.py times kernels, with fewer replays, and writes the
-fastest for each call as a record into schedules/cuda/records.json; one that gives a wrong result is named and left out.
---models, --layouts and --buckets take some of the models, of the layouts of the weight, and of the numbers of tokens.
+Kernels overlap with those before and after them, and compete for shared memory and the L2 cache; so a configuration is
+worth what the whole decode step costs with it (step_cuda.py), of which all else stays as it is.  `run` goes through the
+calls of the model, the largest weights first, and keeps the best before it turns to the next; each kernel's result is
+compared with float64 before.  The fastest are written as records into schedules/cuda/records.json; what gives a wrong
+result is named and left out.  --buckets takes some of the numbers of tokens.
 """
 
 from __future__ import annotations
@@ -13,34 +15,71 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from kernels_cuda_linear import (
-    BUCKETS,
-    KINDS,
-    MODELS,
-    Kernels,
-    build_configs,
-    cold_weights,
-    compiled_calls,
-    cublas_of,
-    extras,
-    median_us,
-    reference,
-    symbol,
-)
+from kernels_cuda_linear import BUCKETS, Kernels, build_configs, extras, reference, spec_of
+from step_cuda import step_us
 
+from vllm_compile import lossless
+from vllm_compile.runtime.manifest import PLAN, read_manifest
+from vllm_compile.runtime.plan import KernelStep, Plan, VendorCall, from_json
+from vllm_compile.runtime.program import Program
 from vllm_compile.spec import OpSpec
 
-REPLAYS = 5
+CONTEXT = 128  # cached tokens of each request
+BATCHES = {1: (1, 8), 9: (16,), 17: (32,), 33: (64,)}  # by least tokens of a variant: the steps that are timed
+FINALISTS = 3  # are timed again, more often
 RECORDS = Path(__file__).parents[1] / "schedules/cuda/records.json"
 
 
-def build_search(folder: Path, models: Sequence[str], layouts: Sequence[str], buckets: Sequence[int]) -> None:
+@dataclass(frozen=True)
+class LinearCall:
+    """A linear kernel of a plan: its call, whether its weight is lossless, the step, and how often a step has it."""
+
+    spec: OpSpec
+    packed: bool
+    step: KernelStep
+    count: int
+
+    @property
+    def name(self) -> str:
+        N, K = self.spec.input("weight").shape
+        optional = "".join(f"_{name}" for name in ("bias", "residual") if self.spec.has_input(name))
+        return f"{self.spec.op}{optional}_{N}_{K}_{'lossless' if self.packed else 'plain'}"
+
+
+def steps_of(plan: Plan) -> Iterator[KernelStep]:
+    """The kernel steps of all layers and of the entry points, in order."""
+    for entry in ("forward", "logits"):
+        for step in plan.functions[entry].steps:
+            inner = (step,) if isinstance(step, KernelStep) else plan.functions[step.function].steps
+            yield from (s for s in inner if isinstance(s, KernelStep))
+
+
+def linear_calls(plan: Plan) -> list[LinearCall]:
+    """Those that a vendor's product could take, the largest weights first."""
+    counted: dict[KernelStep, int] = {}
+    for step in steps_of(plan):
+        counted[step] = counted.get(step, 0) + 1
+    found = {}
+    for step, count in counted.items():
+        parts = step.large.steps if step.large is not None else ()
+        for part in parts:
+            if isinstance(part, VendorCall) and part.function == "linear":
+                given = dict(part.arguments)
+                N, K = given["weight"].spec.size(0), given["weight"].spec.size(1)
+                packed = any(argument.spec.dtype == "uint8" for argument in step.arguments)
+                spec = spec_of(step.op, N, K, "residual" in given, "bias" in given)
+                found[spec] = LinearCall(spec, packed, step, count)
+    return sorted(found.values(), key=lambda call: -call.spec.input("weight").nbytes() * call.count)
+
+
+def build(plan: Plan, folder: Path, buckets: Sequence[int]) -> None:
     """A library for each call with every promising configuration."""
     from vllm_compile.schedules.cuda import matmul
     from vllm_compile.targets import cuda
@@ -48,66 +87,99 @@ def build_search(folder: Path, models: Sequence[str], layouts: Sequence[str], bu
     target = cuda.detect()
     pending = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for spec in compiled_calls(models):
-            for kind in layouts:
-                configs = {}
-                for least in buckets:
-                    promising = matmul.promising(spec, target, KINDS[kind], least, gated=spec.op == "gate_up_silu")
-                    for i, config in enumerate(promising):
-                        configs[symbol(spec, kind, f"{least}_{i}")] = (spec, config)
-                pending.append(pool.submit(build_configs, folder / f"search_{symbol(spec, kind, 'all')}.so", configs))
+        for call in linear_calls(plan):
+            for least in buckets:
+                gated = call.spec.op == "gate_up_silu"
+                promising = matmul.promising(call.spec, target, call.packed, least, gated)
+                configs = {f"{call.name}_{least}_{i}": (call.spec, config) for i, config in enumerate(promising)}
+                pending.append(pool.submit(build_configs, library(folder, call, least), configs))
     for made in pending:
         made.result()  # raises what went wrong
 
 
-def search(folder: Path, spec: OpSpec, layouts: Sequence[str], buckets: Sequence[int]) -> list[dict[str, Any]]:
-    """A record for each variant of one call: the fastest configuration for as many tokens as it is made for."""
-    N, K = spec.input("weight").shape
-    plain, packed = cold_weights(spec)
-    found = []
-    weights_of = {"plain": plain, "lossless": packed}
-    libraries = {kind: Kernels(folder / f"search_{symbol(spec, kind, 'all')}.so") for kind in layouts}
-    for least in buckets:
-        tokens = BUCKETS[least]
-        x = torch.randn(tokens, K, device="cuda").bfloat16()
-        more = extras(spec, tokens)
-        wanted, allowed = reference(spec, x, plain[0], more)
-        y = torch.empty(tokens, spec.outputs[0].size(1), device="cuda", dtype=torch.bfloat16)
-        for kind, kernels in libraries.items():
-            weights = weights_of[kind]
-            graphs = {"cublas": kernels.graph(cublas_of(spec, x, plain, more))}
-            for name in kernels.configs:
-                if not name.startswith(symbol(spec, kind, f"{least}_")):
-                    continue
-                bound = [kernels.bound(name, [x, weight, *more.values(), y]) for weight in weights]
-                y.fill_(float("nan"))
-                graph = kernels.graph(lambda bound=bound: [call() for call in bound])
-                if bool(((y.double() - wanted).abs() <= allowed).all()):
-                    graphs[name] = graph
-                else:
-                    print(f"wrong: {name} {kernels.configs[name]}", flush=True)
-            times = dict(zip(graphs, median_us(list(graphs.values()), REPLAYS), strict=True))
-            cublas_us = times.pop("cublas") / len(plain)
-            if not times:
-                continue
-            best = min(times, key=times.__getitem__)
-            found.append(
-                {
-                    "op": spec.op,
-                    "N": N,
-                    "K": K,
-                    "residual": spec.has_input("residual"),
-                    "lossless": KINDS[kind],
-                    "min_tokens": least,
-                    "config": kernels.configs[best],
-                    "us": round(times[best] / len(plain), 2),
-                    "cublas_us": round(cublas_us, 2),
-                }
-            )
-            ranking = sorted(times, key=times.__getitem__)[:4]
-            shown = ", ".join(f"{times[n] / len(plain):.1f} {list(kernels.configs[n].values())[1:-1]}" for n in ranking)
-            print(f"{symbol(spec, kind, least)}: cuBLAS {cublas_us:.1f}; {len(times)} configs: {shown}", flush=True)
-    return found
+def library(folder: Path, call: LinearCall, least: int) -> Path:
+    return folder / f"{call.name}_{least}.so"
+
+
+class Candidates(Program):
+    """A program that may also call kernels of other libraries."""
+
+    def __init__(self, *program: Any, others: Mapping[str, Callable[..., None]]) -> None:
+        self._others = others
+        super().__init__(*program)
+
+    def kernels(self) -> Callable[[str], Callable[..., None]]:
+        own, others = super().kernels(), self._others
+        return lambda symbol: others[symbol] if symbol in others else own(symbol)
+
+
+def with_kernel(plan: Plan, spec: OpSpec, least: int, symbol: str | None) -> Plan:
+    """The plan with this kernel as the variant from `least` tokens on for a call; None: a vendor's product."""
+    (call,) = (call for call in linear_calls(plan) if call.spec == spec)
+    large, variants = call.step.large, {minimum: s for minimum, s in call.step.variants if minimum != least}
+    assert large is not None
+    if symbol is None:
+        changed = replace(call.step, large=replace(large, min_tokens=least))
+    else:
+        variants[least] = symbol
+        large = replace(large, min_tokens=max(large.min_tokens, BUCKETS[least] + 1))
+        changed = replace(call.step, variants=tuple(sorted(variants.items())), large=large)
+    functions = {
+        name: replace(f, steps=tuple(changed if step == call.step else step for step in f.steps))
+        for name, f in plan.functions.items()
+    }
+    return replace(plan, functions=functions)
+
+
+def right(call: LinearCall, least: int, kernels: Kernels) -> list[str]:
+    """The kernels whose result is within the error allowed, on poisoned outputs."""
+    N, K = call.spec.input("weight").shape
+    weight = (torch.randn(N, K, device="cuda") * 0.02).bfloat16()
+    x = torch.randn(BUCKETS[least], K, device="cuda").bfloat16()
+    more = extras(call.spec, BUCKETS[least])
+    wanted, allowed = reference(call.spec, x, weight, more)
+    y = torch.empty(BUCKETS[least], call.spec.outputs[0].size(1), device="cuda", dtype=torch.bfloat16)
+    kept = []
+    for name, config in kernels.configs.items():
+        y.fill_(float("nan"))
+        with kernels.ffi.use_torch_stream():
+            kernels.bound(name, [x, lossless.pack(weight) if call.packed else weight, *more.values(), y])()
+        if bool(((y.double() - wanted).abs() <= allowed).all()):
+            kept.append(name)
+        else:
+            print(f"wrong: {name} {config}", flush=True)
+    return kept
+
+
+def search(program: Candidates, call: LinearCall, least: int, names: Sequence[str], configs: Mapping[str, Any]) -> dict:
+    """The record of the best of these kernels, which the program's plan has from now on."""
+    plan = program.plan
+
+    def us(symbol: str | None, replays: int) -> float:
+        program.set_plan(with_kernel(plan, call.spec, least, symbol))
+        return sum(step_us(program, batch, CONTEXT, replays) for batch in BATCHES[least])
+
+    times = {name: us(name, replays=5) for name in names}
+    ranking = sorted(times, key=times.__getitem__)
+    finals = {name: us(name, replays=30) for name in ranking[:FINALISTS]}
+    best = min(finals, key=finals.__getitem__)
+    vendor = us(None, replays=30)
+    program.set_plan(with_kernel(plan, call.spec, least, best))
+    calls = call.count * len(BATCHES[least])
+    shown = ", ".join(f"{(times[n] - times[best]) / calls:+.1f} {list(configs[n].values())[:-1]}" for n in ranking[:6])
+    gain = (vendor - finals[best]) / calls
+    print(f"{call.name} from {least}: {len(names)} configs, cuBLAS {gain:+.1f}: {shown}", flush=True)
+    N, K = call.spec.input("weight").shape
+    return {
+        "op": call.spec.op,
+        "N": N,
+        "K": K,
+        "residual": call.spec.has_input("residual"),
+        "lossless": call.packed,
+        "min_tokens": least,
+        "config": configs[best],
+        "gain_us": round(gain, 2),
+    }
 
 
 def write_records(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
@@ -121,21 +193,30 @@ def write_records(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["build", "run"])
+    parser.add_argument("action", choices=["build", "run"])
+    parser.add_argument("artifact", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--layouts", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--buckets", nargs="+", type=int, choices=BUCKETS, default=list(BUCKETS), help="least tokens")
     parser.add_argument("--records", type=Path, default=RECORDS, help="where `run` writes")
     options = parser.parse_args()
-    if options.step == "build":
-        return build_search(options.folder, options.models, options.layouts, options.buckets)
+    plan = from_json((options.artifact / PLAN).read_text())
+    if options.action == "build":
+        return build(plan, options.folder, options.buckets)
     torch.manual_seed(0)
-    print(torch.cuda.get_device_name())
-    found = []
-    for spec in compiled_calls(options.models):
-        found += search(options.folder, spec, options.layouts, options.buckets)
-        write_records(options.records, found)
+    calls = linear_calls(plan)
+    found = {(c, least): Kernels(library(options.folder, c, least)) for c in calls for least in options.buckets}
+    others = {name: kernels.module[name] for kernels in found.values() for name in kernels.configs}
+    program = Candidates(options.artifact, plan, read_manifest(options.artifact), others=others)
+    program.load_dummy_weights()
+    print(f"{torch.cuda.get_device_name()}; microseconds a call beside the best")
+    records = []
+    for least in options.buckets:
+        for call in calls:
+            kernels = found[call, least]
+            records.append(search(program, call, least, right(call, least, kernels), kernels.configs))
+            write_records(options.records, records)
+        steps = {batch: step_us(program, batch, CONTEXT) for batch in BATCHES[least]}
+        print(f"from {least} tokens: steps of {steps} us", flush=True)
     return None
 
 

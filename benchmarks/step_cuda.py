@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import statistics
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -25,14 +25,6 @@ from vllm_compile.runtime.program import Program
 
 REPLAYS = 30
 DEVICE = torch.device("cuda")
-
-
-class Remembering(Program):
-    """Keeps the weights it was given, for the same program with another plan."""
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> None:
-        self.given = list(weights or [])
-        super().load_weights(self.given)
 
 
 def without(plan: Plan, kernels: Collection[str]) -> Plan:
@@ -62,7 +54,7 @@ def counts(plan: Plan) -> Counter[str]:
     return found
 
 
-def step_us(program: Program, batch: int, context: int) -> float:
+def step_us(program: Program, batch: int, context: int, replays: int = REPLAYS) -> float:
     """Microseconds of one decode step of `batch` requests with `context` cached tokens each."""
     requests = PagedBatch(program.plan.model, [context + 1] * batch, DEVICE)
     for kv in requests.kv:
@@ -79,7 +71,7 @@ def step_us(program: Program, batch: int, context: int) -> float:
     with torch.cuda.graph(graph):
         run()
     times = []
-    for _ in range(3 + REPLAYS):
+    for _ in range(3 + replays):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
         graph.replay()
@@ -96,16 +88,15 @@ def main() -> None:
     options = parser.parse_args()
     workloads = [tuple(map(int, text.split("x"))) for text in options.workloads]
     manifest, plan = read_manifest(options.artifact), from_json((options.artifact / PLAN).read_text())
-    program = Remembering(options.artifact, plan, manifest)
+    program = Program(options.artifact, plan, manifest)
     program.load_dummy_weights()
     whole = [step_us(program, *workload) for workload in workloads]
     print(f"{torch.cuda.get_device_name()}, microseconds a call\n")
     print(f"| kernel | calls | {' | '.join(options.workloads)} |\n|---|---|{'---|' * len(workloads)}")
     print(f"| whole step | | {' | '.join(f'{us:.0f}' for us in whole)} |", flush=True)
     for name, calls in counts(plan).items():
-        rest = Program(options.artifact, without(plan, [name]), manifest)
-        rest.load_weights(program.given)
-        costs = [(us - step_us(rest, *workload)) / calls for us, workload in zip(whole, workloads, strict=True)]
+        program.set_plan(without(plan, [name]))
+        costs = [(us - step_us(program, *workload)) / calls for us, workload in zip(whole, workloads, strict=True)]
         print(f"| {name} | {calls} | {' | '.join(f'{us:.1f}' for us in costs)} |", flush=True)
 
 

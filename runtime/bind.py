@@ -133,9 +133,7 @@ class Binder:
             if isinstance(step, CallStep):
                 self._layer(step, memory)
             elif (large := step.large) is not None and _is_large(step, self._batch):
-                for part in large.steps:
-                    vendors = isinstance(part, VendorCall)
-                    self._steps.append(self._torch_call(part, memory) if vendors else self._call(part, memory))
+                self._steps += [self._step(part, memory) for part in large.steps]
             else:
                 self._steps.append(self._call(step, memory))
 
@@ -148,6 +146,9 @@ class Binder:
         if isinstance(hidden, torch.Tensor):
             self._steps.append(Observe(layer, self._view(hidden, callee.inputs[0].spec)))
         self._function(callee, {a.buffer: m for a, m in zip(formal, given, strict=True)})
+
+    def _step(self, step: KernelStep | VendorCall, memory: Mapping[str, Source]) -> BoundStep:
+        return self._call(step, memory) if isinstance(step, KernelStep) else self._torch_call(step, memory)
 
     def _call(self, step: KernelStep, memory: Mapping[str, Source]) -> Call:
         tokens = max(self._batch.tokens, 1)

@@ -13,7 +13,7 @@ import tvm_ffi
 
 from vllm_compile.spec import TensorSpec
 
-from .bind import Batch, Binder, Bound, Observe, Weight
+from .bind import Batch, Binder, Bound, Kernel, Observe, Weight
 from .memory import aligned, allocate
 from .plan import Plan
 
@@ -31,15 +31,20 @@ class Executor:
         timings: seconds of each call of each kernel by symbol; None (the default) measures nothing.
     """
 
-    def __init__(self, plan: Plan, library: str, device: torch.device) -> None:
+    def __init__(self, plan: Plan, kernel: Callable[[str], Kernel], device: torch.device) -> None:
         self.plan, self.device = plan, device
-        self._kernel = cache(tvm_ffi.load_module(library).__getitem__)
+        self._kernel = cache(kernel)
         self._weights: dict[str, Weight] = {}
         self._bound: dict[tuple[str, Batch], Bound] = {}
         self._slots: dict[str, list[torch.Tensor]] = {}
         self._results: dict[str, torch.Tensor] = {}
         self.max_tokens = 0
         self.timings: dict[str, list[float]] | None = None
+
+    def set_plan(self, plan: Plan) -> None:
+        """Run this plan from now on, which differs from the one before in its kernels only."""
+        self.plan = plan
+        self._bound.clear()
 
     def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Use these tensors as weights, by the names the plan gives them."""

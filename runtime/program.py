@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tvm_ffi
 from safetensors import safe_open
 
 from vllm_compile import lossless
@@ -15,6 +16,7 @@ from vllm_compile.spec import DUMMY_STD, TensorSpec
 from vllm_compile.targets import cuda
 
 from . import manifest as artifact
+from .bind import Kernel
 from .executor import Executor
 from .plan import KernelStep, Plan, from_json
 
@@ -48,7 +50,7 @@ class Program:
         self.max_positions = model.max_positions
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.device = device_of(manifest["target"]["name"])
-        self._executor = Executor(plan, str(directory / artifact.LIBRARY), self.device)
+        self._executor = Executor(plan, self.kernels(), self.device)
         self._caches = [f"kv_{layer}" for layer in range(model.num_layers)]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> None:
@@ -158,6 +160,15 @@ class Program:
         steps = self.plan.functions["forward"].steps
         lookups = [s for s in steps if isinstance(s, KernelStep) and s.arguments[0].buffer == "input_ids"]
         return self._executor.weight(lookups[0].arguments[1].buffer)[input_ids.long()]
+
+    def kernels(self) -> Callable[[str], Kernel]:
+        """The kernels of the artifact by symbol."""
+        return tvm_ffi.load_module(str(self.directory / artifact.LIBRARY)).__getitem__
+
+    def set_plan(self, plan: Plan) -> None:
+        """Run this plan from now on, which differs from the artifact's in its kernels only."""
+        self.plan = plan
+        self._executor.set_plan(plan)
 
     def _weight_specs(self) -> dict[str, TensorSpec]:
         """Of the weights that are stored."""

@@ -1,17 +1,28 @@
 """The benchmark on a small model: every peer runs, and the figures are those of what was timed."""
 
 import json
+import os
 
+import psutil
 import pytest
 
 from vllm_compile import bench as benchmark
-from vllm_compile.bench import DECODE_STEPS, Workload, bench, step_bytes
+from vllm_compile.bench import DECODE_STEPS, Engine, Workload, bench, step_bytes
 from vllm_compile.cli import main
+from vllm_compile.errors import VllmCompileError
 from vllm_compile.runtime.program import load
 
 
 @pytest.mark.slow
-def test_figures(trained_llama, compiled_fp32, capsys):
+def test_figures(trained_llama, compiled_fp32, capsys, monkeypatch):
+    workers = []
+
+    class Remembered(Engine):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            workers.append(self._process.pid)
+
+    monkeypatch.setattr(benchmark, "Engine", Remembered)
     command = ["bench", str(compiled_fp32), "--model", str(trained_llama), "--against", "vllm-eager,hf"]
     assert main([*command, "--batch", "2", "--repeats", "1", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -25,11 +36,22 @@ def test_figures(trained_llama, compiled_fp32, capsys):
         assert row["speedup"] == pytest.approx(ratio), engine
         if workload == "decode":
             assert row["gigabytes_per_second"] == pytest.approx(read / row["milliseconds"] / 1e6)
+    assert len(workers) == 3
+    left = [process for process in psutil.process_iter(["status"]) if os.getsid(process.pid) in workers]
+    assert all(process.info["status"] == psutil.STATUS_ZOMBIE for process in left), "engines compute in children"
 
 
 def test_unknown_peer(compiled_fp32):
     with pytest.raises(SystemExit):
         main(["bench", str(compiled_fp32), "--against", "llama.cpp"])
+
+
+def test_an_engine_that_does_not_start(tmp_path, monkeypatch):
+    """Its log is kept, and nothing of it lives on."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VllmCompileError, match=r"engine vllm ended; why is in bench-vllm\.log"):
+        Engine("vllm", tmp_path / "nowhere", {}, tmp_path / "log")
+    assert "nowhere" in (tmp_path / "bench-vllm.log").read_text()
 
 
 class FakeEngine:

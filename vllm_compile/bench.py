@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -92,6 +94,7 @@ class Engine:
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
             text=True,
+            start_new_session=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1", **ENVIRONMENTS.get(name, {})},
         )
         ready = self._answer()
@@ -104,20 +107,22 @@ class Engine:
         return self._answer()["seconds"]
 
     def close(self) -> None:
-        """End the process."""
+        """End the process and those it started, so that the next engine finds the memory free."""
         if self._process.stdin is not None:
             self._process.stdin.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _answer(self) -> dict[str, float]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            tail = self._log.read_text().strip().splitlines()[-1:]
-            raise VllmCompileError(f"engine {self.name} ended: {tail[0] if tail else 'no output'}")
+            kept = Path(f"bench-{self.name}.log")
+            shutil.copy(self._log, kept)
+            raise VllmCompileError(f"engine {self.name} ended; why is in {kept}")
         return json.loads(line)
 
 

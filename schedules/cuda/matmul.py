@@ -54,8 +54,16 @@ def space(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool = False) -
 def promising(spec: OpSpec, target: CudaTarget, packed: bool, min_tokens: int, gated: bool = False) -> Sequence[Config]:
     """The configurations that are worth measuring for the variant from `min_tokens` on."""
     tokens = BUCKETS[min_tokens]
-    configs = stream.promising(spec, target, packed, gated, tokens) if tokens <= 16 else []
-    return [*configs, *(wide.promising(spec, target, packed, gated, tokens) if tokens >= 16 else [])]
+    configs = [*stream.promising(spec, target, packed, gated, tokens)] if tokens <= STREAM_TOKENS else []
+    if tokens > stream.TOKENS:
+        configs += wide.promising(spec, target, packed, gated, tokens)
+    # Blocks of every tile that half of L2 holds.
+    fit = target.l2_bytes // 2 // (spec.input("weight").size(0) * lossless.BLOCK * 2)
+    found = []
+    for config in configs:
+        rest = max(KINDS[config["kind"]].unstaged_blocks(spec, config), 0)
+        found += [{**config, "prefetch": blocks} for blocks in sorted({0, min(fit, rest), rest})]
+    return found
 
 
 def default_variants(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool = False) -> Sequence[Variant]:
@@ -66,7 +74,7 @@ def default_variants(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool
     variants: list[Variant] = []
     for min_tokens, tokens in BUCKETS.items():
         record = records.find(spec, packed, min_tokens)
-        if variants and record is not None and record.cublas_us < record.us:
+        if variants and record is not None and record.gain_us < 0:
             break
         config = record.config if record is not None else None
         if config is None and tokens > stream.TOKENS:

@@ -32,6 +32,11 @@ __device__ __forceinline__ void copy_async_or_zero(uint32_t shared, const void* 
                : "memory");
 }
 
+// `bytes` bytes of global memory to the L2 cache; both they and the address are multiples of 16.
+__device__ __forceinline__ void prefetch(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
 // The copies since the last commit become one group of this thread.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

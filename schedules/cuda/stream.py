@@ -49,6 +49,7 @@ def space(packed: bool) -> Sequence[Config]:
             "row_tiles": r,
             "warps": warps,
             "stages": stages,
+            "prefetch": 0,
             "ahead": ahead,
             "lossless": packed,
         }
@@ -69,7 +70,7 @@ def promising(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, token
         if config["token_tiles"] * TOKENS == max(tokens, TOKENS)
         and config["row_tiles"] in (rows, 2 * rows)
         and config["warps"] > 4
-        and config["stages"] < (4 if tokens <= TOKENS else 3)
+        and config["stages"] < 4
         and not (config["ahead"] and tokens > TOKENS)
         and fits(spec, config, target, gated)
     ]
@@ -90,16 +91,22 @@ def default(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens:
         "row_tiles": row_tiles,
         "warps": 16 if shares <= 2 or not (packed or gated) else 8,
         "stages": 2 if packed or not gated else 3,
+        "prefetch": 0,
         "ahead": tokens <= TOKENS and not (gated or 2 < shares <= 3),
         "lossless": packed,
     }
     return config if fits(spec, config, target, gated) else None
 
 
+def unstaged_blocks(spec: OpSpec, config: Config) -> int:
+    """Blocks of a tile that the stages do not hold at the start: what can be prefetched."""
+    return spec.input("weight").size(1) // lossless.BLOCK - config["stages"] * config["warps"]
+
+
 def function(config: Config, gated: bool) -> str:
     """The device function, with its template arguments."""
     flags = (str(flag).lower() for flag in (config["ahead"], config["lossless"], gated))
-    numbers = (config[name] for name in ("token_tiles", "row_tiles", "warps", "stages"))
+    numbers = (config[name] for name in ("token_tiles", "row_tiles", "warps", "stages", "prefetch"))
     return f"stream_linear<{', '.join(map(str, (*numbers, *flags)))}>"
 
 

@@ -20,12 +20,13 @@
 
 namespace vllm_compile {
 
+// PREFETCH: blocks of a tile, behind those of the stages, that go to the L2 cache while the kernels before still run.
 // AHEAD: x is loaded before the weights of the block before it are waited for, for more registers.
 // GATED: the weight's first N / 2 rows are gates, the others ups; y[tokens, N / 2] = silu(gate) * up.
 // Bias [N] and residual [tokens, N] may be null, and are if GATED.  `shared` holds the stages of all warps, and after
 // them, in the
 // same place, their sums (stream.py computes its size).
-template <int TOKEN_TILES, int ROW_TILES, int WARPS, int STAGES, bool AHEAD, bool PACKED, bool GATED>
+template <int TOKEN_TILES, int ROW_TILES, int WARPS, int STAGES, int PREFETCH, bool AHEAD, bool PACKED, bool GATED>
 __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ x, const void* __restrict__ weight,
                                               const void* __restrict__ bias_or_null,
                                               const void* __restrict__ residual_or_null,
@@ -75,6 +76,9 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
   launch_dependents();
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++) load(stage, warp + stage * WARPS);
+  if constexpr (PREFETCH > 0)
+    if (warp < ROW_TILES)
+      prefetch_blocks<PACKED>(weight, first_row(warp), K, STAGES * WARPS, min(STAGES * WARPS + PREFETCH, blocks), lane);
 
   // What the sums that this thread finishes need besides: read while the weights are on their way.
   const Row* const rows = row_table(weight, N, K);

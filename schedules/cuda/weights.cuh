@@ -42,6 +42,18 @@ __device__ __forceinline__ size_t vector_offset(int block, int v, int K) {
   return PACKED ? (size_t)block * PACKED_BLOCK + v * 512 : ((size_t)(v % 2 * 8) * K + block * 64 + v / 2 * 32) * 2;
 }
 
+// Blocks `from` to `to` of a tile to the L2 cache, where they are one piece (lossless) or sixteen (rows); called by a warp.
+template <bool PACKED>
+__device__ __forceinline__ void prefetch_blocks(const void* weight, int first_row, int K, int from, int to, int lane) {
+  const char* tile = static_cast<const char*>(weight);
+  if (from >= to || lane >= (PACKED ? 1 : 16)) return;
+  if constexpr (PACKED) {
+    prefetch(tile + ((size_t)(first_row / 16) * (K / 64) + from) * PACKED_BLOCK, (to - from) * PACKED_BLOCK);
+  } else {
+    prefetch(tile + ((size_t)(first_row + lane) * K + from * 64) * 2, (to - from) * 128);
+  }
+}
+
 __device__ __forceinline__ uint32_t element(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }

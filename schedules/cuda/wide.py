@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from tvm.script import tirx as T
 
+from vllm_compile import lossless
 from vllm_compile.spec import OpSpec, Sym
 from vllm_compile.targets.cuda import CudaTarget
 
@@ -73,7 +74,7 @@ def promising(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, token
         rounds = _thread_blocks(spec, shape) / target.multiprocessors
         if not 0.7 <= rounds <= 12:
             continue
-        for resident in (1,) if shape[0] * shape[1] == MOST_GROUPS else (2,) if rounds > 1 else (1, 2):
+        for resident in (1, 2) if shape[0] * shape[1] == MOST_GROUPS or rounds <= 1 else (2, 3):
             found += [c for c in _roomiest(tokens, shape, packed, target, resident) if fits(spec, c, target, gated)]
     return found
 
@@ -112,9 +113,15 @@ def default(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens:
     return chosen
 
 
+def unstaged_blocks(spec: OpSpec, config: Config) -> int:
+    """Blocks of a tile, in one part of K, that the stages do not hold at the start: what can be prefetched."""
+    parts = config["k_groups"] * config["cluster"]
+    return spec.input("weight").size(1) // lossless.BLOCK // parts - config["stages"] * config["blocks"]
+
+
 def function(config: Config, gated: bool) -> str:
     """The device function, with its template arguments."""
-    names = ("tokens", "row_groups", "k_groups", "cluster", "blocks", "stages")
+    names = ("tokens", "row_groups", "k_groups", "cluster", "blocks", "stages", "prefetch")
     flags = (str(flag).lower() for flag in (config["lossless"], gated))
     return f"wide_linear<{', '.join(map(str, (*(config[name] for name in names), *flags)))}>"
 
@@ -138,6 +145,7 @@ def _config(tokens: int, shape: tuple[int, int, int], blocks: int, stages: int, 
         "cluster": cluster,
         "blocks": blocks,
         "stages": stages,
+        "prefetch": 0,
         "lossless": packed,
     }
 

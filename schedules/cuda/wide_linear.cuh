@@ -70,10 +70,11 @@ struct Side {
   }
 };
 
+// PREFETCH: blocks of a part of K, behind those of the stages, that go to the L2 cache while the kernels before still run.
 // GATED: the weight's first N / 2 rows are gates, the others ups; y[tokens, N / 2] = silu(gate) * up.
 // Bias [N] and residual [tokens, N] may be null, and are if GATED.  `shared` holds x and the stages of all warps, and after
 // them, in the same place, their sums (wide.py computes its size).
-template <int TOKENS, int ROW_GROUPS, int K_GROUPS, int CLUSTER, int BLOCKS, int STAGES, bool PACKED, bool GATED>
+template <int TOKENS, int ROW_GROUPS, int K_GROUPS, int CLUSTER, int BLOCKS, int STAGES, int PREFETCH, bool PACKED, bool GATED>
 __device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x, const void* __restrict__ weight,
                                             const void* __restrict__ bias_or_null,
                                             const void* __restrict__ residual_or_null, __nv_bfloat16* __restrict__ y,
@@ -165,6 +166,10 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x,
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++) load_weights(stage, stage);
   commit_copies();
+  if constexpr (PREFETCH > 0) {
+    const int staged = begin + STAGES * BLOCKS;
+    prefetch_blocks<PACKED>(weight, first_row, K, staged, min(staged + PREFETCH, end), lane);
+  }
 
   Side side;
   if constexpr (PACKED)

@@ -70,6 +70,13 @@ void copy_async(uint32_t shared, const void* global, bool copied, Site site) {
   asynchronous().copies.push_back({to, global, copied});
 }
 
+// It changes nothing that a kernel sees; but what it names must be there.
+void prefetch(const void* global, uint32_t bytes, Site site) {
+  if ((uint64_t)global % 16 || bytes % 16 || bytes == 0) fail(site, "prefetch of misaligned or of no bytes");
+  volatile char first = *static_cast<const char*>(global), last = static_cast<const char*>(global)[bytes - 1];
+  (void)first, (void)last;
+}
+
 void commit_copies() {
   Asynchronous& own = asynchronous();
   own.copy_groups.push_back(std::move(own.copies));

@@ -10,6 +10,7 @@
 namespace cuda_on_host {
 
 void copy_async(uint32_t shared, const void* global, bool copied, Site site);
+void prefetch(const void* global, uint32_t bytes, Site site);
 void commit_copies();
 void wait_copies(int pending, Site site);
 void load_matrices(uint32_t (&to)[4], uint32_t shared, bool transposed, Site site);
@@ -32,6 +33,9 @@ inline void copy_async(uint32_t shared, const void* global, Site site = Site::cu
 }
 inline void copy_async_or_zero(uint32_t shared, const void* global, bool copied, Site site = Site::current()) {
   cuda_on_host::copy_async(shared, global, copied, site);
+}
+inline void prefetch(const void* global, uint32_t bytes, Site site = Site::current()) {
+  cuda_on_host::prefetch(global, bytes, site);
 }
 inline void commit_copies() { cuda_on_host::commit_copies(); }
 template <int PENDING>

@@ -3,7 +3,7 @@
     y = torch.full((3, 320), float("nan"), dtype=torch.bfloat16)
     run(
         "stream_linear.cuh",
-        "vllm_compile::stream_linear<1, 1, 16, 2, true, false, false>(x, w, bias, nullptr, y, tokens, N, K, shared)",
+        "vllm_compile::stream_linear<1, 1, 16, 2, 0, true, false, false>(x, w, bias, nullptr, y, tokens, N, K, shared)",
         grid=(20, 1), block=512, shared_bytes=65536,
         arguments={"x": x, "w": w, "bias": None, "y": y, "tokens": 3, "N": 320, "K": 576},
         early={"w"},  # what may be read before wait_for_kernels_before()

@@ -359,7 +359,8 @@ def streamed(tokens, change, generator):
     y = y.bfloat16()
     run(
         "",
-        "vllm_compile::stream_linear<1, 1, 4, 2, false, false, false>(x, w, nullptr, nullptr, y, T, 32, 320, shared)",
+        "vllm_compile::stream_linear<1, 1, 4, 2, 0, false, false, false>"
+        "(x, w, nullptr, nullptr, y, T, 32, 320, shared)",
         grid=(2, -(-tokens // 8)),
         block=128,
         shared_bytes=512 * 4 * 8,

@@ -38,11 +38,11 @@ FORMS = {
 KINDS = {"plain": False, "lossless": True}
 # Variants besides the default ones of so narrow a weight.
 MORE = {
-    98: {"tokens": 32, "row_groups": 1, "k_groups": 2, "cluster": 4, "blocks": 1, "stages": 3},
-    99: {"tokens": 64, "row_groups": 1, "k_groups": 2, "cluster": 1, "blocks": 1, "stages": 2},
-    100: {"tokens": 16, "row_groups": 2, "k_groups": 1, "cluster": 1, "blocks": 2, "stages": 4},
-    101: {"tokens": 64, "row_groups": 4, "k_groups": 1, "cluster": 2, "blocks": 1, "stages": 3},
-    102: {"tokens": 64, "row_groups": 2, "k_groups": 1, "cluster": 4, "blocks": 2, "stages": 3},
+    98: {"tokens": 32, "row_groups": 1, "k_groups": 2, "cluster": 4, "blocks": 1, "stages": 3, "prefetch": 3},
+    99: {"tokens": 64, "row_groups": 1, "k_groups": 2, "cluster": 1, "blocks": 1, "stages": 2, "prefetch": 3},
+    100: {"tokens": 16, "row_groups": 2, "k_groups": 1, "cluster": 1, "blocks": 2, "stages": 4, "prefetch": 3},
+    101: {"tokens": 64, "row_groups": 4, "k_groups": 1, "cluster": 2, "blocks": 1, "stages": 3, "prefetch": 3},
+    102: {"tokens": 64, "row_groups": 2, "k_groups": 1, "cluster": 4, "blocks": 2, "stages": 3, "prefetch": 3},
 }
 # What apache-tvm-ffi has had since 0.1.10, which vLLM pins.
 ABI = {"TVMFFIBacktrace", "TVMFFIEnvGetStream", "TVMFFIErrorSetRaised", "TVMFFIErrorSetRaisedFromCStrParts"}
@@ -183,7 +183,7 @@ def test_records_come_first(tmp_path, monkeypatch):
     names = ("op", "N", "K", "residual", "lossless", "min_tokens")
     record = dict(zip(names, records.key(spec, True, 9), strict=True))
     path = tmp_path / "records.json"
-    path.write_text(json.dumps([{**record, "config": wanted, "us": 1.0, "cublas_us": 2.0}]))
+    path.write_text(json.dumps([{**record, "config": wanted, "gain_us": 1.0}]))
     usual = {packed: Linear(packed).variants(spec, TARGET) for packed in (False, True)}
     monkeypatch.setattr(records, "PATH", path)
     found = Linear(packed=True).variants(spec, TARGET)
@@ -192,14 +192,14 @@ def test_records_come_first(tmp_path, monkeypatch):
     assert Linear(packed=False).variants(spec, TARGET) == usual[False]
 
 
-@pytest.mark.parametrize(("cublas_us", "least"), [(9.0, [1]), (11.0, [1, 9])])
-def test_the_vendor_takes_over_where_a_record_says_it_is_faster(tmp_path, monkeypatch, cublas_us, least):
+@pytest.mark.parametrize(("gain_us", "least"), [(-1.0, [1]), (1.0, [1, 9])])
+def test_the_vendor_takes_over_where_a_record_says_it_is_faster(tmp_path, monkeypatch, gain_us, least):
     spec = spec_of("linear")
     names = ("op", "N", "K", "residual", "lossless", "min_tokens")
     config = Linear(packed=True).variants(spec, TARGET)[1].config
     path = tmp_path / "records.json"
     record = dict(zip(names, records.key(spec, True, 9), strict=True))
-    path.write_text(json.dumps([{**record, "config": config, "us": 10.0, "cublas_us": cublas_us}]))
+    path.write_text(json.dumps([{**record, "config": config, "gain_us": gain_us}]))
     monkeypatch.setattr(records, "PATH", path)
     family = Linear(packed=True)
     found = [variant.min_tokens for variant in family.variants(spec, TARGET)]

@@ -42,7 +42,7 @@ class Case:
 
     def config(self):
         names = ("tokens", "row_groups", "k_groups", "cluster", "blocks", "stages")
-        return {"kind": "wide", "lossless": self.packed, **{name: getattr(self, name) for name in names}}
+        return {"kind": "wide", "lossless": self.packed, "prefetch": 2, **{name: getattr(self, name) for name in names}}
 
     def sample(self, generator, tokens):
         op = GATE_UP_SILU if self.gated else LINEAR
