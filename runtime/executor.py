@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ from .memory import aligned, allocate
 from .plan import Plan
 
 BOUND_SIZES = 64  # numbers of tokens whose bindings are kept
+
+
+def load_kernels(library: Path) -> Callable[[str], Kernel]:
+    """The kernels of a library, by symbol."""
+    return tvm_ffi.load_module(str(library)).__getitem__
 
 
 class Executor:

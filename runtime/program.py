@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tvm_ffi
 from safetensors import safe_open
 
 from vllm_compile import lossless
@@ -17,7 +16,7 @@ from vllm_compile.targets import cuda
 
 from . import manifest as artifact
 from .bind import Kernel
-from .executor import Executor
+from .executor import Executor, load_kernels
 from .plan import KernelStep, Plan, from_json
 
 Observer = Callable[[int, torch.Tensor], None]
@@ -163,7 +162,7 @@ class Program:
 
     def kernels(self) -> Callable[[str], Kernel]:
         """The kernels of the artifact by symbol."""
-        return tvm_ffi.load_module(str(self.directory / artifact.LIBRARY)).__getitem__
+        return load_kernels(self.directory / artifact.LIBRARY)
 
     def set_plan(self, plan: Plan) -> None:
         """Run this plan from now on, which differs from the artifact's in its kernels only."""

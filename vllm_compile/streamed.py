@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from . import lossless
-from .runtime.executor import Executor
+from .runtime.executor import Executor, load_kernels
 from .runtime.manifest import LIBRARY
 from .runtime.plan import CallStep, Plan
 
@@ -26,7 +26,7 @@ class StreamedProgram:
     def __init__(self, directory: Path, plan: Plan, device: torch.device) -> None:
         self.timings: dict[str, list[float]] = {}
         self._device, self._plan = device, plan
-        self._executor = Executor(plan, str(directory / LIBRARY), device)
+        self._executor = Executor(plan, load_kernels(directory / LIBRARY), device)
         self._shard_of: dict[str, Path] = {}
         for shard in sorted(directory.glob("model-*.safetensors")):
             with safe_open(shard, framework="pt") as file:
