@@ -204,7 +204,8 @@ def _memory(names: Sequence[str], plan: Plan, target: str) -> dict[str, dict[str
     specs = {a.buffer: a.spec for name in ("forward", "logits") for a in plan.functions[name].weights}
     plain = sum(s.nbytes() for name, s in specs.items() if name not in plan.restored.values())
     needs = {name: plain + GPU_CACHE_BYTES for name in names}
-    needs["compiled"] = sum(s.nbytes() for s in specs.values()) + GPU_CACHE_BYTES
+    if "compiled" in needs:
+        needs["compiled"] = sum(s.nbytes() for s in specs.values()) + GPU_CACHE_BYTES
     spare = max(GPU_SHARE * total - sum(needs.values()), 0) / len(needs)
     return {name: {"gpu_memory_utilization": round((need + spare) / total, 3)} for name, need in needs.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -138,11 +139,15 @@ def compile_model(
         with stage("lowering"):
             lowered = lower(module, lambda spec: choose(spec, machine, lossless and spec not in unpacked, tuned))
         with staged(final) as directory:
-            with stage("kernels"):
-                build_library(_prim_funcs(lowered, machine), machine, directory / files.LIBRARY)
-            if not options.weightless:
-                with stage("weights"):
-                    write_shards(lowered.weights.values(), weights.evaluate, directory)
+            library = directory / files.LIBRARY
+            # Kernels are compiled by one thread, which weights leave free while they are read and written.
+            with ThreadPoolExecutor(1) as pool:
+                built = pool.submit(build_library, _prim_funcs(lowered, machine), machine, library)
+                if not options.weightless:
+                    with stage("weights"):
+                        write_shards(lowered.weights.values(), weights.evaluate, directory)
+                with stage("kernels"):
+                    built.result()
             plan = Plan(_model_shape(config, module, dtype), lowered.functions, lowered.restored)
             (directory / files.PLAN).write_text(plan.to_json())
             write_config(source, dtype, directory)
