@@ -90,6 +90,10 @@ class KernelFamily(Protocol):
         """The default choice by number of tokens, ascending; the first has min_tokens 1."""
         return (Variant(1),)
 
+    def space(self, spec: OpSpec, target: Target) -> Sequence[Config]:
+        """Every configuration that tuning may try; none if there is nothing to choose."""
+        return ()
+
     def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: Target) -> bool:
         """True if a tuned configuration may take the place of the default for calls of so many tokens and more."""
         return False

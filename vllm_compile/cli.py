@@ -1,4 +1,4 @@
-"""The command line: `vllm-compile compile | verify | bench | db | worker`.
+"""The command line: `vllm-compile compile | tune | verify | bench | db | worker`.
 
 Everything for people goes to stderr; with --json the last line of stdout is a summary for
 programs.  Errors that a user can act on are one line and exit code 2.
@@ -20,6 +20,7 @@ from rich.table import Table
 
 from .bench_worker import PEERS
 from .cli_database import add_database, add_worker
+from .cli_tune import add_tune
 from .errors import VllmCompileError
 
 console = Console(stderr=True)
@@ -40,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vllm-compile", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_compile(commands)
+    add_tune(commands)
     _add_verify(commands)
     _add_bench(commands)
     add_database(commands)

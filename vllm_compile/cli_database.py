@@ -77,7 +77,8 @@ def add_worker(commands: Any) -> None:
 
 
 @contextmanager
-def _opened(options: argparse.Namespace, writable: bool, salvage: bool = False) -> Iterator[Database]:
+def opened(options: argparse.Namespace, writable: bool, salvage: bool = False) -> Iterator[Database]:
+    """The database that `--db` names; DatabaseError if it cannot be opened so."""
     try:
         from .schedules.database import open_database
         from .schedules.database.authorise import VARIABLE
@@ -103,7 +104,7 @@ def _summary(record: Record, state: State) -> dict[str, Any]:
 def _list(options: argparse.Namespace) -> int:
     from .schedules.database.store import select_where
 
-    with _opened(options, writable=False) as database:
+    with opened(options, writable=False) as database:
         found = [
             (record, state)
             for record, state in select_where(database, options.state)
@@ -124,7 +125,7 @@ def _list(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from .schedules.database.store import find
 
-    with _opened(options, writable=False) as database:
+    with opened(options, writable=False) as database:
         summary = _summary(*find(database, options.record))
     console.print_json(json.dumps(summary))
     return _answer(options, summary)
@@ -136,7 +137,7 @@ def _explain(options: argparse.Namespace) -> int:
 
     kernels = read_manifest(options.artifact)["kernels"]
     answers = []
-    with _opened(options, writable=False) as database:
+    with opened(options, writable=False) as database:
         for kernel in kernels:
             answer = {name: kernel[name] for name in ("symbol", "op", "min_tokens", "family", "config")}
             source = kernel.get("record")
@@ -168,7 +169,7 @@ def _stats(options: argparse.Namespace) -> int:
     from .schedules.database.store import count
     from .schedules.database.tasks import counts
 
-    with _opened(options, writable=False) as database:
+    with opened(options, writable=False) as database:
         answer = {"records": count(database), "tasks": counts(database)}
     for state, number in answer["records"].items():
         console.print(f"records, {state}: {number}")
@@ -180,7 +181,7 @@ def _stats(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from .schedules.database.bundle import export_bundle
 
-    with _opened(options, writable=False, salvage=options.salvage) as database:
+    with opened(options, writable=False, salvage=options.salvage) as database:
         written, damaged = export_bundle(database, options.bundle, options.salvage)
     console.print(f"wrote {written} records to {options.bundle}; {damaged} damaged ones left out", soft_wrap=True)
     return _answer(options, {"records": written, "damaged": damaged})
@@ -189,7 +190,7 @@ def _export(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     from .schedules.database.bundle import import_bundle
 
-    with _opened(options, writable=True) as database:
+    with opened(options, writable=True) as database:
         read, new = import_bundle(database, options.bundle)
     console.print(f"{read} records in {options.bundle}, {new} of them new", soft_wrap=True)
     return _answer(options, {"records": read, "new": new})
@@ -198,7 +199,7 @@ def _import(options: argparse.Namespace) -> int:
 def _promote(options: argparse.Namespace) -> int:
     from .schedules.database.store import promote
 
-    with _opened(options, writable=True) as database:
+    with opened(options, writable=True) as database:
         record = promote(database, options.record)
     console.print(f"record {record[:SHORT]} and all of its schedule are promoted")
     return _answer(options, {"id": record, "state": "promoted"})
@@ -207,7 +208,7 @@ def _promote(options: argparse.Namespace) -> int:
 def _retire(options: argparse.Namespace) -> int:
     from .schedules.database.store import retire
 
-    with _opened(options, writable=True) as database:
+    with opened(options, writable=True) as database:
         record = retire(database, options.record)
     console.print(f"record {record[:SHORT]} and all of its schedule are retired")
     return _answer(options, {"id": record, "state": "retired"})
@@ -224,7 +225,7 @@ def _migrate(options: argparse.Namespace) -> int:
 def _roles(options: argparse.Namespace) -> int:
     from .schedules.database.roles import create_roles
 
-    with _opened(options, writable=True) as database:
+    with opened(options, writable=True) as database:
         roles = create_roles(database)
     console.print(f"roles {', '.join(roles)}; give them to accounts: GRANT {roles[0]} TO builder")
     return _answer(options, {"roles": roles})
@@ -236,7 +237,7 @@ def _token(options: argparse.Namespace) -> int:
 
     if (options.which is None) != (options.what == "list"):
         raise DatabaseError("token create TEAM, token list, or token revoke NUMBER")
-    with _opened(options, writable=options.what != "list") as database:
+    with opened(options, writable=options.what != "list") as database:
         if options.what == "create":
             token = tokens.create(database, options.which)
             console.print("shown this once; set it as " + VARIABLE)
@@ -260,7 +261,7 @@ def _day(seconds: float | None) -> str:
 
 
 def _worker(options: argparse.Namespace) -> int:
-    with _opened(options, writable=True) as database:
+    with opened(options, writable=True) as database:
         from .schedules.database.executors import LocalExecutor
         from .schedules.database.worker import Worker, default_name
 

@@ -169,6 +169,18 @@ def compile_model(
             warnings.append(f"{error.parameter} and all weights of its kind stay plain: {error.reason}")
 
 
+def lower_model(model: Path, machine: Target, dtype: str | None = None) -> Lowered:
+    """A model's kernels as `compile_model` would choose them without a tuning database; no weight is read.
+
+    Raises:
+        ModelError, UnsupportedError: see `compile_model`.
+    """
+    config = read_config(model)
+    traced = trace(config, DTYPES[_dtype(config, dtype)])
+    module, _ = run_passes(import_model(traced, config.max_position_embeddings).module, _dumper(None))
+    return lower(module, lambda spec: choose(spec, machine))
+
+
 def _tuned(url: str | None, machine: Target) -> Tuned | None:
     """The tuning database at `url`, if one is named."""
     if url is None:

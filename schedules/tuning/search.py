@@ -1,0 +1,135 @@
+"""Goes through the tasks of a model: measures, commits, reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import exp, log
+from threading import Event
+from typing import Any
+
+from ..database import Database, Fingerprint, Match, commit, lookup
+from ..database.executors import Executor, Outcome, TaskFailedError
+from ..database.tasks import Lease
+from ..database.tasks import submit as queue
+from .task import Task
+
+KIND = "measure"
+BUILD_SECONDS, CALLS = 0.3, 10  # of a candidate: to build it, and how often it is called, for an estimate
+
+
+@dataclass
+class Progress:
+    """What is known of one task so far.
+
+    Attributes:
+        state: waiting, queued, measuring, done, known (the database has all of it) or failed.
+        tried, wrong, failed: candidates that were measured; whose result was wrong; that crashed or hung.
+        speedups: of each range, the default's time over the best's.
+    """
+
+    task: Task
+    state: str = "waiting"
+    tried: int = 0
+    wrong: int = 0
+    failed: int = 0
+    speedups: list[float] = field(default_factory=list)
+    gb_per_s: float = 0.0
+
+    def gain(self) -> float:
+        """Geometric mean of the speedups."""
+        return exp(sum(map(log, self.speedups)) / len(self.speedups)) if self.speedups else 1.0
+
+
+def pending(database: Database, tasks: Sequence[Task], machine: Fingerprint) -> list[Progress]:
+    """The tasks, less the ranges that this very machine has fresh records of."""
+
+    def known(workload: Any) -> bool:
+        answer = lookup(database, workload, machine)
+        return answer is not None and answer.match == Match.EXACT and not answer.stale
+
+    found = []
+    for task in tasks:
+        left = tuple(r for r in task.ranges if not known(r.workload))
+        found.append(Progress(replace(task, ranges=left), "waiting" if left else "known"))
+    return found
+
+
+def estimate(tasks: Sequence[Task], gb_per_s: float) -> float:
+    """Seconds that measuring will take, roughly: building, and reading the weights at so many GB/s."""
+    seconds = 0.0
+    for task in tasks:
+        weights = task.step_bytes / max(task.calls, 1)
+        calls = sum(len(r.configs) * max(1, r.tokens / 8) for r in task.ranges) * CALLS
+        seconds += BUILD_SECONDS * (len(task.configs()) + len(task.ranges)) + calls * weights / gb_per_s / 1e9
+    return seconds
+
+
+def submit(database: Database, work: Sequence[Progress]) -> int:
+    """Queue what waits for workers, the costliest first; gives how many tasks were not in the queue before."""
+    waiting = [progress for progress in work if progress.state == "waiting"]
+    for progress in waiting:
+        progress.state = "queued"
+    return sum(queue(database, KIND, [p.task.payload()], priority=float(p.task.step_bytes)) for p in waiting)
+
+
+def tune(
+    database: Database,
+    work: Sequence[Progress],
+    executor: Executor,
+    stop: Event,
+    budget: float = float("inf"),
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> None:
+    """Measure what waits, in order, and commit a record for each range as soon as it is measured.
+
+    Nothing of a task that was measured is lost when `stop` is set, or the budget (seconds) is spent: that ends the
+    search after the task under way.  A candidate that ends or hangs its process is left out, and counted.
+    """
+    began = time.monotonic()
+    for progress in work:
+        if stop.is_set() or time.monotonic() - began > budget:
+            return
+        if progress.state != "waiting":
+            continue
+        progress.state = "measuring"
+        report(progress)
+        try:
+            outcome = _measured(progress.task, progress, executor, stop)
+        except TaskFailedError:
+            progress.state = "failed"
+        else:
+            commit(database, outcome.records)
+            progress.state = "done"
+            progress.tried = sum(summary["tried"] for summary in outcome.result)
+            progress.wrong = sum(len(summary["wrong"]) for summary in outcome.result)
+            progress.speedups = [summary["default_us"] / summary["best_us"] for summary in outcome.result]
+            progress.gb_per_s = outcome.records[0].gb_per_s
+        report(progress)
+
+
+def _measured(task: Task, progress: Progress, executor: Executor, stop: Event) -> Outcome:
+    """The outcome of a task; where a candidate ends the process, of what is left without it."""
+    configs = task.configs()
+    try:
+        return executor.run(Lease(0, KIND, task.payload(), 0, 1), stop)
+    except TaskFailedError:
+        if stop.is_set() or not configs:
+            raise
+    guilty = _guilty(task, configs, executor, stop)
+    progress.failed += len(guilty)
+    return _measured(task.only([c for c in configs if c not in guilty]), progress, executor, stop)
+
+
+def _guilty(task: Task, configs: Sequence[Any], executor: Executor, stop: Event) -> list[Any]:
+    """Of configurations one of which ends the process: one, found by halving; all of them where halves do not."""
+    while len(configs) > 1:
+        half = configs[: len(configs) // 2]
+        try:
+            executor.run(Lease(0, KIND, task.only(half).payload(), 0, 1), stop)
+        except TaskFailedError:
+            configs = half
+        else:
+            configs = configs[len(half) :]
+    return list(configs)

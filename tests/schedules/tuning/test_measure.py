@@ -1,0 +1,114 @@
+"""Candidates are compared before they are timed, and none is preferred that is not faster."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.schedules.database.samples import CPU
+from vllm_compile.driver import lower_model
+from vllm_compile.schedules.database import Workload
+from vllm_compile.schedules.tuning import measure as measuring
+from vllm_compile.schedules.tuning.measure import measure
+from vllm_compile.schedules.tuning.prepare import call_of
+from vllm_compile.schedules.tuning.task import tasks_of
+from vllm_compile.targets import resolve
+
+
+@pytest.fixture(scope="module")
+def task(tiny):
+    tasks = tasks_of(lower_model(tiny, resolve("cpu")), resolve("cpu"), trials=3)
+    return next(task for task in tasks if "model_mlp_down_proj_weight" in task.names)
+
+
+def test_no_tvm_where_kernels_are_timed():
+    """Its thread pool would take the place of OpenMP's."""
+    code = "import sys, vllm_compile.schedules.tuning.measure; assert 'tvm' not in sys.modules, 'TVM'"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
+
+
+def test_a_call_is_read_back_from_its_workload(task, tiny):
+    lowered = lower_model(tiny, resolve("cpu"))
+    specs = {call_of(json.loads(r.workload.text)) for r in task.ranges}
+    assert len(specs) == 1
+    assert specs <= lowered.kernels.keys()
+
+
+def test_a_record_of_each_range(task):
+    outcome = measure(task.payload())
+    assert [record.workload for record in outcome.records] == [r.workload for r in task.ranges]
+    for record, summary, wanted in zip(outcome.records, outcome.result, task.ranges, strict=True):
+        assert record.schedule.content()["config"] in wanted.configs
+        assert summary["tried"] == len(wanted.configs)
+        assert summary["wrong"] == []
+        assert record.verdict is not None
+        assert record.verdict.error <= 1
+        assert 0 < record.times.p10 <= record.times.median <= record.times.p90
+        assert record.target.kind == "cpu"
+        assert record.target.arch
+
+
+def test_a_task_of_another_machine_is_refused(task):
+    payload = task.payload()
+    text, *rest = payload["ranges"][0]
+    other = json.loads(text)
+    other["layouts"] = {"weight": "panels1x1"}
+    payload["ranges"] = [[json.dumps(other), *rest]]
+    with pytest.raises(RuntimeError, match=r"laid out as .*panels1x1"):
+        measure(payload)
+
+
+def fake(value, seconds):
+    """A kernel that fills its output with `value`, and takes its time."""
+
+    def kernel(*arguments):
+        torch.from_dlpack(arguments[-1]).copy_(value[: arguments[0].shape[0]])
+        time.sleep(seconds)
+
+    return kernel
+
+
+@pytest.fixture
+def case(monkeypatch):
+    """A case whose kernels are Python functions, given by `kernels`."""
+    workload = {"op": "linear", "inputs": [], "outputs": [], "attributes": {}, "layouts": {}, "tokens": [1, 2]}
+
+    def make(**kernels):
+        made = object.__new__(measuring._Case)
+        x, weight, expected = torch.randn(2, 4), torch.randn(3, 4), torch.ones(2, 3)
+        made.description = {
+            "family": "cpu.linear",
+            "configs": {symbol: {"name": symbol} for symbol in kernels},
+            "by_tokens": [True, False],
+            "packed": [False, True],
+            "row_bytes": 28,
+            "tolerance": [1e-3, 1e-3],
+            "machine": CPU.text,
+        }
+        made._inputs, made._expected, made._weight_bytes = [x, weight], expected, weight.nbytes
+        made._copies, made._bandwidth = [[x, weight]], 1e9
+        made._library = {symbol: fake(factor * expected, seconds) for symbol, (factor, seconds) in kernels.items()}
+        entry = {"workload": Workload.from_text(json.dumps(workload)).text, "tokens": 2, "symbols": list(kernels)}
+        return made.fastest(entry)
+
+    return make
+
+
+def test_the_fastest_that_is_right(case):
+    summary, record = case(k0=(1.0, 0.004), wrong=(1.01, 0.0), nothing=(float("nan"), 0.0), fast=(1.0, 0.001))
+    assert record.schedule.content()["config"] == {"name": "fast"}
+    assert summary["wrong"] == [{"name": "wrong"}, {"name": "nothing"}]
+    assert summary["default_us"] / summary["best_us"] > 2
+
+
+def test_what_is_not_clearly_faster_is_not_preferred(case):
+    _, record = case(k0=(1.0, 0.004), equal=(1.0, 0.004))
+    assert record.schedule.content()["config"] == {"name": "k0"}
+
+
+def test_a_wrong_default_is_an_error(case):
+    with pytest.raises(RuntimeError, match=r"the default .* is wrong"):
+        case(k0=(2.0, 0.0), good=(1.0, 0.0))

@@ -1,0 +1,137 @@
+"""The search: crashes are results, what was measured is never lost nor measured again."""
+
+import json
+import re
+from threading import Event
+
+import pytest
+
+from tests.schedules.database.samples import record
+from vllm_compile.cli import main
+from vllm_compile.driver import lower_model
+from vllm_compile.schedules.database import Workload, open_database
+from vllm_compile.schedules.database.executors import Outcome, TaskFailedError
+from vllm_compile.schedules.database.machine import fingerprint
+from vllm_compile.schedules.database.store import select_where
+from vllm_compile.schedules.database.tasks import all_tasks
+from vllm_compile.schedules.tuning.search import estimate, pending, submit, tune
+from vllm_compile.schedules.tuning.task import tasks_of
+from vllm_compile.targets import resolve
+
+MACHINE = fingerprint(resolve("cpu"))
+
+
+@pytest.fixture(scope="module")
+def tasks(tiny):
+    return tasks_of(lower_model(tiny, resolve("cpu")), resolve("cpu"), trials=4)
+
+
+class FakeExecutor:
+    """Answers as `measure` would, unless a deadly configuration is in the task."""
+
+    def __init__(self, deadly=(), after=lambda: None):
+        self.deadly, self.after, self.asked = list(deadly), after, 0
+
+    def run(self, held, lost):
+        self.asked += 1
+        ranges = held.payload["ranges"]
+        if any(config in self.deadly for _, _, configs in ranges for config in configs):
+            raise TaskFailedError("its process ended with exit code -11")
+        self.after()
+        summaries = [{"tried": len(c), "wrong": [], "default_us": 2.0, "best_us": 1.0} for _, _, c in ranges]
+        return Outcome(summaries, [record(Workload.from_text(text), MACHINE) for text, _, _ in ranges])
+
+    def close(self):
+        pass
+
+
+def test_all_is_measured_once(tasks, database):
+    executor = FakeExecutor()
+    work = pending(database, tasks, MACHINE)
+    tune(database, work, executor, Event())
+    assert [progress.state for progress in work] == ["done"] * len(tasks)
+    assert all(progress.gain() == pytest.approx(2) for progress in work)
+    again = pending(database, tasks, MACHINE)
+    assert {progress.state for progress in again} == {"known"}
+    tune(database, again, executor, Event())
+    assert executor.asked == len(tasks)
+
+
+def test_candidates_that_crash_are_left_out(tasks, database):
+    deadly = tasks[0].configs()[1:3]
+    work = pending(database, tasks[:1], MACHINE)
+    tune(database, work, FakeExecutor(deadly), Event())
+    assert (work[0].state, work[0].failed) == ("done", 2)
+    left = tasks[0].only([config for config in tasks[0].configs() if config not in deadly])
+    assert work[0].tried == sum(len(r.configs) for r in left.ranges)
+
+
+def test_a_default_that_crashes_fails_its_task_alone(tasks, database):
+    work = pending(database, tasks, MACHINE)
+    tune(database, work, FakeExecutor([tasks[0].ranges[0].configs[0]]), Event())
+    assert work[0].state == "failed"
+    assert {progress.state for progress in work} <= {"failed", "done"}
+
+
+def test_stopping_loses_nothing(tasks, database):
+    stop = Event()
+    work = pending(database, tasks, MACHINE)
+    tune(database, work, FakeExecutor(after=stop.set), stop)
+    assert [progress.state for progress in work] == ["done"] + ["waiting"] * (len(tasks) - 1)
+    assert [p.state for p in pending(database, tasks, MACHINE)] == ["known"] + ["waiting"] * (len(tasks) - 1)
+
+
+def test_a_budget_ends_the_search(tasks, database):
+    executor = FakeExecutor()
+    tune(database, pending(database, tasks, MACHINE), executor, Event(), budget=-1)
+    assert executor.asked == 0
+
+
+def test_workers_get_the_tasks(tasks, database):
+    assert submit(database, pending(database, tasks, MACHINE)) == len(tasks)
+    assert submit(database, pending(database, tasks, MACHINE)) == 0, "they are in the queue"
+    assert [task.payload for task in all_tasks(database)] == [json.loads(json.dumps(t.payload())) for t in tasks]
+
+
+def test_an_estimate_grows_with_the_work(tasks):
+    assert estimate(tasks, 10.0) > estimate(tasks[:1], 10.0) > estimate(tasks[:1], 100.0) > 0
+
+
+@pytest.mark.slow
+def test_from_the_command_line_to_the_manifest(tiny, tmp_path, capsys):
+    """Tuned on this machine, found by `compile --db`; the second time there is nothing left to do."""
+    url, artifact = str(tmp_path / "tuning.db"), tmp_path / "artifact"
+    command = ["tune", "--model", str(tiny), "--db", url, "--trials", "2", "--only", "down_proj", "--json"]
+    assert main(command) == 0
+    (task,) = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
+    assert (task["state"], task["failed"], task["wrong"]) == ("done", 0, 0)
+    assert main(command) == 0
+    (task,) = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
+    assert task["state"] == "known"
+    assert main(["compile", "--model", str(tiny), "--db", url, "--out", str(artifact)]) == 0
+    kernels = json.loads((artifact / "manifest.json").read_text())["kernels"]
+    tuned = [kernel for kernel in kernels if kernel["record"] is not None]
+    assert tuned
+    assert {kernel["op"] for kernel in tuned} == {"linear"}
+    with open_database(url, writable=False) as database:
+        ids = {found.id for found, _ in select_where(database)}
+    assert {kernel["record"]["id"] for kernel in tuned} <= ids
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--db", "x.db", "--target", "cuda"], "tune searches for cpu"),
+        ([], "--db URL is needed"),
+        (["--dry-run", "--only", "nothing_like_it"], "there are .*lm_head_weight"),
+    ],
+)
+def test_what_cannot_be_tuned_is_said(tiny, more, message, capfd):
+    assert main(["tune", "--model", str(tiny), *more]) == 2
+    assert re.search(message, capfd.readouterr().err.replace("\n", " "))
+
+
+def test_a_dry_run_of_an_artifact_needs_no_database(tiny_bf16, capsys):
+    assert main(["tune", "--model", str(tiny_bf16), "--dry-run", "--json"]) == 0
+    tasks = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
+    assert {task["state"] for task in tasks} == {"waiting"}
