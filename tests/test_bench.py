@@ -2,12 +2,13 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from vllm_compile import bench as benchmark
-from vllm_compile.bench import DECODE_STEPS, Engine, Workload, bench, step_bytes
+from vllm_compile.bench import DECODE_STEPS, GPU_SHARE, Engine, Workload, bench, step_bytes
 from vllm_compile.cli import main
 from vllm_compile.errors import VllmCompileError
 from vllm_compile.runtime.program import load
@@ -52,6 +53,15 @@ def test_an_engine_that_does_not_start(tmp_path, monkeypatch):
     with pytest.raises(VllmCompileError, match=r"engine vllm ended; why is in bench-vllm\.log"):
         Engine("vllm", tmp_path / "nowhere", {}, tmp_path / "log")
     assert "nowhere" in (tmp_path / "bench-vllm.log").read_text()
+
+
+def test_an_engine_alone_has_the_gpu_to_itself(compiled_fp32, monkeypatch):
+    plan = load(compiled_fp32, weights=False).plan
+    monkeypatch.setattr(benchmark.gpu, "detect", lambda: SimpleNamespace(memory_bytes=80 << 30))
+    both = benchmark._memory(("compiled", "vllm"), plan, "cuda")
+    assert sum(options["gpu_memory_utilization"] for options in both.values()) == pytest.approx(GPU_SHARE, abs=0.002)
+    for name in ("compiled", "vllm"):
+        assert benchmark._memory((name,), plan, "cuda") == {name: {"gpu_memory_utilization": GPU_SHARE}}
 
 
 class FakeEngine:

@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 from .artifact import write_plain_config
+from .bandwidth import read_bandwidth
 from .errors import VllmCompileError
 from .frontend.checkpoint import DummyCheckpoint
 from .frontend.hf import read_config
@@ -208,20 +208,6 @@ def _memory(names: Sequence[str], plan: Plan, target: str) -> dict[str, dict[str
         needs["compiled"] = sum(s.nbytes() for s in specs.values()) + GPU_CACHE_BYTES
     spare = max(GPU_SHARE * total - sum(needs.values()), 0) / len(needs)
     return {name: {"gpu_memory_utilization": round((need + spare) / total, 3)} for name, need in needs.items()}
-
-
-def read_bandwidth(device: torch.device, size: int = 1 << 30, repeats: int = 5) -> float:
-    """GB/s at which torch reads a device's memory: the best of several dot products over `size` bytes.
-
-    A kernel that has more loads in flight can be faster.
-    """
-    data = torch.ones(2, size // 8, device=device)
-    best = float("inf")
-    for _ in range(repeats):
-        began = time.perf_counter()
-        torch.dot(data[0], data[1]).item()
-        best = min(best, time.perf_counter() - began)
-    return size / best / 1e9
 
 
 def step_bytes(plan: Plan, batch: int, context: int) -> int:

@@ -112,7 +112,7 @@ def _searched(
 
 
 def _say_how_long(work: Sequence[Progress]) -> None:
-    from .bench import read_bandwidth
+    from .bandwidth import read_bandwidth
     from .schedules.tuning.search import estimate
 
     left = estimate([p.task for p in work if p.state == "waiting"], read_bandwidth(torch.device("cpu")))

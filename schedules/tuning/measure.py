@@ -25,7 +25,7 @@ import torch
 import tvm_ffi
 from safetensors.torch import load_file
 
-from vllm_compile.bench import read_bandwidth
+from vllm_compile.bandwidth import read_bandwidth
 
 from ..database.executors import Outcome
 from ..database.fingerprint import Fingerprint
