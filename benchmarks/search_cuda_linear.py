@@ -164,7 +164,9 @@ def search(program: Candidates, call: LinearCall, least: int, names: Sequence[st
     finals = {name: us(name, replays=30) for name in ranking[:FINALISTS]}
     best = min(finals, key=finals.__getitem__)
     vendor = us(None, replays=30)
-    program.set_plan(with_kernel(plan, call.spec, least, best))
+    # A vendor's product cannot take over from the first token on: a plan has a kernel for that.
+    kept = None if vendor < finals[best] and least > min(BATCHES) else best
+    program.set_plan(with_kernel(plan, call.spec, least, kept))
     calls = call.count * len(BATCHES[least])
     shown = ", ".join(f"{(times[n] - times[best]) / calls:+.1f} {list(configs[n].values())[:-1]}" for n in ranking[:6])
     gain = (vendor - finals[best]) / calls
@@ -188,7 +190,9 @@ def write_records(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
     old = json.loads(path.read_text()) if path.exists() else []
     merged = {tuple(record[name] for name in names): record for record in (*old, *found)}
     lines = ",\n".join(json.dumps(merged[key]) for key in sorted(merged))
-    path.write_text(f"[\n{lines}\n]\n")
+    whole = path.with_suffix(".new")
+    whole.write_text(f"[\n{lines}\n]\n")
+    whole.replace(path)
 
 
 def main() -> None:
@@ -213,8 +217,9 @@ def main() -> None:
     for least in options.buckets:
         for call in calls:
             kernels = found[call, least]
-            records.append(search(program, call, least, right(call, least, kernels), kernels.configs))
-            write_records(options.records, records)
+            if names := right(call, least, kernels):
+                records.append(search(program, call, least, names, kernels.configs))
+                write_records(options.records, records)
         steps = {batch: step_us(program, batch, CONTEXT) for batch in BATCHES[least]}
         print(f"from {least} tokens: steps of {steps} us", flush=True)
     return None

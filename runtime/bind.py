@@ -116,10 +116,10 @@ class Binder:
         self._plan, self._kernel, self._slots, self._batch = plan, kernel, slots, batch
         self._views: dict[tuple[int, TensorSpec], torch.Tensor] = {}
         self._converted: dict[tuple[int, TensorSpec], Any] = {}
-        self._steps: list[BoundStep] = []
 
     def bind(self, function: Function, weights: Mapping[str, Weight], out: torch.Tensor) -> Bound:
         """Bind an entry point whose one result is written to `out` (uint8)."""
+        self._steps: list[BoundStep] = []
         (result,) = function.results
         sources: dict[str, Source] = {a.buffer: Late(a.buffer) for a in function.inputs}
         sources |= {a.buffer: weights[a.buffer] for a in function.weights}

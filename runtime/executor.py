@@ -32,6 +32,11 @@ class Executor:
     Scratch is one arena; every function has its slots in it, so calls that follow each other
     share memory and nothing is allocated while running.
 
+    Args:
+        plan: what to run.
+        kernel: gives the kernel of a symbol.
+        device: where.
+
     Attributes:
         max_tokens: batches up to this size need no more scratch.
         timings: seconds of each call of each kernel by symbol; None (the default) measures nothing.

@@ -97,18 +97,24 @@ class Engine:
             start_new_session=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1", **ENVIRONMENTS.get(name, {})},
         )
-        ready = self._answer()
+        try:
+            ready = self._answer()
+        except BaseException:
+            self.close()
+            raise
         self.load_seconds, self.first_token_seconds = ready["loaded"], ready["first_token"]
 
     def seconds(self, prompts: list[list[int]], new_tokens: int) -> float:
         """How long generating `new_tokens` tokens for each prompt takes."""
         assert self._process.stdin is not None
-        print(json.dumps({"prompts": prompts, "new_tokens": new_tokens}), file=self._process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # the answer that is missing then says so
+            print(json.dumps({"prompts": prompts, "new_tokens": new_tokens}), file=self._process.stdin, flush=True)
         return self._answer()["seconds"]
 
     def close(self) -> None:
         """End the process and those it started, so that the next engine finds the memory free."""
-        if self._process.stdin is not None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
             self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=20)

@@ -38,7 +38,7 @@ def add_tune(commands: Any) -> None:
     parser.add_argument("--target", default="cpu", help="what to tune for (default: cpu)")
     parser.add_argument("--db", metavar="URL", help="the tuning database, where records go")
     parser.add_argument(
-        "--trials", type=int, default=64, metavar="N", help="configurations of a range of tokens at most"
+        "--trials", type=positive, default=64, metavar="N", help="configurations of a range of tokens at most"
     )
     parser.add_argument("--budget", type=seconds_of, default=float("inf"), metavar="10m", help="time to spend")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], metavar="NAMES", help="weights' names")
@@ -47,6 +47,13 @@ def add_tune(commands: Any) -> None:
     parser.add_argument("--submit", action="store_true", help="leave the tasks to workers (vllm-compile worker)")
     parser.add_argument("--json", action="store_true", help="a summary as the last line of stdout")
     parser.set_defaults(run=_tune)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on; ArgumentTypeError for anything else."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
 
 
 def seconds_of(text: str) -> float:
@@ -86,21 +93,27 @@ def _tune(options: argparse.Namespace) -> int:
 def _searched(
     database: Database, tasks: Sequence[Task], target: Target, options: argparse.Namespace
 ) -> Sequence[Progress]:
-    """What became of the tasks; Ctrl-C ends the search after the one under way."""
+    """What became of the tasks; Ctrl-C ends the search after the one under way, a second one at once."""
     from .schedules.database.executors import LocalExecutor
     from .schedules.database.machine import fingerprint
     from .schedules.tuning.measure import measure
     from .schedules.tuning.search import KIND, pending, submit, tune
 
-    work = pending(database, tasks, fingerprint(target))
+    machine = fingerprint(target)
+    work = pending(database, tasks, machine)
     _say_how_long(work)
     if options.dry_run:
         return work
     if options.submit:
-        console.print(f"{submit(database, work)} new tasks in the queue", highlight=False)
+        console.print(f"{submit(database, work, machine)} new tasks in the queue", highlight=False)
         return work
-    stop = Event()
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    stop, before = Event(), signal.getsignal(signal.SIGINT)
+
+    def end(*_: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)  # a second Ctrl-C does not wait
+
+    signal.signal(signal.SIGINT, end)
     executor = LocalExecutor({KIND: measure}, TASK_SECONDS)
     try:
         with Live(_table(work), console=console, auto_refresh=False) as live:
@@ -171,11 +184,13 @@ def _answer(options: argparse.Namespace, work: Sequence[Progress]) -> int:
                 "tried": progress.tried,
                 "wrong": progress.wrong,
                 "failed": progress.failed,
+                "reason": progress.reason,
                 "speedups": progress.speedups,
             }
             for progress in work
         ]
         print(json.dumps({"tasks": summary}))
     for progress in failed:
-        console.print(f"[red]failed:[/red] {', '.join(progress.task.names)}", highlight=False)
+        names = ", ".join(progress.task.names)
+        console.print(f"[red]failed:[/red] {names}: {progress.reason}", highlight=False)
     return 1 if failed else 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class CompileResult:
         passes: each pass and its number of matches.
         kernels: op, family, symbol and shapes of each kernel, and its median time in microseconds
             where verification called it.
-        seconds: duration of each stage.
+        seconds: duration of each stage; kernels are built while weights are written, and count what they took longer.
         verdict: outcome of the quick verification: {"outcome": pass | fail | not-run, ...}.
         warnings: what the user should look at.
     """
@@ -145,7 +146,9 @@ def compile_model(
                 built = pool.submit(build_library, _prim_funcs(lowered, machine), machine, library)
                 if not options.weightless:
                     with stage("weights"):
-                        write_shards(lowered.weights.values(), weights.evaluate, directory)
+                        write_shards(
+                            lowered.weights.values(), partial(_unless_failed, built, weights.evaluate), directory
+                        )
                 with stage("kernels"):
                     built.result()
             plan = Plan(_model_shape(config, module, dtype), lowered.functions, lowered.restored)
@@ -167,6 +170,13 @@ def compile_model(
         except UnfitWeightError as error:
             unpacked.add(error.call)
             warnings.append(f"{error.parameter} and all weights of its kind stay plain: {error.reason}")
+
+
+def _unless_failed(built: Future[None], evaluate: Callable[[Any], torch.Tensor], weight: Any) -> torch.Tensor:
+    """A weight, unless the kernels have failed meanwhile: then why."""
+    if built.done():
+        built.result()
+    return evaluate(weight)
 
 
 def lower_model(model: Path, machine: Target, dtype: str | None = None) -> Lowered:

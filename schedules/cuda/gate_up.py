@@ -51,7 +51,7 @@ class GateUpSilu(KernelFamily):
         return Vendor("linear", least, epilogue=OpSpec("silu_mul", (("x", both),), spec.outputs))
 
     def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: CudaTarget) -> bool:
-        return config in matmul.space(spec, target, self.packed, gated=True)
+        return matmul.admits(spec, config, target, self.packed, gated=True)
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         return matmul.matmul(spec, config, target, gated=True)

@@ -48,7 +48,7 @@ class Linear(KernelFamily):
         return Vendor("linear", matmul.vendor_tokens(self.variants(spec, target)))
 
     def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: CudaTarget) -> bool:
-        return config in matmul.space(spec, target, self.packed)
+        return matmul.admits(spec, config, target, self.packed)
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         return matmul.matmul(spec, config, target, gated=False)

@@ -46,7 +46,7 @@ def serves(spec: OpSpec) -> bool:
 
 
 def space(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool = False) -> Sequence[Config]:
-    """Every configuration that can be built."""
+    """Every configuration that can be built, without prefetching."""
     configs = [*stream.space(packed), *wide.space(packed)]
     return [config for config in configs if fits(spec, config, target, gated)]
 
@@ -57,13 +57,22 @@ def promising(spec: OpSpec, target: CudaTarget, packed: bool, min_tokens: int, g
     configs = [*stream.promising(spec, target, packed, gated, tokens)] if tokens <= STREAM_TOKENS else []
     if tokens > stream.TOKENS:
         configs += wide.promising(spec, target, packed, gated, tokens)
-    # Blocks of every tile that half of L2 holds.
+    # Blocks of every tile, counted as plain weights, that half of L2 holds.
     fit = target.l2_bytes // 2 // (spec.input("weight").size(0) * lossless.BLOCK * 2)
     found = []
     for config in configs:
         rest = max(KINDS[config["kind"]].unstaged_blocks(spec, config), 0)
-        found += [{**config, "prefetch": blocks} for blocks in sorted({0, min(fit, rest), rest})]
+        share = fit // (config.get("k_groups", 1) * config.get("cluster", 1))  # of one part of K
+        found += [{**config, "prefetch": blocks} for blocks in sorted({0, min(share, rest), rest})]
     return found
+
+
+def admits(spec: OpSpec, config: Config, target: CudaTarget, packed: bool, gated: bool = False) -> bool:
+    """True for a configuration of the space, whatever it prefetches of what its stages do not hold."""
+    if {**config, "prefetch": 0} not in space(spec, target, packed, gated):
+        return False
+    blocks = config.get("prefetch", 0)
+    return blocks == 0 or 0 < blocks <= KINDS[config["kind"]].unstaged_blocks(spec, config)
 
 
 def default_variants(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool = False) -> Sequence[Variant]:

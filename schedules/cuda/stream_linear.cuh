@@ -24,8 +24,7 @@ namespace vllm_compile {
 // AHEAD: x is loaded before the weights of the block before it are waited for, for more registers.
 // GATED: the weight's first N / 2 rows are gates, the others ups; y[tokens, N / 2] = silu(gate) * up.
 // Bias [N] and residual [tokens, N] may be null, and are if GATED.  `shared` holds the stages of all warps, and after
-// them, in the
-// same place, their sums (stream.py computes its size).
+// them, in the same place, their sums (stream.py computes its size).
 template <int TOKEN_TILES, int ROW_TILES, int WARPS, int STAGES, int PREFETCH, bool AHEAD, bool PACKED, bool GATED>
 __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ x, const void* __restrict__ weight,
                                               const void* __restrict__ bias_or_null,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from threading import Event
@@ -22,6 +25,10 @@ POLL_SECONDS = 0.05
 
 class TaskFailedError(Exception):
     """An attempt came to nothing: an exception, a crash, a time-out; the message is stored with the task."""
+
+
+class TaskCrashedError(TaskFailedError):
+    """An attempt took its process along, or did not end in time."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +92,13 @@ class LocalExecutor(Executor):
                 if lost.is_set():
                     raise TaskFailedError("the lease was lost while it ran")
                 if time.monotonic() > deadline:
-                    raise TaskFailedError(f"took longer than {self._timeout:g} s")
+                    raise TaskCrashedError(f"took longer than {self._timeout:g} s")
             error, outcome = json.loads(pipe.recv_bytes())
         except (EOFError, OSError) as ended:
             self._process.join(1)
             code = self._process.exitcode
             self.close()
-            raise TaskFailedError(f"its process ended with exit code {code}") from ended
+            raise TaskCrashedError(f"its process ended with exit code {code}") from ended
         except TaskFailedError:
             self.close()
             raise
@@ -101,6 +108,8 @@ class LocalExecutor(Executor):
 
     def close(self) -> None:
         if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # with what it started
             self._process.kill()
             self._process.join()
             assert self._pipe is not None
@@ -120,7 +129,11 @@ class LocalExecutor(Executor):
 
 
 def _serve(pipe: Connection, handlers: Mapping[str, Handler]) -> None:
-    """The process: JSON of tasks in, JSON of outcomes out, until the worker is gone."""
+    """The process: JSON of tasks in, JSON of outcomes out, until the worker is gone.
+
+    It leads a session of its own: Ctrl-C at the terminal is for the worker to act on.
+    """
+    os.setsid()
     while True:
         try:
             kind, payload = json.loads(pipe.recv_bytes())

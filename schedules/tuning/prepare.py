@@ -30,6 +30,9 @@ def prepare(payload: dict[str, Any], folder: Path) -> None:
     """Write the case of a task: its inputs are random (the seed is in it), its results the operator's reference's."""
     target = resolve(payload["target"])
     family = next(family for family in FAMILIES[target.name] if family.name == payload["family"])
+    machine = fingerprint(target)
+    if payload.get("machine", machine.text) != machine.text:
+        raise TargetError(f"the task is for another machine: {payload['machine']}; this one is {machine.text}")
     content = json.loads(payload["ranges"][0][0])
     spec = call_of(content)
     layouts = family.layouts(spec, target)
@@ -64,7 +67,7 @@ def prepare(payload: dict[str, Any], folder: Path) -> None:
         "packed": [name in layouts for name, _ in spec.inputs],
         "row_bytes": sum(t.nbytes(1) for t in (*dict(spec.inputs).values(), *spec.outputs) if Sym.TOKENS in t.shape),
         "tolerance": [tolerance.rtol, tolerance.atol],
-        "machine": fingerprint(target).text,
+        "machine": machine.text,
     }
     (folder / CASE).write_text(json.dumps(case))
 

@@ -10,7 +10,7 @@ from threading import Event
 from typing import Any
 
 from ..database import Database, Fingerprint, Match, commit, lookup
-from ..database.executors import Executor, Outcome, TaskFailedError
+from ..database.executors import Executor, Outcome, TaskCrashedError, TaskFailedError
 from ..database.tasks import Lease
 from ..database.tasks import submit as queue
 from .task import Task
@@ -27,6 +27,7 @@ class Progress:
         state: waiting, queued, measuring, done, known (the database has all of it) or failed.
         tried, wrong, failed: candidates that were measured; whose result was wrong; that crashed or hung.
         speedups: of each range, the default's time over the best's.
+        reason: why it failed.
     """
 
     task: Task
@@ -36,6 +37,7 @@ class Progress:
     failed: int = 0
     speedups: list[float] = field(default_factory=list)
     gb_per_s: float = 0.0
+    reason: str = ""
 
     def gain(self) -> float:
         """Geometric mean of the speedups."""
@@ -66,12 +68,13 @@ def estimate(tasks: Sequence[Task], gb_per_s: float) -> float:
     return seconds
 
 
-def submit(database: Database, work: Sequence[Progress]) -> int:
-    """Queue what waits for workers, the costliest first; gives how many tasks were not in the queue before."""
+def submit(database: Database, work: Sequence[Progress], machine: Fingerprint) -> int:
+    """Queue what waits for workers on machines like this, the costliest first; gives how many tasks were new."""
     waiting = [progress for progress in work if progress.state == "waiting"]
     for progress in waiting:
         progress.state = "queued"
-    return sum(queue(database, KIND, [p.task.payload()], priority=float(p.task.step_bytes)) for p in waiting)
+    payloads = [(p.task.payload() | {"machine": machine.text}, float(p.task.step_bytes)) for p in waiting]
+    return sum(queue(database, KIND, [payload], priority) for payload, priority in payloads)
 
 
 def tune(
@@ -82,23 +85,27 @@ def tune(
     budget: float = float("inf"),
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> None:
-    """Measure what waits, in order, and commit a record for each range as soon as it is measured.
+    """Measure what waits, in order, and commit a record for each range as soon as its task is measured.
 
-    Nothing of a task that was measured is lost when `stop` is set, or the budget (seconds) is spent: that ends the
-    search after the task under way.  A candidate that ends or hangs its process is left out, and counted.
+    When `stop` is set, or the budget (seconds) is spent, the task under way is the last.  A candidate that ends or
+    hangs its process is left out, and counted.
     """
-    began = time.monotonic()
+    deadline = time.monotonic() + budget
+
+    def over() -> bool:
+        return stop.is_set() or time.monotonic() > deadline
+
     for progress in work:
-        if stop.is_set() or time.monotonic() - began > budget:
-            return
         if progress.state != "waiting":
             continue
+        if over():
+            return
         progress.state = "measuring"
         report(progress)
         try:
-            outcome = _measured(progress.task, progress, executor, stop)
-        except TaskFailedError:
-            progress.state = "failed"
+            outcome = _measured(progress, executor, over)
+        except TaskFailedError as error:
+            progress.state, progress.reason = "failed", str(error)
         else:
             commit(database, outcome.records)
             progress.state = "done"
@@ -109,27 +116,41 @@ def tune(
         report(progress)
 
 
-def _measured(task: Task, progress: Progress, executor: Executor, stop: Event) -> Outcome:
-    """The outcome of a task; where a candidate ends the process, of what is left without it."""
-    configs = task.configs()
-    try:
-        return executor.run(Lease(0, KIND, task.payload(), 0, 1), stop)
-    except TaskFailedError:
-        if stop.is_set() or not configs:
-            raise
-    guilty = _guilty(task, configs, executor, stop)
-    progress.failed += len(guilty)
-    return _measured(task.only([c for c in configs if c not in guilty]), progress, executor, stop)
+def _measured(progress: Progress, executor: Executor, over: Callable[[], bool]) -> Outcome:
+    """The outcome of a task; where candidates end the process, of what is left without them.
 
-
-def _guilty(task: Task, configs: Sequence[Any], executor: Executor, stop: Event) -> list[Any]:
-    """Of configurations one of which ends the process: one, found by halving; all of them where halves do not."""
-    while len(configs) > 1:
-        half = configs[: len(configs) // 2]
+    Raises:
+        TaskFailedError: it is not a candidate's fault, or there is no time left to find out whose.
+    """
+    task = progress.task
+    while True:
         try:
-            executor.run(Lease(0, KIND, task.only(half).payload(), 0, 1), stop)
-        except TaskFailedError:
-            configs = half
+            return _run(task, executor)
+        except TaskCrashedError:
+            configs = task.configs()
+            if not configs or over():
+                raise
+        if progress.failed == 0:
+            _run(task.only([]), executor)  # raises what is the defaults' own
+        guilty = _guilty(task, configs, executor)
+        progress.failed += len(guilty)
+        task = task.only([config for config in configs if config not in guilty])
+
+
+def _guilty(task: Task, configs: Sequence[Any], executor: Executor) -> Sequence[Any]:
+    """Of configurations that end the process together: one that does alone, or the fewest found that do together."""
+    while len(configs) > 1:
+        half = len(configs) // 2
+        for part in (configs[:half], configs[half:]):
+            try:
+                _run(task.only(part), executor)
+            except TaskCrashedError:
+                configs = part
+                break
         else:
-            configs = configs[len(half) :]
-    return list(configs)
+            return configs
+    return configs
+
+
+def _run(task: Task, executor: Executor) -> Outcome:
+    return executor.run(Lease(0, KIND, task.payload(), 0, 1), Event())

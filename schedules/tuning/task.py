@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -105,18 +104,18 @@ def _task(kernels: Kernels, calls: Mapping[str, list[str]], target: Target, tria
 def _calls(lowered: Lowered) -> dict[str, list[str]]:
     """By the symbol of a call's first variant: the first weight of each call that a step makes of it."""
     found: dict[str, list[str]] = {}
-    entries = Counter(name for name in ("forward", "logits"))
-    for step, weights in _steps(lowered, entries):
+    for step, weights in _steps(lowered, ("forward", "logits")):
         named = [a.buffer.partition(".")[0] for a in step.arguments if a.buffer in weights]
         found.setdefault(step.variants[0][1], []).append(named[0] if named else step.op)
     return found
 
 
-def _steps(lowered: Lowered, entries: Mapping[str, int]) -> Iterator[tuple[KernelStep, set[str]]]:
-    for name in entries:
+def _steps(lowered: Lowered, functions: Sequence[str]) -> Iterator[tuple[KernelStep, set[str]]]:
+    """The kernel steps of these functions and of those they call, with the names of the function's weights."""
+    for name in functions:
         function = lowered.functions[name]
         for step in function.steps:
             if isinstance(step, KernelStep):
                 yield step, {weight.buffer for weight in function.weights}
             else:
-                yield from _steps(lowered, {step.function: 1})
+                yield from _steps(lowered, (step.function,))

@@ -192,6 +192,17 @@ def test_records_come_first(tmp_path, monkeypatch):
     assert Linear(packed=False).variants(spec, TARGET) == usual[False]
 
 
+def test_what_a_record_prefetches_is_admitted():
+    """Of a tuning database too: the space has no prefetching, a kernel may have it within its tile."""
+    inputs = (("x", TensorSpec((Sym.TOKENS, 4096), "bfloat16")), ("weight", TensorSpec((512, 4096), "bfloat16")))
+    spec = OpSpec("linear", inputs, (TensorSpec((Sym.TOKENS, 512), "bfloat16"),))
+    family = Linear(packed=True)
+    (config, *_) = (v.config for v in family.variants(spec, TARGET) if v.config["kind"] == "stream")
+    most = spec.input("weight").size(1) // 64 - config["stages"] * config["warps"]
+    for prefetch, admitted in ((0, True), (most, True), (most + 1, False), (-1, False)):
+        assert family.admits(spec, {**config, "prefetch": prefetch}, 1, TARGET) == admitted
+
+
 @pytest.mark.parametrize(("gain_us", "least"), [(-1.0, [1]), (1.0, [1, 9])])
 def test_the_vendor_takes_over_where_a_record_says_it_is_faster(tmp_path, monkeypatch, gain_us, least):
     spec = spec_of("linear")

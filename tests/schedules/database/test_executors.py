@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
-from threading import Event, Timer
+from contextlib import suppress
+from pathlib import Path
+from threading import Event, Thread, Timer
 
+import psutil
 import pytest
 
-from vllm_compile.schedules.database.executors import LocalExecutor, Outcome, TaskFailedError
+from vllm_compile.schedules.database.executors import LocalExecutor, Outcome, TaskCrashedError, TaskFailedError
 from vllm_compile.schedules.database.tasks import Lease, all_tasks, counts, submit
 from vllm_compile.schedules.database.worker import Worker
 
@@ -34,11 +38,24 @@ def hang(number) -> Outcome:
     return Outcome()
 
 
+def start_and_hang(path) -> Outcome:
+    child = subprocess.Popen(["sleep", "1000"])
+    Path(path).write_text(str(child.pid))
+    return hang(0)
+
+
 def unchecked(number) -> Outcome:
     return Outcome(None, [record(us=-1)])
 
 
-HANDLERS = {"square": square, "fail": fail, "crash": crash, "hang": hang, "unchecked": unchecked}
+HANDLERS = {
+    "square": square,
+    "fail": fail,
+    "crash": crash,
+    "hang": hang,
+    "start_and_hang": start_and_hang,
+    "unchecked": unchecked,
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +70,29 @@ def task(kind: str, payload=3) -> Lease:
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [("fail", "ValueError: 3 is no good"), ("crash", "exit code -11"), ("hang", "longer than 8 s")]
+    ("kind", "words", "crashed"),
+    [("fail", "ValueError: 3 is no good", False), ("crash", "exit code -11", True), ("hang", "longer than 8 s", True)],
 )
-def test_failed_attempts(executor, kind, words):
-    with pytest.raises(TaskFailedError, match=words):
+def test_failed_attempts(executor, kind, words, crashed):
+    with pytest.raises(TaskFailedError, match=words) as raised:
         executor.run(task(kind), Event())
+    assert isinstance(raised.value, TaskCrashedError) == crashed
+
+
+def test_what_a_task_started_ends_with_it(executor, tmp_path):
+    lost, pid = Event(), tmp_path / "pid"
+
+    def lose():
+        while not (pid.exists() and pid.read_text()):
+            time.sleep(0.05)
+        lost.set()
+
+    Thread(target=lose).start()
+    with pytest.raises(TaskFailedError, match="lease was lost"):
+        executor.run(task("start_and_hang", str(pid)), lost)
+    with suppress(psutil.NoSuchProcess):
+        child = psutil.Process(int(pid.read_text()))
+        assert child.status() == psutil.STATUS_ZOMBIE or child.wait(5) is not None
     assert executor.run(task("square"), Event()) == square(3)  # and goes on
 
 

@@ -51,7 +51,7 @@ def test_a_record_of_each_range(task):
         assert record.target.arch
 
 
-def test_a_task_of_another_machine_is_refused(task):
+def test_weights_of_another_layout_are_refused(task):
     payload = task.payload()
     text, *rest = payload["ranges"][0]
     other = json.loads(text)
@@ -59,6 +59,11 @@ def test_a_task_of_another_machine_is_refused(task):
     payload["ranges"] = [[json.dumps(other), *rest]]
     with pytest.raises(RuntimeError, match=r"laid out as .*panels1x1"):
         measure(payload)
+
+
+def test_a_task_for_another_machine_is_refused(task):
+    with pytest.raises(RuntimeError, match=r"for another machine"):
+        measure(task.payload() | {"machine": CPU.text})
 
 
 def fake(value, seconds):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from threading import Event
 
 import pytest
@@ -10,7 +11,7 @@ from tests.schedules.database.samples import record
 from vllm_compile.cli import main
 from vllm_compile.driver import lower_model
 from vllm_compile.schedules.database import Workload, open_database
-from vllm_compile.schedules.database.executors import Outcome, TaskFailedError
+from vllm_compile.schedules.database.executors import Outcome, TaskCrashedError, TaskFailedError
 from vllm_compile.schedules.database.machine import fingerprint
 from vllm_compile.schedules.database.store import select_where
 from vllm_compile.schedules.database.tasks import all_tasks
@@ -29,14 +30,15 @@ def tasks(tiny):
 class FakeExecutor:
     """Answers as `measure` would, unless a deadly configuration is in the task."""
 
-    def __init__(self, deadly=(), after=lambda: None):
-        self.deadly, self.after, self.asked = list(deadly), after, 0
+    def __init__(self, deadly=(), after=lambda: None, error=TaskCrashedError):
+        self.deadly, self.after, self.asked, self.error = list(deadly), after, 0, error
 
     def run(self, held, lost):
         self.asked += 1
+        assert not lost.is_set(), "what is under way is not given up"
         ranges = held.payload["ranges"]
         if any(config in self.deadly for _, _, configs in ranges for config in configs):
-            raise TaskFailedError("its process ended with exit code -11")
+            raise self.error("its process ended with exit code -11")
         self.after()
         summaries = [{"tried": len(c), "wrong": [], "default_us": 2.0, "best_us": 1.0} for _, _, c in ranges]
         return Outcome(summaries, [record(Workload.from_text(text), MACHINE) for text, _, _ in ranges])
@@ -73,6 +75,33 @@ def test_a_default_that_crashes_fails_its_task_alone(tasks, database):
     assert {progress.state for progress in work} <= {"failed", "done"}
 
 
+def test_candidates_that_crash_together_only(tasks, database):
+    """Neither half of them does alone: all are left out."""
+    executor = FakeExecutor()
+    whole = len(tasks[0].configs())
+    run = executor.run
+
+    def run_unless_whole(held, lost):
+        given = {str(config) for _, _, configs in held.payload["ranges"] for config in configs[1:]}
+        if len(given & {str(config) for config in tasks[0].configs()}) == whole:
+            raise TaskCrashedError("out of memory")
+        return run(held, lost)
+
+    executor.run = run_unless_whole
+    work = pending(database, tasks[:1], MACHINE)
+    tune(database, work, executor, Event())
+    assert (work[0].state, work[0].failed) == ("done", whole)
+
+
+def test_an_error_is_nobodys_fault(tasks, database):
+    """What is no crash is not looked for among the candidates, and is told."""
+    executor = FakeExecutor(tasks[0].configs()[:1], error=TaskFailedError)
+    work = pending(database, tasks[:1], MACHINE)
+    tune(database, work, executor, Event())
+    assert (work[0].state, work[0].failed, executor.asked) == ("failed", 0, 1)
+    assert "exit code -11" in work[0].reason
+
+
 def test_stopping_loses_nothing(tasks, database):
     stop = Event()
     work = pending(database, tasks, MACHINE)
@@ -88,9 +117,11 @@ def test_a_budget_ends_the_search(tasks, database):
 
 
 def test_workers_get_the_tasks(tasks, database):
-    assert submit(database, pending(database, tasks, MACHINE)) == len(tasks)
-    assert submit(database, pending(database, tasks, MACHINE)) == 0, "they are in the queue"
-    assert [task.payload for task in all_tasks(database)] == [json.loads(json.dumps(t.payload())) for t in tasks]
+    assert submit(database, pending(database, tasks, MACHINE), MACHINE) == len(tasks)
+    assert submit(database, pending(database, tasks, MACHINE), MACHINE) == 0, "they are in the queue"
+    wanted = [json.loads(json.dumps(task.payload() | {"machine": MACHINE.text})) for task in tasks]
+    assert [task.payload for task in all_tasks(database)] == wanted
+    assert submit(database, pending(database, tasks, MACHINE), replace(MACHINE, tvm="newer")) == len(tasks)
 
 
 def test_an_estimate_grows_with_the_work(tasks):
