@@ -66,11 +66,6 @@ def calls(models: Sequence[str]) -> list[tuple[str, str, OpSpec]]:
     return [(model, layer, spec) for spec, (model, layer) in found.items()]
 
 
-def compiled_calls(models: Sequence[str]) -> list[OpSpec]:
-    """What a compiled model calls: not the bare products that have a fused form."""
-    return [spec for _, layer, spec in calls(models) if layer not in ("o", "down", "gate_up")]
-
-
 def symbol(spec: OpSpec, kind: str, number: int | str) -> str:
     N, K = spec.input("weight").shape
     optional = "".join(f"_{name}" for name in ("bias", "residual") if spec.has_input(name))
@@ -221,10 +216,10 @@ def check(kernels: Kernels, spec: OpSpec) -> int:
     return checked
 
 
-def median_us(graphs: Sequence[torch.cuda.CUDAGraph], replays: int = REPLAYS) -> list[float]:
+def median_us(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
     """Median microseconds of each graph, taking turns."""
     times: list[list[float]] = [[] for _ in graphs]
-    for turn in range(replays + 1):
+    for turn in range(REPLAYS + 1):
         for graph, taken in zip(graphs, times, strict=True):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

@@ -15,19 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from kernels_cuda_linear import BUCKETS, Kernels, build_configs, extras, reference, spec_of
+from kernels_cuda_linear import BUCKETS, Kernels, build_configs, extras, reference, spec_of, symbol
 from step_cuda import step_us
 
 from vllm_compile import lossless
 from vllm_compile.runtime.manifest import PLAN, read_manifest
-from vllm_compile.runtime.plan import KernelStep, Plan, VendorCall, from_json
+from vllm_compile.runtime.plan import KernelStep, Plan, VendorCall, from_json, kernel_steps
 from vllm_compile.runtime.program import Program
 from vllm_compile.spec import OpSpec
 
@@ -48,24 +49,12 @@ class LinearCall:
 
     @property
     def name(self) -> str:
-        N, K = self.spec.input("weight").shape
-        optional = "".join(f"_{name}" for name in ("bias", "residual") if self.spec.has_input(name))
-        return f"{self.spec.op}{optional}_{N}_{K}_{'lossless' if self.packed else 'plain'}"
-
-
-def steps_of(plan: Plan) -> Iterator[KernelStep]:
-    """The kernel steps of all layers and of the entry points, in order."""
-    for entry in ("forward", "logits"):
-        for step in plan.functions[entry].steps:
-            inner = (step,) if isinstance(step, KernelStep) else plan.functions[step.function].steps
-            yield from (s for s in inner if isinstance(s, KernelStep))
+        return symbol(self.spec, "lossless" if self.packed else "plain", "from")
 
 
 def linear_calls(plan: Plan) -> list[LinearCall]:
     """Those that a vendor's product could take, the largest weights first."""
-    counted: dict[KernelStep, int] = {}
-    for step in steps_of(plan):
-        counted[step] = counted.get(step, 0) + 1
+    counted = Counter(step for _, step in kernel_steps(plan.functions))
     found = {}
     for step, count in counted.items():
         parts = step.large.steps if step.large is not None else ()
@@ -110,18 +99,18 @@ class Candidates(Program):
 
     def kernels(self) -> Callable[[str], Callable[..., None]]:
         own, others = super().kernels(), self._others
-        return lambda symbol: others[symbol] if symbol in others else own(symbol)
+        return lambda name: others[name] if name in others else own(name)
 
 
-def with_kernel(plan: Plan, spec: OpSpec, least: int, symbol: str | None) -> Plan:
+def with_kernel(plan: Plan, spec: OpSpec, least: int, kernel: str | None) -> Plan:
     """The plan with this kernel as the variant from `least` tokens on for a call; None: a vendor's product."""
     (call,) = (call for call in linear_calls(plan) if call.spec == spec)
     large, variants = call.step.large, {minimum: s for minimum, s in call.step.variants if minimum != least}
     assert large is not None
-    if symbol is None:
+    if kernel is None:
         changed = replace(call.step, large=replace(large, min_tokens=least))
     else:
-        variants[least] = symbol
+        variants[least] = kernel
         large = replace(large, min_tokens=max(large.min_tokens, BUCKETS[least] + 1))
         changed = replace(call.step, variants=tuple(sorted(variants.items())), large=large)
     functions = {
@@ -155,8 +144,8 @@ def search(program: Candidates, call: LinearCall, least: int, names: Sequence[st
     """The record of the best of these kernels, which the program's plan has from now on."""
     plan = program.plan
 
-    def us(symbol: str | None, replays: int) -> float:
-        program.set_plan(with_kernel(plan, call.spec, least, symbol))
+    def us(kernel: str | None, replays: int) -> float:
+        program.set_plan(with_kernel(plan, call.spec, least, kernel))
         return sum(step_us(program, batch, CONTEXT, replays) for batch in BATCHES[least])
 
     times = {name: us(name, replays=5) for name in names}
@@ -170,7 +159,7 @@ def search(program: Candidates, call: LinearCall, least: int, names: Sequence[st
     calls = call.count * len(BATCHES[least])
     shown = ", ".join(f"{(times[n] - times[best]) / calls:+.1f} {list(configs[n].values())[:-1]}" for n in ranking[:6])
     gain = (vendor - finals[best]) / calls
-    print(f"{call.name} from {least}: {len(names)} configs, cuBLAS {gain:+.1f}: {shown}", flush=True)
+    print(f"{call.name} {least}: {len(names)} configs, cuBLAS {gain:+.1f}: {shown}", flush=True)
     N, K = call.spec.input("weight").shape
     return {
         "op": call.spec.op,

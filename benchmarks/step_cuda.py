@@ -20,7 +20,7 @@ import torch
 
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.runtime.manifest import PLAN, read_manifest
-from vllm_compile.runtime.plan import KernelStep, Plan, VendorCall, from_json
+from vllm_compile.runtime.plan import KernelStep, Plan, VendorCall, from_json, kernel_steps
 from vllm_compile.runtime.program import Program
 
 REPLAYS = 30
@@ -46,12 +46,7 @@ def name_of(step: KernelStep) -> str:
 
 def counts(plan: Plan) -> Counter[str]:
     """How often each kernel is called in a step."""
-    found: Counter[str] = Counter()
-    for entry in ("forward", "logits"):
-        for step in plan.functions[entry].steps:
-            inner = [step] if isinstance(step, KernelStep) else plan.functions[step.function].steps
-            found.update(name_of(s) for s in inner if isinstance(s, KernelStep))
-    return found
+    return Counter(name_of(step) for _, step in kernel_steps(plan.functions))
 
 
 def step_us(program: Program, batch: int, context: int, replays: int = REPLAYS) -> float:

@@ -9,6 +9,7 @@ binds a plan to memory, and any engine can read it.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -129,6 +130,20 @@ class Plan:
     def to_json(self) -> str:
         """Deterministic: the same plan gives the same bytes."""
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+
+def kernel_steps(functions: Mapping[str, Function]) -> Iterator[tuple[Function, KernelStep]]:
+    """The kernels that one step of a model runs, `forward` before `logits`, each with the function it stands in."""
+
+    def inside(function: Function) -> Iterator[tuple[Function, KernelStep]]:
+        for step in function.steps:
+            if isinstance(step, KernelStep):
+                yield function, step
+            else:
+                yield from inside(functions[step.function])
+
+    for entry in ("forward", "logits"):
+        yield from inside(functions[entry])
 
 
 def from_json(text: str) -> Plan:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import getpass
 import json
-import mmap
 import os
 import platform
 import subprocess
@@ -27,12 +26,16 @@ import tvm_ffi
 from safetensors.torch import load_file
 
 from vllm_compile.bandwidth import read_bandwidth
+from vllm_compile.runtime.executor import load_kernels
+from vllm_compile.runtime.manifest import LIBRARY
+from vllm_compile.runtime.memory import allocate
 
 from ..database.executors import Outcome
 from ..database.fingerprint import Fingerprint
 from ..database.record import How, Provenance, Record, Schedule, Times, Verdict
 from ..database.workload import Workload
 
+TENSORS, CASE = "tensors.safetensors", "case.json"  # written by prepare.py beside the library
 COLD_BYTES, MOST_COPIES = 256 << 20, 64  # several times the caches; weights of a few KB are warm in a model too
 TURNS, FINALISTS, FINAL_TURNS = 3, 5, 15
 NO_WORSE = 0.98  # what is not faster than the default by more than noise is not preferred to it
@@ -60,9 +63,9 @@ class _Case:
     """What prepare.py wrote, loaded."""
 
     def __init__(self, folder: Path) -> None:
-        self.description = json.loads((folder / "case.json").read_text())
-        self._library = tvm_ffi.load_module(str(folder / "kernels.so"))
-        tensors = load_file(folder / "tensors.safetensors")
+        self.description = json.loads((folder / CASE).read_text())
+        self._kernel = load_kernels(folder / LIBRARY)
+        tensors = load_file(folder / TENSORS)
         self._expected = tensors.pop("expected")
         self._inputs = [tensors[str(i)] for i in range(len(tensors))]
         packed = [t for t, is_packed in zip(self._inputs, self.description["packed"], strict=True) if is_packed]
@@ -121,7 +124,7 @@ class _Case:
 
     def _call(self, symbol: str, tokens: int) -> Callable[[int], torch.Tensor]:
         """The kernel as a function of which copy to use; it gives the output, which is the same every time."""
-        kernel, by_tokens = self._library[symbol], self.description["by_tokens"]
+        kernel, by_tokens = self._kernel(symbol), self.description["by_tokens"]
         out = torch.full((tokens, *self._expected.shape[1:]), float("nan"), dtype=self._expected.dtype)
         bound = [
             [tvm_ffi.from_dlpack(t[:tokens] if rows else t) for t, rows in zip(copy, by_tokens, strict=True)]
@@ -172,7 +175,5 @@ def _percentiles(times: Sequence[float]) -> Times:
 
 
 def _huge(tensor: torch.Tensor) -> torch.Tensor:
-    memory = mmap.mmap(-1, tensor.nbytes)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    copy = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
-    return copy.copy_(tensor)
+    memory = allocate(tensor.nbytes, torch.device("cpu"))
+    return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)

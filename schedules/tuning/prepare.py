@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 
 from vllm_compile.errors import TargetError
 from vllm_compile.ops import OPS
+from vllm_compile.runtime.manifest import LIBRARY
 from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets import resolve
 
 from ..build import build_library
 from ..database.machine import fingerprint
 from ..select import FAMILIES
-
-LIBRARY, TENSORS, CASE = "kernels.so", "tensors.safetensors", "case.json"
+from .measure import CASE, TENSORS
 
 
 def prepare(payload: dict[str, Any], folder: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_compile.lowering import Kernels, Lowered
-from vllm_compile.runtime.plan import KernelStep
+from vllm_compile.runtime.plan import kernel_steps
 from vllm_compile.targets import Target
 
 from ..database.tuned import workload_of
@@ -77,8 +77,9 @@ def tasks_of(lowered: Lowered, target: Target, trials: int, seed: int = 0) -> li
     Args:
         trials: configurations of a range at most; of larger spaces a random choice, the default always in it.
     """
+    calls = _calls(lowered)
     found = [
-        _task(kernels, _calls(lowered), target, trials, random.Random(seed))
+        _task(kernels, calls, target, trials, random.Random(seed))
         for kernels in lowered.kernels.values()
         if kernels.choice.family.space(kernels.spec, target)
     ]
@@ -104,18 +105,8 @@ def _task(kernels: Kernels, calls: Mapping[str, list[str]], target: Target, tria
 def _calls(lowered: Lowered) -> dict[str, list[str]]:
     """By the symbol of a call's first variant: the first weight of each call that a step makes of it."""
     found: dict[str, list[str]] = {}
-    for step, weights in _steps(lowered, ("forward", "logits")):
+    for function, step in kernel_steps(lowered.functions):
+        weights = {weight.buffer for weight in function.weights}
         named = [a.buffer.partition(".")[0] for a in step.arguments if a.buffer in weights]
         found.setdefault(step.variants[0][1], []).append(named[0] if named else step.op)
     return found
-
-
-def _steps(lowered: Lowered, functions: Sequence[str]) -> Iterator[tuple[KernelStep, set[str]]]:
-    """The kernel steps of these functions and of those they call, with the names of the function's weights."""
-    for name in functions:
-        function = lowered.functions[name]
-        for step in function.steps:
-            if isinstance(step, KernelStep):
-                yield step, {weight.buffer for weight in function.weights}
-            else:
-                yield from _steps(lowered, (step.function,))

@@ -95,7 +95,9 @@ def case(monkeypatch):
         }
         made._inputs, made._expected, made._weight_bytes = [x, weight], expected, weight.nbytes
         made._copies, made._bandwidth = [[x, weight]], 1e9
-        made._library = {symbol: fake(factor * expected, seconds) for symbol, (factor, seconds) in kernels.items()}
+        made._kernel = {
+            symbol: fake(factor * expected, seconds) for symbol, (factor, seconds) in kernels.items()
+        }.__getitem__
         entry = {"workload": Workload.from_text(json.dumps(workload)).text, "tokens": 2, "symbols": list(kernels)}
         return made.fastest(entry)
 
