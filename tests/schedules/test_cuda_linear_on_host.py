@@ -58,7 +58,7 @@ def variants(form, kind, n=96):
     spec = harness.op_spec(op, sample(form, torch.Generator(), 5, n), {})
     family = family_of(KINDS[kind])
     assert family.serves(spec, TARGET)
-    return {v.min_tokens: family.build(spec, v.config, TARGET) for v in family.variants(spec, TARGET)}
+    return {v.min_tokens: family.build(spec, {**v.config, "prefetch": 3}, TARGET) for v in family.variants(spec, TARGET)}
 
 
 @pytest.fixture(scope="module", autouse=True)
