@@ -29,6 +29,7 @@ FORMS = {
 }
 KINDS = {"plain": False, "lossless": True}
 TOKENS = (1, 2, 7, 8, 9, 16, 23)
+PREFETCHING = 99
 
 
 def sample(form, generator, tokens, n=96):
@@ -53,12 +54,15 @@ def adversarial(weight):
 
 @cache
 def variants(form, kind, n=96):
-    """Kernels by the number of tokens that they are made for."""
+    """Kernels by the number of tokens that they are made for, and one that prefetches."""
     op, family_of, _ = FORMS[form]
     spec = harness.op_spec(op, sample(form, torch.Generator(), 5, n), {})
     family = family_of(KINDS[kind])
     assert family.serves(spec, TARGET)
-    return {v.min_tokens: family.build(spec, {**v.config, "prefetch": 3}, TARGET) for v in family.variants(spec, TARGET)}
+    configs = {v.min_tokens: v.config for v in family.variants(spec, TARGET)}
+    # So few warps and stages that a block is left to prefetch.
+    configs[PREFETCHING] = {**configs[1], "warps": 4, "stages": 2, "prefetch": 3}
+    return {least: family.build(spec, config, TARGET) for least, config in configs.items()}
 
 
 @pytest.fixture(scope="module", autouse=True)
