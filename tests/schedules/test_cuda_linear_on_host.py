@@ -121,11 +121,11 @@ def test_comparison_sees_one_wrong_input(case, generator):
 def test_rows_do_not_depend_on_the_batch(case, generator):
     form, kind = case
     inputs = sample(form, generator, 23)
-    kernels = variants(form, kind)
-    whole = run(form, kind, kernels[max(kernels)], inputs)
-    for tokens in (1, 5, 12):
-        part = {name: t[:tokens] if name in ("x", "residual") else t for name, t in inputs.items()}
-        for kernel in kernels.values():
+    for least, kernel in variants(form, kind).items():
+        # Sums depend on the number of warps alone: all but the one that prefetches have as many.
+        whole = run(form, kind, kernel if least == PREFETCHING else variants(form, kind)[1], inputs)
+        for tokens in (1, 5, 12):
+            part = {name: t[:tokens] if name in ("x", "residual") else t for name, t in inputs.items()}
             assert torch.equal(run(form, kind, kernel, part), whole[:tokens])
 
 

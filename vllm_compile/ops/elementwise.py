@@ -27,7 +27,7 @@ FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def reference(expression: tuple, **inputs: torch.Tensor) -> torch.Tensor:
-    """Evaluates the nodes in order, each rounded to its dtype; shapes and dtypes are the nodes' own."""
+    """Evaluates the nodes in order, each in float64 and rounded to its dtype; shapes and dtypes are the nodes' own."""
     nodes, values = read_expression(expression), list[torch.Tensor]()
     tokens = next(_tokens(node, inputs) for node in nodes if Sym.TOKENS in node.shape)
     for node in nodes:
@@ -61,7 +61,7 @@ def _value(node: Node, operands: list, shape: list[int], inputs: dict[str, torch
         case "reshape":
             return operands[0].reshape(shape)
     function = FUNCTIONS[node.op] if node.op in FUNCTIONS else getattr(torch, node.op)
-    return function(*operands)
+    return function(*(operand.double() for operand in operands))
 
 
 def sample(generator: torch.Generator, dtype: torch.dtype, tokens: int = 5, width: int = 96):
