@@ -85,6 +85,8 @@ class Program:
 
         def make(name: str) -> torch.Tensor:
             spec = specs[plain_of.get(name, name)]
+            if spec.dtype == "uint8":
+                return torch.zeros(spec.sizes(), dtype=torch.uint8, device=self.device)  # zeros, packed for a CPU
             weight = torch.ones(spec.sizes(), dtype=getattr(torch, spec.dtype), device=self.device)
             if weight.dim() > 1:
                 weight.normal_(std=DUMMY_STD, generator=generator)

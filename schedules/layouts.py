@@ -19,6 +19,10 @@ class Layout(Protocol):
     def name(self) -> str:
         """What the plan calls it."""
 
+    @property
+    def lossless(self) -> bool:
+        """True if it takes fewer bytes and may not hold every weight: `pack` raises ValueError for one."""
+
     def shape(self, plain: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the packed tensor for a plain weight of shape `plain`."""
 
@@ -43,6 +47,7 @@ class Panels:
     lanes: int
     pair: int
     gated: bool = False
+    lossless: bool = False
 
     @property
     def name(self) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_compile.errors import UnsupportedError
-from vllm_compile.lossless import Lossless
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
@@ -40,7 +39,7 @@ def choose(spec: OpSpec, target: Target, lossless: bool = True, tuned: Tuned | N
         if family.op != spec.op or not spec.options <= family.options or not family.serves(spec, target):
             continue
         layouts = family.layouts(spec, target)
-        if lossless or not any(isinstance(layout, Lossless) for layout in layouts.values()):
+        if lossless or not any(layout.lossless for layout in layouts.values()):
             variants, vendor = family.variants(spec, target), family.vendor(spec, target)
             if tuned is not None:
                 variants = _tuned_variants(tuned, family, spec, target, layouts, variants, vendor)

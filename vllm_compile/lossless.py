@@ -66,7 +66,7 @@ def fits(weight: torch.Tensor) -> bool:
         return False
     total = 0
     for rows in _chunks(weight):
-        row = _encode(rows)[2]
+        row = encode(rows)[2]
         total += len(row)
         if (len(row) and int(torch.bincount(row).max()) > ROW_LIMIT) or total > capacity(*weight.shape):
             return False
@@ -94,7 +94,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     done = 0
     for rows in _chunks(weight):
         end_row = done + len(rows)
-        code, bases, row, k = _encode(rows)
+        code, bases, row, k = encode(rows)
         _regroup(code.bitwise_or_(rows & SIGN), codes[done // TILE : end_row // TILE])
         header[done:end_row, 1] = (bases.int() + (127 - SCALE_BIAS)) << 23
         counts.append(torch.bincount(row, minlength=len(rows)))
@@ -139,6 +139,7 @@ class Lossless:
     """The layout above, as a `Layout`; its packed tensor is uint8, one-dimensional."""
 
     name: str = "lossless12"
+    lossless: bool = True
 
     def dtype(self, plain: str) -> str:
         return "uint8"
@@ -161,7 +162,7 @@ def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     return iter(weight.contiguous().view(torch.int16).split(_chunk_rows(weight.shape[1], weight.device)))
 
 
-def _encode(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def encode(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes without signs int16 [n, K], bases of the windows int16 [n], rows and columns of the side list, ascending.
 
     A base is one below the lowest exponent of its window, which ends at the row's largest exponent; in rows where that
@@ -207,33 +208,45 @@ def _regroup(code: torch.Tensor, out: torch.Tensor) -> None:
     """Codes int16 [16 * T, 64 * B] to fragment order: int32 words `out` [T, B, 384].
 
     Two neighbouring codes are a word, as an mma takes them.  Lane (g, t) has four words of rows g and g + 8 in both
-    halves of the block.  Three of the four runs are stored: (row g, half 0), (row g + 8, half 0), (row g, half 1).  The
-    four bits that the exponent leaves free in each half of their words take the bits of the fourth, (row g + 8, half
-    1): 10-7 in the first, 6-3 in the second, 2-0 and the sign in the third, where the signs of the two halves of a word
-    are swapped (a rotation by 12 brings all to their places).
+    halves of the block, whose runs are in this order: (row g, half 0), (row g + 8, half 0), (row g, half 1), (row g +
+    8, half 1).
     """
     T, B = out.shape[:2]
     # tile, r, g, block, half, (t, word) -> half, r, tile, block, g, (t, word)
     words = code.view(torch.int32).view(T, 2, 8, B, 2, 16).permute(4, 1, 0, 3, 2, 5).contiguous()
-    fourth = words[1, 1]
-    first, second, third = out.view(T, B, 3, 8, 16).unbind(dim=2)
-    torch.bitwise_or(words[0, 0], (fourth & 0x07800780) << 4, out=first)
-    torch.bitwise_or(words[0, 1], (fourth & 0x00780078) << 8, out=second)
-    free = (fourth & 0x8000) << 12
-    free |= (fourth >> 20) & 0x800
-    free |= (fourth & 0x00070007) << 12
-    torch.bitwise_or(words[1, 0], free, out=third)
+    join(words.view(4, T, B, 8, 16), out.view(T, B, 3, 8, 16).permute(2, 0, 1, 3, 4))
 
 
 def _ungroup(words: torch.Tensor) -> torch.Tensor:
     """Codes int16 [16 * T, 64 * B] from words [T, B, 384]: the inverse of `_regroup`."""
     T, B = words.shape[:2]
-    first, second, third = words.view(T, B, 3, 8, 16).unbind(dim=2)
+    halves = part(words.view(T, B, 3, 8, 16).permute(2, 0, 1, 3, 4)).view(2, 2, T, B, 8, 16)
+    return halves.permute(2, 1, 4, 3, 0, 5).contiguous().view(torch.int16).view(T * TILE, B * BLOCK)
+
+
+def join(runs: torch.Tensor, out: torch.Tensor) -> None:
+    """Four runs of words, int32 [4, ...], in the place of three, `out` [3, ...]; a word is two codes.
+
+    The first three stay, and the four bits that the exponent leaves free in each half of their words take the bits of
+    the fourth: 10-7 in the first, 6-3 in the second, 2-0 and the sign in the third, where the signs of the two halves
+    of a word are swapped (a rotation by 12 brings all to their places).
+    """
+    fourth = runs[3]
+    torch.bitwise_or(runs[0], (fourth & 0x07800780) << 4, out=out[0])
+    torch.bitwise_or(runs[1], (fourth & 0x00780078) << 8, out=out[1])
+    free = (fourth & 0x8000) << 12
+    free |= (fourth >> 20) & 0x800
+    free |= (fourth & 0x00070007) << 12
+    torch.bitwise_or(runs[2], free, out=out[2])
+
+
+def part(joined: torch.Tensor) -> torch.Tensor:
+    """The runs int32 [4, ...] of `joined` [3, ...]: the inverse of `join`."""
+    first, second, third = joined
     fourth = (first >> 4) & 0x07800780
     fourth |= (second >> 8) & 0x00780078
     fourth |= (third >> 12) & 0x00070007
     fourth |= (third >> 12) & 0x8000
     fourth |= (third & 0x800) << 20
     stored = 0x87FF87FF - (1 << 32)
-    halves = torch.stack((first & stored, second & stored, third & stored, fourth)).view(2, 2, T, B, 8, 16)
-    return halves.permute(2, 1, 4, 3, 0, 5).contiguous().view(torch.int16).view(T * TILE, B * BLOCK)
+    return torch.stack((first & stored, second & stored, third & stored, fourth))

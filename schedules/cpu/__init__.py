@@ -12,8 +12,10 @@ from .norm import AddRMSNorm, RMSNorm
 from .rope_cache import QKVRopeCache
 
 FAMILIES: tuple[KernelFamily, ...] = (
-    Linear(),
-    GateUpSilu(),
+    Linear(packed=True),
+    Linear(packed=False),
+    GateUpSilu(packed=True),
+    GateUpSilu(packed=False),
     RMSNorm(),
     AddRMSNorm(),
     LayerNorm(),

@@ -8,22 +8,22 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from vllm_compile.spec import DTYPE_BYTES, OpSpec, Sym
+from vllm_compile.spec import DTYPE_BYTES, OpSpec, Sym, TensorSpec
 
 
 def bind_arguments(
-    spec: OpSpec, stored: Mapping[str, Sequence[int]] | None = None
+    spec: OpSpec, stored: Mapping[str, TensorSpec] | None = None
 ) -> tuple[tirx.Var, dict[str, tirx.Buffer]]:
     """The number of tokens, and each input and `out` as a buffer, of the function that is being built.
 
-    A scalar is one value [1].  `stored` gives the shapes of weights that lie in memory otherwise than `spec` says.
+    A scalar is one value [1].  `stored` tells of weights that lie in memory otherwise than `spec` says.
     """
     named = (*spec.inputs, ("out", spec.outputs[0]))
     handles = [T.arg(name, T.handle()) for name, _ in named]
     tokens = T.int64()
     buffers = {}
-    for handle, (name, tensor) in zip(handles, named, strict=True):
+    for handle, (name, plain) in zip(handles, named, strict=True):
+        tensor = (stored or {}).get(name, plain)
         shape: Sequence[Any] = [tokens if dim == Sym.TOKENS else dim for dim in tensor.shape] or [1]
-        shape = (stored or {}).get(name, shape)
         buffers[name] = T.match_buffer(handle, shape, tensor.dtype, align=DTYPE_BYTES[tensor.dtype])
     return tokens, buffers

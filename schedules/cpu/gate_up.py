@@ -19,8 +19,8 @@ from vllm_compile.targets import Target
 from ..family import Config, KernelFamily, Variant
 from ..layouts import Layout
 from .matmul import Value, matmul
-from .matmul_tiles import admits, default_variants, space
-from .matmul_words import serves_dtypes, weight_layout
+from .matmul_tiles import admits, default_variants, serves, space
+from .matmul_weights import weight_layout
 from .rounding import rounded
 from .vector_math import exp
 
@@ -39,26 +39,30 @@ def finish(tensors: dict[str, tirx.Buffer], totals: list[tirx.Buffer], row: tirx
 
 @dataclass(frozen=True)
 class GateUpSilu(KernelFamily):
-    """`gate_up_silu` for every shape, with float32 or bfloat16 weights."""
+    """`gate_up_silu` with float32 or bfloat16 weights of every shape, or lossless ones in whole panels."""
 
-    name: str = "cpu.gate_up_silu"
+    packed: bool
     op: str = "gate_up_silu"
 
+    @property
+    def name(self) -> str:
+        return "cpu.gate_up_silu_lossless" if self.packed else "cpu.gate_up_silu"
+
     def serves(self, spec: OpSpec, target: Target) -> bool:
-        return spec.op == self.op and serves_dtypes(spec)
+        return spec.op == self.op and serves(spec, target, True, self.packed)
 
     def layouts(self, spec: OpSpec, target: Target) -> Mapping[str, Layout]:
-        return {"weight": weight_layout(spec, target, gated=True)}
+        return {"weight": weight_layout(spec, target, True, self.packed)}
 
     def space(self, spec: OpSpec, target: Target) -> Sequence[Config]:
         """Every tile that fits the registers."""
-        return space(spec, target, gated=True)
+        return space(spec, target, True, self.packed)
 
     def variants(self, spec: OpSpec, target: Target) -> Sequence[Variant]:
-        return default_variants(spec, target, gated=True)
+        return default_variants(spec, target, True, self.packed)
 
     def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: Target) -> bool:
-        return admits(spec, config, min_tokens, target, gated=True)
+        return admits(spec, config, min_tokens, target, True, self.packed)
 
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
-        return matmul(spec, config, target, gated=True, finish=finish)
+        return matmul(spec, config, target, True, finish)

@@ -18,8 +18,8 @@ from vllm_compile.targets import Target
 from ..family import Config, KernelFamily, Variant
 from ..layouts import Layout
 from .matmul import Value, matmul
-from .matmul_tiles import admits, default_variants, space
-from .matmul_words import serves_dtypes, weight_layout
+from .matmul_tiles import admits, default_variants, serves, space
+from .matmul_weights import weight_layout
 from .rounding import rounded
 
 
@@ -39,26 +39,30 @@ def finish(tensors: dict[str, tirx.Buffer], totals: list[tirx.Buffer], row: tirx
 
 @dataclass(frozen=True)
 class Linear(KernelFamily):
-    """`linear` for every shape, with float32 or bfloat16 weights."""
+    """`linear` with float32 or bfloat16 weights of every shape, or lossless ones in whole panels."""
 
-    name: str = "cpu.linear"
+    packed: bool
     op: str = "linear"
 
+    @property
+    def name(self) -> str:
+        return "cpu.linear_lossless" if self.packed else "cpu.linear"
+
     def serves(self, spec: OpSpec, target: Target) -> bool:
-        return spec.op == self.op and serves_dtypes(spec)
+        return spec.op == self.op and serves(spec, target, False, self.packed)
 
     def layouts(self, spec: OpSpec, target: Target) -> Mapping[str, Layout]:
-        return {"weight": weight_layout(spec, target)}
+        return {"weight": weight_layout(spec, target, False, self.packed)}
 
     def space(self, spec: OpSpec, target: Target) -> Sequence[Config]:
         """Every tile that fits the registers."""
-        return space(spec, target)
+        return space(spec, target, False, self.packed)
 
     def variants(self, spec: OpSpec, target: Target) -> Sequence[Variant]:
-        return default_variants(spec, target)
+        return default_variants(spec, target, False, self.packed)
 
     def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: Target) -> bool:
-        return admits(spec, config, min_tokens, target)
+        return admits(spec, config, min_tokens, target, False, self.packed)
 
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
-        return matmul(spec, config, target, gated=False, finish=finish)
+        return matmul(spec, config, target, False, finish)

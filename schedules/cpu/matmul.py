@@ -10,8 +10,9 @@ Roofline.  N * K * size bytes of weights, read from memory once per chunk; 2 * T
 some 8 tokens (2 * T / size operations per byte) memory is the bound, and what counts is many reads in flight:
 8 KiB of prefetches.  From there on it is arithmetic: a word of K costs rows + panels loads and rows * panels
 multiply-adds, 24 of which, in chains of their own, keep two multiply-add units busy.
-A block is read again for every tile of rows, so that it has to fit the L2 cache.  Where K is too long for
-that, a chunk goes through K in passes, its sums waiting in memory: as float32, so that the chains stay the same.
+A block is read again for every tile of rows, so that it has to fit the L2 cache (L1, if it is unpacked for a single
+tile).  Where K is too long for that, a chunk goes through K in passes, its sums waiting in memory: as float32, so
+that the chains stay the same.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from vllm_compile.targets import Target
 
 from ..family import Config
 from .arguments import bind_arguments
-from .matmul_words import Words, weight_layout
+from .matmul_weights import Block, panel_count, stored_weight, weights_of
+from .matmul_words import Words
 from .vectors import prefetch, scratch
 
 # Tiles of rows: a block of weights is read from beyond the L2 cache once for so many.
@@ -57,40 +59,38 @@ class Tile:
         """Words along K, the last one possibly half a pair."""
         return -(-self.K // self.words.size)
 
-    def add(self, sums: Sums, x: tirx.Buffer, w: tirx.Buffer, row, panel, begin, end) -> None:
+    def add(self, sums: Sums, x: tirx.Buffer, w: Block, row, begin, end) -> None:
         """Add the products of the words from `begin` to `end`."""
         x_rows = [T.Bind((row + r) * self.K) for r in range(self.rows)]
-        w_panels = [T.Bind((panel + p) * (self.length * self.words.vectors.lanes)) for p in range(self.panels)]
         with T.serial(begin, end) as k:
-            self._prefetch(w, w_panels, k)
-            self._step(sums, w, w_panels, k, [self.words.load(x, x_row + k * self.words.size) for x_row in x_rows])
+            self._prefetch(w, k)
+            self._step(sums, w, k, [self.words.load(x, x_row + k * self.words.size) for x_row in x_rows])
 
-    def add_last(self, sums: Sums, x: tirx.Buffer, w: tirx.Buffer, row, panel) -> None:
+    def add_last(self, sums: Sums, x: tirx.Buffer, w: Block, row) -> None:
         """Add the product of a last value without a neighbour, if there is one."""
         if self.K % self.words.size:
-            w_panels = [(panel + p) * (self.length * self.words.vectors.lanes) for p in range(self.panels)]
             x_words = [self.words.load_half(x, (row + r) * self.K + (self.K - 1)) for r in range(self.rows)]
-            self._step(sums, w, w_panels, T.int64(self.length - 1), x_words)
+            self._step(sums, w, T.int64(self.length - 1), x_words)
 
-    def _step(self, sums: Sums, w: tirx.Buffer, w_panels: list, k, x_words: list) -> None:
+    def _step(self, sums: Sums, w: Block, k, x_words: list) -> None:
         v = self.words.vectors
-        weights = [T.Bind(v.load(w, start + k * v.lanes)) for start in w_panels]
+        weights = [T.Bind(v.load(w.words, start + k * v.lanes)) for start in w.starts]
         for r in range(self.rows):
             word = T.Bind(v.splat(x_words[r]))
             for p in range(self.panels):
                 v.store(sums[r][p], self.words.multiply_add(weights[p], word, v.load(sums[r][p])))
 
-    def _prefetch(self, w: tirx.Buffer, w_panels: list, k) -> None:
+    def _prefetch(self, w: Block, k) -> None:
         if self.prefetch:
             # Past the end of its panel a stream goes on in the next block.
             skip = T.Select(k + self.prefetch < self.length, T.int64(0), T.int64((self.panels - 1) * self.length))
             ahead = T.Bind((self.prefetch + k + skip) * self.words.vectors.lanes)
-            for start in w_panels:
-                prefetch(w, start + ahead)
+            for start in w.starts:
+                prefetch(w.words, start + ahead)
 
 
 def matmul(spec: OpSpec, config: Config, target: Target, gated: bool, finish: Finish) -> tirx.PrimFunc:
-    """The kernel of `spec` with the tile of `config` (rows, panels, prefetch); it needs T >= rows.
+    """The kernel of `spec` with the tile of `config` (matmul_tiles.py); it needs T >= rows.
 
     Where `rows` does not divide T, the last tile overlaps the one before it; so does the last block.
     """
@@ -98,14 +98,14 @@ def matmul(spec: OpSpec, config: Config, target: Target, gated: bool, finish: Fi
     K, N = spec.input("x").sizes()[1], spec.outputs[0].sizes()[1]
     words = Words.of(target, dtype)
     v = words.vectors
-    packed = weight_layout(spec, target, gated).shape(tuple(spec.input("weight").sizes()))
-    tile = Tile(words, K, config["rows"], config["panels"], config["prefetch"])
-    rows, panels, count, whole = tile.rows, tile.panels, packed[0], K // words.size
+    lossless = config["lossless"]
+    stored = stored_weight(spec, target, gated, lossless)
+    tile = Tile(words, K, config["rows"], config["panels"], 0 if lossless else config["prefetch"])
+    rows, panels, count, whole = tile.rows, tile.panels, panel_count(spec, target, gated), K // words.size
     assert panels % group == 0, config
-    assert panels <= count, (config, packed)
-    # Half of the L2 cache for the block: the other half for x, the sums and what is prefetched.
-    passes = max(1, -(-panels * whole * v.lanes * 4 // (target.l2_bytes // 2)))
-    per_pass = -(-whole // passes)
+    assert panels <= count, (config, count)
+    per_pass = min(config["words"], whole)
+    passes = -(-whole // per_pass)
 
     def store(out: tirx.Buffer, value: Value, row, panel) -> None:
         """A whole panel as a vector; the last one, where N is not a multiple of the lanes, value by value."""
@@ -124,10 +124,10 @@ def matmul(spec: OpSpec, config: Config, target: Target, gated: bool, finish: Fi
 
     with IRBuilder() as builder, build.prim_func(s_tir=True):
         T.func_name("kernel")
-        tokens, tensors = bind_arguments(spec, {"weight": packed})
+        tokens, tensors = bind_arguments(spec, {"weight": stored})
         with T.attr(0, "pragma_import_llvm", v.ir):
             x = words.view(tensors["x"], tokens * K)
-            w = T.decl_buffer((count * tile.length * v.lanes,), words.type, data=tensors["weight"].data, align=2)
+            weights = weights_of(tensors["weight"], spec, config, target, gated)
             tiles = T.Bind(T.ceildiv(tokens, rows))
             chunks = T.Bind(T.ceildiv(tiles, CHUNK))
             blocks = -(-count // panels)
@@ -135,35 +135,35 @@ def matmul(spec: OpSpec, config: Config, target: Target, gated: bool, finish: Fi
                 panel = T.Bind(T.min(T.truncmod(item, blocks) * panels, T.int64(count - panels)))
                 first = T.Bind(T.truncdiv(item, T.int64(blocks)) * CHUNK)
                 waiting = scratch((CHUNK if passes > 1 else 1) * rows * panels * v.lanes, "float32")
-                with (
-                    T.serial(0, T.int64(passes)) as n,
-                    T.serial(0, T.min(T.int64(CHUNK), tiles - first)) as i,
-                ):
-                    row = T.Bind(T.min((first + i) * rows, tokens - rows))
-                    place = T.Bind((i if passes > 1 else T.int64(0)) * (rows * panels * v.lanes))
+                with T.serial(0, T.int64(passes)) as n:
+                    begin, end = T.Bind(n * per_pass), T.Bind(T.min((n + 1) * per_pass, T.int64(whole)))
+                    w = weights.block(panel, begin, end)
+                    with T.serial(0, T.min(T.int64(CHUNK), tiles - first)) as i:
+                        row = T.Bind(T.min((first + i) * rows, tokens - rows))
+                        place = T.Bind((i if passes > 1 else T.int64(0)) * (rows * panels * v.lanes))
 
-                    def sums_at(r, p):
-                        return place + (r * panels + p) * v.lanes
+                        def sums_at(r, p):
+                            return place + (r * panels + p) * v.lanes
 
-                    sums = [[v.register() for _ in range(panels)] for _ in range(rows)]
-                    each = [(sums[r][p], sums_at(r, p)) for r in range(rows) for p in range(panels)]
-                    if passes > 1:
-                        with build.If(n > 0), build.Then():
-                            for register, at in each:
-                                v.store(register, v.load(waiting, at))
-                    tile.add(sums, x, w, row, panel, n * per_pass, T.min((n + 1) * per_pass, T.int64(whole)))
-                    with build.If(n == passes - 1), build.Then():
-                        tile.add_last(sums, x, w, row, panel)
-                    for register, at in each:
-                        v.store(waiting, v.load(register), at)
-                    with (
-                        build.If(n == passes - 1),
-                        build.Then(),
-                        T.serial(0, T.int64(rows)) as r,
-                        T.serial(0, T.int64(panels // group)) as p,
-                    ):
-                        totals = [v.register(v.load(waiting, sums_at(r, p * group + g))) for g in range(group)]
-                        to_panel = T.Bind(T.truncdiv(panel, group) + p)
-                        value = finish(tensors, totals, row + r, to_panel * v.lanes)
-                        store(tensors["out"], value, row + r, to_panel)
+                        sums = [[v.register() for _ in range(panels)] for _ in range(rows)]
+                        each = [(sums[r][p], sums_at(r, p)) for r in range(rows) for p in range(panels)]
+                        if passes > 1:
+                            with build.If(n > 0), build.Then():
+                                for register, at in each:
+                                    v.store(register, v.load(waiting, at))
+                        tile.add(sums, x, w, row, begin, end)
+                        with build.If(n == passes - 1), build.Then():
+                            tile.add_last(sums, x, w, row)
+                        for register, at in each:
+                            v.store(waiting, v.load(register), at)
+                        with (
+                            build.If(n == passes - 1),
+                            build.Then(),
+                            T.serial(0, T.int64(rows)) as r,
+                            T.serial(0, T.int64(panels // group)) as p,
+                        ):
+                            totals = [v.register(v.load(waiting, sums_at(r, p * group + g))) for g in range(group)]
+                            to_panel = T.Bind(T.truncdiv(panel, group) + p)
+                            value = finish(tensors, totals, row + r, to_panel * v.lanes)
+                            store(tensors["out"], value, row + r, to_panel)
     return builder.get()

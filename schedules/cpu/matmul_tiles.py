@@ -8,7 +8,9 @@ from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
 from ..family import Config, Variant
-from .matmul_words import Words, weight_layout
+from ..lossless_panels import SPAN, LosslessPanels
+from .matmul_weights import panel_count
+from .matmul_words import Words, serves_dtypes
 
 # More panels than this do not pay: a block would leave the L2 cache.  More rows only fit with a single panel.
 MAX_PANELS = 4
@@ -17,11 +19,19 @@ MAX_ROWS = 12
 IN_FLIGHT = 128
 
 
+def serves(spec: OpSpec, target: Target, gated: bool, lossless: bool) -> bool:
+    """True if there are kernels for these dtypes, and for weights of this size if they are to be lossless."""
+    if not lossless:
+        return serves_dtypes(spec)
+    N, K = spec.input("weight").sizes()
+    fits = LosslessPanels(target.vector_lanes, gated).serves(N, K)
+    return fits and serves_dtypes(spec) and spec.input("weight").dtype == "bfloat16"
+
+
 def _shapes(spec: OpSpec, target: Target, gated: bool) -> list[tuple[int, int]]:
     """(rows, panels) of every tile whose sums and operands fit the vector registers."""
     words = Words.of(target, spec.input("x").dtype)
     registers = 32 if target.vector_lanes == 16 else 16
-    count = weight_layout(spec, target, gated).shape(tuple(spec.input("weight").sizes()))[0]
     step = 2 if gated else 1
 
     def fits(rows: int, panels: int) -> bool:
@@ -29,26 +39,46 @@ def _shapes(spec: OpSpec, target: Target, gated: bool) -> list[tuple[int, int]]:
         operands = 2 * (panels + 1) + 1 if words.widened else panels + 1
         return rows * panels <= registers * 3 // 4 and rows * panels + operands <= registers
 
-    panels = range(step, min(count, MAX_PANELS) + 1, step)
+    panels = range(step, min(panel_count(spec, target, gated), MAX_PANELS) + 1, step)
     return [(r, p) for r in range(1, MAX_ROWS + 1) for p in panels if fits(r, p)]
 
 
-def _config(rows: int, panels: int, in_flight: int) -> Config:
-    return {"rows": rows, "panels": panels, "prefetch": in_flight // panels}
+def _passes(spec: OpSpec, target: Target, panels: int, lossless: bool) -> list[int]:
+    """Words of K of a pass: as many as half of the L2 cache holds, the other half for x, the sums and what is
+    prefetched; for lossless weights first as many as half of the L1 cache does."""
+    words = Words.of(target, spec.input("x").dtype)
+    K, word_bytes = spec.input("x").size(1), panels * words.vectors.lanes * 4
+    whole = K // words.size
+    if lossless:
+        return [max(cache // 2 // word_bytes // SPAN, 1) * SPAN for cache in (target.l1_bytes, target.l2_bytes)]
+    passes = max(1, -(-whole * word_bytes // (target.l2_bytes // 2)))
+    return [-(-whole // passes)]
 
 
-def space(spec: OpSpec, target: Target, gated: bool = False) -> list[Config]:
+def _config(rows: int, panels: int, in_flight: int, words: int, lossless: bool) -> Config:
+    """`rows` of x and `panels` of weights, `words` of K a pass, weights asked for `prefetch` vectors ahead in each
+    panel, which are unpacked if they are `lossless`."""
+    prefetch = in_flight // panels
+    return {"rows": rows, "panels": panels, "words": words, "prefetch": prefetch, "lossless": lossless}
+
+
+def space(spec: OpSpec, target: Target, gated: bool, lossless: bool) -> list[Config]:
     """Every tile, with several distances of prefetching."""
     distances = (0, IN_FLIGHT // 2, IN_FLIGHT, IN_FLIGHT * 2)
-    return [_config(*shape, distance) for shape in _shapes(spec, target, gated) for distance in distances]
+    return [
+        _config(rows, panels, distance, words, lossless)
+        for rows, panels in _shapes(spec, target, gated)
+        for words in _passes(spec, target, panels, lossless)
+        for distance in distances
+    ]
 
 
-def admits(spec: OpSpec, config: Config, min_tokens: int, target: Target, gated: bool = False) -> bool:
+def admits(spec: OpSpec, config: Config, min_tokens: int, target: Target, gated: bool, lossless: bool) -> bool:
     """True for a tile of the space that needs no more rows than there are tokens."""
-    return config in space(spec, target, gated) and config["rows"] <= min_tokens
+    return config in space(spec, target, gated, lossless) and config["rows"] <= min_tokens
 
 
-def default_variants(spec: OpSpec, target: Target, gated: bool = False) -> Sequence[Variant]:
+def default_variants(spec: OpSpec, target: Target, gated: bool, lossless: bool) -> Sequence[Variant]:
     """For few tokens the fewest tiles, evenly filled; for many the tile with the least to load."""
     shapes = sorted(_shapes(spec, target, gated))
     # rows -> most panels; with a single panel each load would serve one multiply-add only.
@@ -66,8 +96,10 @@ def default_variants(spec: OpSpec, target: Target, gated: bool = False) -> Seque
     variants: list[Variant] = []
     for tokens in range(1, 2 * most + 2):
         rows = rows_for(tokens)
+        words = _passes(spec, target, widest[rows], lossless)
         # A single row leaves so much time between its loads that the hardware's own prefetching does better.
-        config = _config(rows, widest[rows], 0 if rows == 1 else IN_FLIGHT)
+        in_flight = 0 if rows == 1 and not lossless else IN_FLIGHT
+        config = _config(rows, widest[rows], in_flight, words[0 if tokens <= most else -1], lossless)
         if not variants or variants[-1].config != config:
             variants.append(Variant(tokens, config))
     return variants

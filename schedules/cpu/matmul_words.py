@@ -1,4 +1,4 @@
-"""What a matrix product multiplies in one step, and the layout of the weights that follows from it.
+"""What a matrix product multiplies in one step.
 
 A word is one float32, or two bf16 values that are neighbours along K.  Pairs are multiplied by vdpbf16ps
 where the CPU has it; elsewhere both values are widened to float32 (whose upper half they are) and
@@ -16,13 +16,7 @@ from vllm_compile.spec import DTYPE_BYTES, OpSpec
 from vllm_compile.targets import Target
 from vllm_compile.targets.cpu import AVX512_BF16
 
-from ..layouts import Panels
 from .vectors import Vectors
-
-
-def weight_layout(spec: OpSpec, target: Target, gated: bool = False) -> Panels:
-    """The layout that every variant reads: a vector of words for each step along K."""
-    return Panels(target.vector_lanes, Words.of(target, spec.input("x").dtype).size, gated)
 
 
 def serves_dtypes(spec: OpSpec) -> bool:

@@ -15,7 +15,7 @@ from vllm_compile.schedules.cpu.linear import Linear
 from . import harness
 from .levels import HOST, LEVELS, TARGETS
 
-FAMILY = Linear()
+FAMILY = Linear(packed=False)
 levels = pytest.mark.parametrize("target", TARGETS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 

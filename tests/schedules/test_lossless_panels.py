@@ -1,0 +1,180 @@
+"""Lossless panels: every bit is stored, and kernels that unpack them give what plain weights give, to the last bit."""
+
+import pytest
+import torch
+import tvm_ffi
+
+from tests.test_lossless import FITTING, all_denormal, bits, exponents_everywhere, gaussian, special
+from vllm_compile import lossless
+from vllm_compile.ops import GATE_UP_SILU, LINEAR
+from vllm_compile.schedules.build import build_library
+from vllm_compile.schedules.cpu.gate_up import GateUpSilu
+from vllm_compile.schedules.cpu.linear import Linear
+from vllm_compile.schedules.lossless_panels import SPAN, LosslessPanels, spans
+
+from . import harness
+from .levels import HOST, TARGETS
+
+LAYOUTS = [LosslessPanels(lanes, gated) for lanes in (8, 16) for gated in (False, True)]
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+TOKENS = (1, 2, 5, 12, 40)
+
+
+def restored(packed, layout, N, K):
+    """The weight by the letter of the layout's docstring, and how many side entries there are."""
+    bases_at, first_at, side_at, _ = layout.offsets(N, K)
+    words, lanes = packed.view(torch.int32), layout.lanes
+    panels, groups = N // lanes, K // 8
+    joined = words[: panels * groups * 3 * lanes].view(panels, groups, 3, lanes)
+    # word, panel, group, lane -> panel, lane, group, word
+    codes = lossless.part(joined.permute(2, 0, 1, 3)).permute(1, 3, 2, 0).contiguous().view(torch.int16)
+    rows = codes.view(panels, lanes, K)
+    bases = words[bases_at : bases_at + N].view(torch.int16).view(panels, lanes, 2)[..., :1]
+    rows = torch.where((rows & lossless.MAGNITUDE) != 0, rows + bases, rows)
+    first = words[first_at : first_at + panels * spans(K) + 1].tolist()
+    side = words[side_at:].view(-1, 2)
+    for panel in range(panels):
+        for span in range(spans(K)):
+            for place, value in side[first[panel * spans(K) + span] : first[panel * spans(K) + span + 1]].tolist():
+                word, lane, half = place // (2 * lanes), place // 2 % lanes, place % 2
+                assert word // SPAN == span
+                rows[panel, lane, 2 * word + half] = value
+    if layout.gated:
+        rows = torch.cat((rows[::2], rows[1::2]))
+    return rows.reshape(N, K).view(torch.bfloat16), first[-1]
+
+
+def assert_restored(weight, layout):
+    packed = layout.pack(weight)
+    assert packed.dtype == torch.uint8
+    assert tuple(packed.shape) == layout.shape(tuple(weight.shape))
+    found, listed = restored(packed, layout, *weight.shape)
+    assert torch.equal(found.view(torch.int16), weight.view(torch.int16))
+    return packed, listed
+
+
+@layouts
+@pytest.mark.parametrize(("N", "K"), [(32, 8), (64, 200), (2048, 1024)])
+def test_gaussian(layout, N, K, generator):
+    packed, listed = assert_restored(gaussian(generator, N, K), layout)
+    assert listed < N * K / 2000 + 10
+    if N == 2048:
+        assert packed.nbytes * 8 / (N * K) < 12.2
+
+
+@layouts
+@pytest.mark.parametrize("name", [name for name in FITTING if name != "largest"])
+def test_special_weights_are_restored(layout, name, generator):
+    assert_restored(special(generator, name), layout)
+
+
+@layouts
+@pytest.mark.parametrize("make", [exponents_everywhere, all_denormal])
+def test_what_does_not_fit_is_refused(layout, make, generator):
+    with pytest.raises(ValueError, match="outside the windows"):
+        layout.pack(make(generator))
+
+
+@layouts
+def test_restoring_sees_one_wrong_byte(layout, generator):
+    weight = gaussian(generator, 64, 256)
+    weight[:, 9] = 1e-30
+    packed, _ = assert_restored(weight, layout)
+    for place in (0, *(4 * at for at in layout.offsets(64, 256)[:3:2])):
+        wrong = packed.clone()
+        wrong[place] ^= 1
+        assert not torch.equal(restored(wrong, layout, 64, 256)[0].view(torch.int16), weight.view(torch.int16))
+
+
+def awkward(weight):
+    """Weights of each kind that a kernel restores in its own way; finite, for they are summed."""
+    weight = weight.clone()
+    weight[0] = 0
+    weight[1, ::3] = -0.0
+    weight[2, 5:20] = bits(*range(1, 16))  # denormals
+    weight[3, -1] = 1e20
+    weight[::5, 7] = 1e-30
+    weight[-1, :40] = -1e-25
+    return weight
+
+
+def sample(op, generator, tokens, K, N):
+    inputs, _ = op.sample(generator, torch.bfloat16, tokens, K, N)
+    inputs["weight"] = awkward(inputs["weight"])
+    return inputs
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("op", "family"), [(LINEAR, Linear), (GATE_UP_SILU, GateUpSilu)], ids=["linear", "gate_up"])
+@pytest.mark.parametrize("K", [64, 1000])
+def test_kernels_give_what_plain_weights_give(op, family, target, K, generator, tmp_path):
+    draw = {tokens: sample(op, generator, tokens, K, 96) for tokens in TOKENS}
+    spec = harness.op_spec(op, draw[5], {})
+    plain, packed = family(packed=False), family(packed=True)
+    variants = packed.variants(spec, target)
+    configs = {v.min_tokens: v.config for v in (variants[0], variants[len(variants) // 2], variants[-1])}
+    prim_funcs = {f"k{least}": packed.build(spec, config, target) for least, config in configs.items()}
+    prim_funcs["plain"] = plain.build(spec, plain.variants(spec, target)[0].config, target)
+    build_library(prim_funcs, target, tmp_path / "k.so")
+    kernels = tvm_ffi.load_module(str(tmp_path / "k.so"))
+    for tokens, inputs in draw.items():
+        expected = harness.run(kernels["plain"], plain, spec, target, inputs)[0]
+        harness.assert_matches(op, (expected,), harness.results(op, inputs, {}))
+        for least in configs:
+            if least <= tokens:
+                ours = harness.run(kernels[f"k{least}"], packed, spec, target, inputs)[0]
+                assert torch.equal(ours.view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.fixture
+def compiled(generator, tmp_path):
+    family, inputs = Linear(packed=True), sample(LINEAR, generator, 3, 256, 96)
+    spec = harness.op_spec(LINEAR, inputs, {})
+    kernel = harness.compile_variants(family, spec, HOST, tmp_path)[1]
+    arguments = family.layouts(spec, HOST)["weight"].pack(inputs["weight"])
+
+    def call(packed):
+        others = [tensor for name, tensor in inputs.items() if name not in ("x", "weight")]
+        out = torch.full((3, 96), float("nan"), dtype=torch.bfloat16)
+        kernel(inputs["x"], packed, *others, out)
+        return out
+
+    return call, arguments
+
+
+def test_kernels_read_codes_bases_and_side_list(compiled):
+    call, packed = compiled
+    right = call(packed)
+    assert right.isfinite().all()
+    bases_at, first_at, side_at, _ = LosslessPanels(HOST.vector_lanes).offsets(96, 256)
+    words = {"codes": 3 * HOST.vector_lanes, "a base": bases_at + 5, "a side entry": side_at + 1}
+    for what, word in words.items():
+        changed = packed.clone()
+        # Signs and exponents of one word for each row of the panel; of one row's base, of one weight.
+        end = word + (HOST.vector_lanes if what == "codes" else 1)
+        changed[4 * word + 1 : 4 * end : 2] ^= 0xC0
+        assert not torch.equal(call(changed), right), what
+    changed = packed.clone()
+    changed[4 * first_at : 4 * side_at] = 0  # no side entries
+    assert not torch.equal(call(changed), right)
+
+
+def test_every_configuration_of_the_space(generator, tmp_path):
+    """Those that are not a default: other passes and distances of prefetching."""
+    family, inputs = Linear(packed=True), sample(LINEAR, generator, 4, 1000, 96)
+    spec = harness.op_spec(LINEAR, inputs, {})
+    configs = [c for c in family.space(spec, HOST) if c["rows"] == 4 and c["panels"] in (1, 3)]
+    assert len({c["words"] for c in configs}) > 2
+    build_library({f"k{i}": family.build(spec, c, HOST) for i, c in enumerate(configs)}, HOST, tmp_path / "k.so")
+    module = tvm_ffi.load_module(str(tmp_path / "k.so"))
+    expected = harness.results(LINEAR, inputs, {})
+    for i in range(len(configs)):
+        harness.assert_matches(LINEAR, harness.run(module[f"k{i}"], family, spec, HOST, inputs), expected)
+
+
+@pytest.mark.parametrize(("N", "K", "dtype"), [(90, 64, "bfloat16"), (96, 60, "bfloat16"), (96, 64, "float32")])
+def test_other_weights_are_left_plain(N, K, dtype, generator):
+    inputs, _ = LINEAR.sample(generator, getattr(torch, dtype), 3, K, N)
+    spec = harness.op_spec(LINEAR, inputs, {})
+    assert not Linear(packed=True).serves(spec, HOST)
+    assert Linear(packed=False).serves(spec, HOST)
