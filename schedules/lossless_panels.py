@@ -10,23 +10,22 @@ import torch
 from vllm_compile import lossless
 
 GROUP = 4  # words of K whose codes are stored together, in the place of three
-SPAN = 64  # words of K of which a panel's side entries are counted together
 
 
 @dataclass(frozen=True)
 class LosslessPanels:
     """[N, K] bf16 -> uint8 [bytes]: the words of `Panels(lanes, 2, gated)`, four in the place of three.
 
-    Little-endian int32 throughout (P = N / lanes panels, S = spans of 64 words, K / 128 rounded up):
+    Little-endian (P = N / lanes panels):
 
-    | part | shape | content |
+    | part | type and shape | content |
     |---|---|---|
-    | codes | [P, K / 8, 3, lanes] | four words of K, joined by `lossless.join`; each two codes of a row |
-    | bases | [N] | of each row: the exponent field 0 of its codes, in both halves of a word |
-    | first | [P * S + 1] | the first side entry of each panel's span |
-    | side | [capacity, 2] | where in the panel (a bf16 of [K / 2, lanes, 2]), and its 16 bits |
+    | codes | uint32 [P, K / 8, 3, lanes] | four words of K, joined by `lossless.join`; each has two codes of a row |
+    | bases | uint32 [N] | of each row: the exponent field that 0 stands for, in both halves of a word |
+    | first | uint32 [P + 1] | the first side entry of each panel |
+    | side | {uint32 place, float32 value} [capacity] | k * lanes + lane, and the weight itself; ascending in K |
 
-    A code that is not a zero becomes the weight when the base is added to it.
+    A code that is not zero becomes the weight when the base is added to it; a weight of the side list has code 0.
     """
 
     lanes: int
@@ -43,7 +42,7 @@ class LosslessPanels:
 
     def offsets(self, N: int, K: int) -> tuple[int, int, int, int]:
         """int32 words from the start to the bases, to `first` and to the side list, all on cache lines; to the end."""
-        sizes = (N * K * 3 // 8, N, N // self.lanes * spans(K) + 1)
+        sizes = (N * K * 3 // 8, N, N // self.lanes + 1)
         ends = [0]
         for size in sizes:
             ends.append(ends[-1] + -(-size // 16) * 16)
@@ -74,18 +73,17 @@ class LosslessPanels:
             words = code.bitwise_or_(rows & lossless.SIGN).view(torch.int32).view(-1, self.lanes, groups, GROUP)
             lossless.join(words.permute(3, 0, 2, 1).contiguous(), codes[panel].permute(2, 0, 1, 3))
             bases[panel] = ((base.int() << lossless.MANTISSA_BITS) * 0x10001).view(-1, self.lanes)
-            numbers = torch.arange(panels)[panel][row // self.lanes]
-            span, place = numbers * spans(K) + k // (2 * SPAN), (k // 2 * self.lanes + row % self.lanes) * 2 + k % 2
-            entries.append(torch.stack((span, place, rows[row, k].long()), dim=1))
+            numbers, place = torch.arange(panels)[panel][row // self.lanes], k * self.lanes + row % self.lanes
+            entries.append(torch.stack((numbers, place, rows[row, k].long() << 16), dim=1))
         side = torch.cat(entries)
         if len(side) > lossless.capacity(N, K):
             raise ValueError(
                 f"{len(side)} weights of {[N, K]} lie outside the windows of {lossless.EXPONENTS} exponents; "
                 f"at most {lossless.capacity(N, K)} can be listed"
             )
-        side = side[side[:, 0].argsort(stable=True)]
-        counts = torch.bincount(side[:, 0], minlength=panels * spans(K))
-        packed[first_at + 1 : first_at + 1 + len(counts)] = counts.cumsum(0)
+        side = side[(side[:, 0] * K * self.lanes + side[:, 1]).argsort()]
+        counts = torch.bincount(side[:, 0], minlength=panels)
+        packed[first_at + 1 : first_at + 1 + panels] = counts.cumsum(0)
         packed[side_at : side_at + 2 * len(side)] = side[:, 1:].reshape(-1).int()
         return packed.view(torch.uint8)
 
@@ -97,8 +95,3 @@ class LosslessPanels:
             for number, chunk in enumerate(rows.split(step * self.lanes)):
                 start = number * step * halves + half
                 yield slice(start, start + len(chunk) // self.lanes * halves, halves), chunk
-
-
-def spans(K: int) -> int:
-    """Spans of a panel."""
-    return -(-K // (2 * SPAN))

@@ -30,9 +30,9 @@ from vllm_compile.targets import Target
 
 from ..family import Config
 from .arguments import bind_arguments
-from .matmul_weights import Block, panel_count, stored_weight, weights_of
+from .matmul_weights import Block, Weights, panel_count, stored_weight, weights_of
 from .matmul_words import Words
-from .vectors import prefetch, scratch
+from .vectors import scratch
 
 # Tiles of rows: a block of weights is read from beyond the L2 cache once for so many.
 CHUNK = 32
@@ -46,47 +46,53 @@ Sums = list[list[tirx.Buffer]]
 
 @dataclass(frozen=True)
 class Tile:
-    """Sums [rows][panels], a vector each, of x times w; prefetches `prefetch` words ahead, 0 for none."""
+    """Sums [rows][panels], a vector each, of x times w."""
 
     words: Words
     K: int
     rows: int
     panels: int
-    prefetch: int
-
-    @property
-    def length(self) -> int:
-        """Words along K, the last one possibly half a pair."""
-        return -(-self.K // self.words.size)
 
     def add(self, sums: Sums, x: tirx.Buffer, w: Block, row, begin, end) -> None:
         """Add the products of the words from `begin` to `end`."""
         x_rows = [T.Bind((row + r) * self.K) for r in range(self.rows)]
-        with T.serial(begin, end) as k:
-            self._prefetch(w, k)
-            self._step(sums, w, k, [self.words.load(x, x_row + k * self.words.size) for x_row in x_rows])
+        step = T.int64(w.step)
+        with T.serial(T.truncdiv(begin, step), T.truncdiv(end, step)) as n:
+            first = T.Bind(n * step)
+            w.prefetch(first)
+
+            def load(r: int, k) -> tirx.Expr:
+                return self.words.load(x, x_rows[r] + k * self.words.size)
+
+            self._step(sums, w, first, load)
 
     def add_last(self, sums: Sums, x: tirx.Buffer, w: Block, row) -> None:
         """Add the product of a last value without a neighbour, if there is one."""
         if self.K % self.words.size:
-            x_words = [self.words.load_half(x, (row + r) * self.K + (self.K - 1)) for r in range(self.rows)]
-            self._step(sums, w, T.int64(self.length - 1), x_words)
+            last = T.int64(self.K // self.words.size)
+            self._step(sums, w, last, lambda r, k: self.words.load_half(x, (row + r) * self.K + (self.K - 1)))
 
-    def _step(self, sums: Sums, w: Block, k, x_words: list) -> None:
+    def add_listed(
+        self, sums: tirx.Buffer, place: Callable[[int, int], tirx.Expr], x: tirx.Buffer, w: Weights, row, panel
+    ) -> None:
+        """Add the products of weights that stand in a list, to sums that are at `place(r, p)`."""
+
+        def add(p: int, k, lane, weight) -> None:
+            for r in range(self.rows):
+                at = T.Bind(place(r, p) + lane)
+                value = self.words.value(x, (row + r) * self.K + k)
+                T.buffer_store(sums, T.call_llvm_pure_intrin("float32", "llvm.fma", weight, value, sums[at]), [at])
+
+        w.add_listed(panel, add)
+
+    def _step(self, sums: Sums, w: Block, first, load: Callable[[int, tirx.Expr], tirx.Expr]) -> None:
+        """The products of words from `first` on with those of x, load(r, k)."""
         v = self.words.vectors
-        weights = [T.Bind(v.load(w.words, start + k * v.lanes)) for start in w.starts]
-        for r in range(self.rows):
-            word = T.Bind(v.splat(x_words[r]))
-            for p in range(self.panels):
-                v.store(sums[r][p], self.words.multiply_add(weights[p], word, v.load(sums[r][p])))
-
-    def _prefetch(self, w: Block, k) -> None:
-        if self.prefetch:
-            # Past the end of its panel a stream goes on in the next block.
-            skip = T.Select(k + self.prefetch < self.length, T.int64(0), T.int64((self.panels - 1) * self.length))
-            ahead = T.Bind((self.prefetch + k + skip) * self.words.vectors.lanes)
-            for start in w.starts:
-                prefetch(w.words, start + ahead)
+        splats = [[v.splat(T.Bind(load(r, first + i))) for r in range(self.rows)] for i in range(w.step)]
+        for p in range(self.panels):
+            for i, weight in enumerate(w.read(p, first)):
+                for r in range(self.rows):
+                    v.store(sums[r][p], self.words.multiply_add(T.Bind(weight), splats[i][r], v.load(sums[r][p])))
 
 
 def matmul(spec: OpSpec, config: Config, target: Target, gated: bool, finish: Finish) -> tirx.PrimFunc:
@@ -98,9 +104,8 @@ def matmul(spec: OpSpec, config: Config, target: Target, gated: bool, finish: Fi
     K, N = spec.input("x").sizes()[1], spec.outputs[0].sizes()[1]
     words = Words.of(target, dtype)
     v = words.vectors
-    lossless = config["lossless"]
-    stored = stored_weight(spec, target, gated, lossless)
-    tile = Tile(words, K, config["rows"], config["panels"], 0 if lossless else config["prefetch"])
+    stored = stored_weight(spec, target, gated, config["lossless"])
+    tile = Tile(words, K, config["rows"], config["panels"])
     rows, panels, count, whole = tile.rows, tile.panels, panel_count(spec, target, gated), K // words.size
     assert panels % group == 0, config
     assert panels <= count, (config, count)
@@ -156,14 +161,11 @@ def matmul(spec: OpSpec, config: Config, target: Target, gated: bool, finish: Fi
                             tile.add_last(sums, x, w, row)
                         for register, at in each:
                             v.store(waiting, v.load(register), at)
-                        with (
-                            build.If(n == passes - 1),
-                            build.Then(),
-                            T.serial(0, T.int64(rows)) as r,
-                            T.serial(0, T.int64(panels // group)) as p,
-                        ):
-                            totals = [v.register(v.load(waiting, sums_at(r, p * group + g))) for g in range(group)]
-                            to_panel = T.Bind(T.truncdiv(panel, group) + p)
-                            value = finish(tensors, totals, row + r, to_panel * v.lanes)
-                            store(tensors["out"], value, row + r, to_panel)
+                        with build.If(n == passes - 1), build.Then():
+                            tile.add_listed(waiting, sums_at, x, weights, row, panel)
+                            with T.serial(0, T.int64(rows)) as r, T.serial(0, T.int64(panels // group)) as p:
+                                totals = [v.register(v.load(waiting, sums_at(r, p * group + g))) for g in range(group)]
+                                to_panel = T.Bind(T.truncdiv(panel, group) + p)
+                                value = finish(tensors, totals, row + r, to_panel * v.lanes)
+                                store(tensors["out"], value, row + r, to_panel)
     return builder.get()

@@ -8,7 +8,7 @@ from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
 from ..family import Config, Variant
-from ..lossless_panels import SPAN, LosslessPanels
+from ..lossless_panels import GROUP, LosslessPanels
 from .matmul_weights import panel_count
 from .matmul_words import Words, serves_dtypes
 
@@ -43,32 +43,37 @@ def _shapes(spec: OpSpec, target: Target, gated: bool) -> list[tuple[int, int]]:
     return [(r, p) for r in range(1, MAX_ROWS + 1) for p in panels if fits(r, p)]
 
 
-def _passes(spec: OpSpec, target: Target, panels: int, lossless: bool) -> list[int]:
-    """Words of K of a pass: as many as half of the L2 cache holds, the other half for x, the sums and what is
-    prefetched; for lossless weights first as many as half of the L1 cache does."""
+def _pass_words(spec: OpSpec, target: Target, panels: int) -> int:
+    """Words of K of a pass: half of the L2 cache for its weights, the other half for x, the sums and what is
+    prefetched."""
     words = Words.of(target, spec.input("x").dtype)
-    K, word_bytes = spec.input("x").size(1), panels * words.vectors.lanes * 4
-    whole = K // words.size
-    if lossless:
-        return [max(cache // 2 // word_bytes // SPAN, 1) * SPAN for cache in (target.l1_bytes, target.l2_bytes)]
+    whole, word_bytes = spec.input("x").size(1) // words.size, panels * words.vectors.lanes * 4
     passes = max(1, -(-whole * word_bytes // (target.l2_bytes // 2)))
-    return [-(-whole // passes)]
+    return -(-whole // passes // GROUP) * GROUP
 
 
-def _config(rows: int, panels: int, in_flight: int, words: int, lossless: bool) -> Config:
-    """`rows` of x and `panels` of weights, `words` of K a pass, weights asked for `prefetch` vectors ahead in each
-    panel, which are unpacked if they are `lossless`."""
-    prefetch = in_flight // panels
-    return {"rows": rows, "panels": panels, "words": words, "prefetch": prefetch, "lossless": lossless}
+def _config(rows: int, panels: int, in_flight: int, words: int, lossless: bool, cached: bool) -> Config:
+    """`rows` of x and `panels` of weights, `words` of K a pass; weights are asked for `prefetch` words early.
+
+    `lossless` weights are unpacked into registers, or into the cache if `cached`.
+    """
+    return {
+        "rows": rows,
+        "panels": panels,
+        "words": words,
+        "prefetch": in_flight // panels,
+        "lossless": lossless,
+        "cached": cached,
+    }
 
 
 def space(spec: OpSpec, target: Target, gated: bool, lossless: bool) -> list[Config]:
     """Every tile, with several distances of prefetching."""
     distances = (0, IN_FLIGHT // 2, IN_FLIGHT, IN_FLIGHT * 2)
     return [
-        _config(rows, panels, distance, words, lossless)
+        _config(rows, panels, distance, _pass_words(spec, target, panels), lossless, cached)
         for rows, panels in _shapes(spec, target, gated)
-        for words in _passes(spec, target, panels, lossless)
+        for cached in ((False, True) if lossless else (False,))
         for distance in distances
     ]
 
@@ -96,10 +101,10 @@ def default_variants(spec: OpSpec, target: Target, gated: bool, lossless: bool) 
     variants: list[Variant] = []
     for tokens in range(1, 2 * most + 2):
         rows = rows_for(tokens)
-        words = _passes(spec, target, widest[rows], lossless)
         # A single row leaves so much time between its loads that the hardware's own prefetching does better.
         in_flight = 0 if rows == 1 and not lossless else IN_FLIGHT
-        config = _config(rows, widest[rows], in_flight, words[0 if tokens <= most else -1], lossless)
+        words = _pass_words(spec, target, widest[rows])
+        config = _config(rows, widest[rows], in_flight, words, lossless, lossless and tokens > most)
         if not variants or variants[-1].config != config:
             variants.append(Variant(tokens, config))
     return variants

@@ -1,14 +1,15 @@
-"""Where a matrix product's weights come from: panels as they are stored, or unpacked from 12 bits into the cache.
+"""Where a matrix product's weights come from: panels as they are stored, or of 12 bits, every bit restored.
 
-A block is some neighbouring panels over a part of K, read for one tile of rows after the other.  Plain panels are
-read where they lie.  Lossless ones are unpacked first, every bit restored, so that all that follows is the same.
+A block is some neighbouring panels over a part of K, read for one tile of rows after the other.  Lossless panels are
+unpacked into registers, a group of words at a time; for several tiles into the cache, once for all of them.
 
-Roofline of unpacking: 48 bytes are read for 64, 20 vector instructions a group of four vectors of words, 5 a vector.
-A core that reads 20 GB/s at 3.5 GHz takes 8 cycles for the 48 bytes of a vector: time is left to multiply.
+Roofline of unpacking: 48 bytes are read for 64, in 23 vector instructions for a group of four vectors of words.  A core
+that reads 20 GB/s at 3.5 GHz takes 8 cycles for the 48 bytes of a vector: time is left to multiply.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,9 +21,9 @@ from vllm_compile.targets import Target
 
 from ..family import Config
 from ..layouts import Layout, Panels
-from ..lossless_panels import GROUP, SPAN, LosslessPanels, spans
+from ..lossless_panels import GROUP, LosslessPanels
 from .matmul_words import Words
-from .vectors import Vectors, prefetch, scratch
+from .vectors import CACHE_LINE, Vectors, prefetch, scratch
 
 STORED = 0x87FF87FF  # of a word whose free bits hold parts of another
 
@@ -46,40 +47,79 @@ def panel_count(spec: OpSpec, target: Target, gated: bool) -> int:
     return halves * -(-N // halves // target.vector_lanes)
 
 
-@dataclass(frozen=True)
-class Block:
-    """Weights: word k (of all K) of the block's panel p is the vector at `starts[p] + k * lanes`."""
+class Block(Protocol):
+    """Some panels' words of K, ready to be read."""
 
-    words: tirx.Buffer
-    starts: list[tirx.Expr]
+    @property
+    def step(self) -> int:
+        """Words of K that are read together."""
+
+    def read(self, panel: int, word: tirx.Expr) -> list[tirx.Expr]:
+        """Of one of its panels, `step` vectors: words of K from `word` on."""
+
+    def prefetch(self, word: tirx.Expr) -> None:
+        """Ask for what will be read some time after `word`."""
 
 
 class Weights(Protocol):
     """The weights of one call."""
 
     def block(self, panel: tirx.Expr, begin: tirx.Expr, end: tirx.Expr) -> Block:
-        """Panels from `panel` on, words from `begin` to `end`, ready to be read."""
+        """Panels from `panel` on, words of K from `begin` to `end`."""
+
+    def add_listed(self, panel: tirx.Expr, add: Callable[[int, tirx.Expr, tirx.Expr, tirx.Expr], None]) -> None:
+        """Call add(panel of the block, k, lane, float32 weight) for each weight that `Block.read` gave as zero."""
+
+
+@dataclass(frozen=True)
+class PlainBlock:
+    """Word k (of all K) of panel p is the vector at `starts[p] + k * lanes`; each has `length` words.
+
+    `prefetch` is asked for `ahead` words early, 0 for not at all.
+    """
+
+    words: tirx.Buffer
+    starts: list[tirx.Expr]
+    lanes: int
+    length: int
+    ahead: int
+    step: int = 1
+
+    def read(self, panel: int, word: tirx.Expr) -> list[tirx.Expr]:
+        return [self.words.vload([self.starts[panel] + word * self.lanes], f"{self.words.dtype}x{self.lanes}")]
+
+    def prefetch(self, word: tirx.Expr) -> None:
+        if self.ahead:
+            # Past the end of its panel a stream goes on in the next block.
+            skip = T.Select(word + self.ahead < self.length, T.int64(0), T.int64((len(self.starts) - 1) * self.length))
+            ahead = T.Bind((self.ahead + word + skip) * self.lanes)
+            for start in self.starts:
+                prefetch(self.words, start + ahead)
 
 
 @dataclass(frozen=True)
 class PlainWeights:
-    """`panels` panels of `length` words at a time, stored one after the other."""
+    """`panels` panels of `length` words at a time, stored one after the other; asked for `ahead` words early."""
 
     stored: tirx.Buffer
-    vectors: Vectors
+    lanes: int
     panels: int
     length: int
+    ahead: int
 
     def block(self, panel: tirx.Expr, begin: tirx.Expr, end: tirx.Expr) -> Block:
-        step = self.length * self.vectors.lanes
-        return Block(self.stored, [T.Bind((panel + p) * step) for p in range(self.panels)])
+        starts = [T.Bind((panel + p) * (self.length * self.lanes)) for p in range(self.panels)]
+        return PlainBlock(self.stored, starts, self.lanes, self.length, self.ahead)
+
+    def add_listed(self, panel: tirx.Expr, add: Callable[[int, tirx.Expr, tirx.Expr, tirx.Expr], None]) -> None:
+        """None is."""
 
 
 @dataclass(frozen=True)
 class LosslessWeights:
-    """`panels` panels of LosslessPanels [N, K] at a time, at most `longest` words of K, unpacked into the cache.
+    """`panels` panels of LosslessPanels [N, K] at a time; `stored` is all of it as uint32.
 
-    `stored` is all of it as uint32.  Reads ahead `prefetch` vectors of each panel.
+    Read `ahead` words early; unpacked into the cache if a block is at most `cached` words of K, 0 for registers.
     """
 
     stored: tirx.Buffer
@@ -87,41 +127,68 @@ class LosslessWeights:
     panels: int
     N: int
     K: int
-    longest: int
-    prefetch: int
+    ahead: int
+    cached: int
 
     def block(self, panel: tirx.Expr, begin: tirx.Expr, end: tirx.Expr) -> Block:
-        """See `Weights`; `begin` is the start of a span."""
-        lanes = self.vectors.lanes
-        stride = (self.longest + 1) * lanes  # one more: panels 4 KiB apart would compete for the same lines of L1
-        unpacked = scratch(self.panels * stride, "uint32")
-        with T.serial(0, T.int64(self.panels)) as p:
-            start = T.Bind(p * stride - begin * lanes)
-            self._unpack(unpacked, start, panel + p, T.truncdiv(begin, T.int64(GROUP)), T.truncdiv(end, T.int64(GROUP)))
-            self._patch(unpacked, start, panel + p, begin, end)
-        starts = [T.Bind(p * stride - begin * lanes) for p in range(self.panels)]
-        return Block(T.decl_buffer(unpacked.shape, "int32", data=unpacked.data), starts)
-
-    def _unpack(self, unpacked: tirx.Buffer, start, panel, begin, end) -> None:
-        """Groups from `begin` to `end` of a panel, whose word 0 comes to `start`."""
+        """See `Weights`; `begin` is the start of a group."""
+        panels = LosslessBlock(self, [T.Bind(panel + p) for p in range(self.panels)])
+        if not self.cached:
+            return panels
         v, lanes = self.vectors, self.vectors.lanes
-        joined = 3 * lanes  # words of a group
-        bases_at = self._layout.offsets(self.N, self.K)[0]
-        bases = T.Bind(self._halves(v.load(self.stored, bases_at + panel * lanes)))
-        panel_at = T.Bind(panel * (self.K // (2 * GROUP) * joined))
-        with T.serial(begin, end) as group:
-            source = T.Bind(panel_at + group * joined)
-            if self.prefetch:
-                for line in range(0, joined * 4, 64):
-                    prefetch(self.stored, source + (self.prefetch * lanes + line // 4))
-            for i, codes in enumerate(self._codes(source)):
-                word = self._weights(codes, bases)
-                T.buffer_store(unpacked, word, [T.ramp(start + (group * GROUP + i) * lanes, 1, lanes)])
+        stride = (self.cached + 1) * lanes  # one more: panels 4 KiB apart would compete for the same lines of L1
+        unpacked = scratch(self.panels * stride, "int32")
+        starts = [T.Bind(p * stride - begin * lanes) for p in range(self.panels)]
+        with T.serial(T.truncdiv(begin, T.int64(GROUP)), T.truncdiv(end, T.int64(GROUP))) as group:
+            panels.prefetch(group * GROUP)
+            for p, start in enumerate(starts):
+                for i, word in enumerate(panels.read(p, group * GROUP)):
+                    v.store(unpacked, word, start + (group * GROUP + i) * lanes)
+        return PlainBlock(unpacked, starts, lanes, self.cached, 0)
 
-    def _codes(self, source) -> list[tirx.Expr]:
+    def add_listed(self, panel: tirx.Expr, add: Callable[[int, tirx.Expr, tirx.Expr, tirx.Expr], None]) -> None:
+        _, first_at, side_at, _ = self.layout.offsets(self.N, self.K)
+        lanes = T.int64(self.vectors.lanes)
+        for p in range(self.panels):
+            first, last = (T.Cast("int64", self.stored[first_at + panel + p + end]) for end in range(2))
+            with T.serial(first, last) as entry:
+                place = T.Bind(T.Cast("int64", self.stored[side_at + 2 * entry]))
+                value = T.Bind(T.reinterpret("float32", self.stored[side_at + 2 * entry + 1]))
+                add(p, T.truncdiv(place, lanes), T.truncmod(place, lanes), value)
+
+    @property
+    def layout(self) -> LosslessPanels:
+        return LosslessPanels(self.vectors.lanes)
+
+
+class LosslessBlock:
+    """Panels unpacked as they are read."""
+
+    step = GROUP
+
+    def __init__(self, weights: LosslessWeights, panels: list[tirx.Expr]) -> None:
+        v, self._weights, self._panels = weights.vectors, weights, panels
+        self._joined = 3 * v.lanes  # uint32 of a group
+        bases_at = weights.layout.offsets(weights.N, weights.K)[0]
+        self._bases = [T.Bind(self._halves(v.load(weights.stored, bases_at + panel * v.lanes))) for panel in panels]
+        length = weights.K // (2 * GROUP) * self._joined
+        self._starts = [T.Bind(panel * length) for panel in panels]
+
+    def read(self, panel: int, word: tirx.Expr) -> list[tirx.Expr]:
+        start = T.Bind(self._starts[panel] + T.truncdiv(word, T.int64(GROUP)) * self._joined)
+        return [T.Bind(self._restored(codes, self._bases[panel])) for codes in self._codes(start)]
+
+    def prefetch(self, word: tirx.Expr) -> None:
+        if self._weights.ahead:
+            ahead = T.Bind(T.truncdiv(word + self._weights.ahead, T.int64(GROUP)) * self._joined)
+            for start in self._starts:
+                for line in range(0, self._joined, CACHE_LINE // 4):
+                    prefetch(self._weights.stored, start + ahead + line)
+
+    def _codes(self, start: tirx.Expr) -> list[tirx.Expr]:
         """The four vectors of codes of a group: `lossless.part`."""
-        v = self.vectors
-        first, second, third = (T.Bind(v.load(self.stored, source + i * v.lanes)) for i in range(3))
+        v = self._weights.vectors
+        first, second, third = (T.Bind(v.load(self._weights.stored, start + i * v.lanes)) for i in range(3))
 
         def masked(vector: tirx.Expr, mask: int) -> tirx.Expr:
             return T.bitwise_and(vector, v.splat(T.uint32(mask)))
@@ -136,39 +203,25 @@ class LosslessWeights:
         )
         return [*(masked(vector, STORED) for vector in (first, second, third)), fourth]
 
-    def _weights(self, codes: tirx.Expr, bases: tirx.Expr) -> tirx.Expr:
-        """Words of weights from words of codes: bases are added, but to zeros."""
-        count = 2 * self.vectors.lanes
+    def _restored(self, codes: tirx.Expr, bases: tirx.Expr) -> tirx.Expr:
+        """Words of weights: the bases are added, but to zeros."""
+        lanes = self._weights.vectors.lanes
         halves = T.Bind(self._halves(codes))
-        used = T.bitwise_and(halves, T.broadcast(T.uint16(0x0780), count)) != T.broadcast(T.uint16(0), count)
-        return T.reinterpret(f"uint32x{self.vectors.lanes}", T.Select(used, halves + bases, halves))
+        used = T.bitwise_and(halves, T.broadcast(T.uint16(0x0780), 2 * lanes)) != T.broadcast(T.uint16(0), 2 * lanes)
+        return T.reinterpret(f"int32x{lanes}", T.Select(used, halves + bases, halves))
 
     def _halves(self, words: tirx.Expr) -> tirx.Expr:
-        return T.reinterpret(f"uint16x{2 * self.vectors.lanes}", words)
-
-    def _patch(self, unpacked: tirx.Buffer, start, panel, begin, end) -> None:
-        """Put the weights of the side list where they belong."""
-        _, first_at, side_at, _ = self._layout.offsets(self.N, self.K)
-        weights = T.decl_buffer((2 * unpacked.shape[0],), "uint16", data=unpacked.data)
-        counted = T.Bind(first_at + panel * spans(self.K))
-        bounds = (T.truncdiv(begin, T.int64(SPAN)), T.truncdiv(end + (SPAN - 1), T.int64(SPAN)))
-        first, last = (T.Cast("int64", self.stored[counted + span]) for span in bounds)
-        with T.serial(first, last) as entry:
-            place = 2 * start + T.Cast("int64", self.stored[side_at + 2 * entry])
-            T.buffer_store(weights, T.Cast("uint16", self.stored[side_at + 2 * entry + 1]), [place])
-
-    @property
-    def _layout(self) -> LosslessPanels:
-        return LosslessPanels(self.vectors.lanes)
+        return T.reinterpret(f"uint16x{2 * self._weights.vectors.lanes}", words)
 
 
 def weights_of(tensor: tirx.Buffer, spec: OpSpec, config: Config, target: Target, gated: bool) -> Weights:
     """The weights in `tensor`, for a kernel with this configuration (matmul_tiles.py)."""
     words, (N, K) = Words.of(target, spec.input("x").dtype), spec.input("weight").sizes()
+    lanes, panels, ahead = words.vectors.lanes, config["panels"], config["prefetch"]
     stored = stored_weight(spec, target, gated, config["lossless"])
-    if not config["lossless"]:
-        size = DTYPE_BYTES[stored.dtype]
-        flat = T.decl_buffer((stored.nbytes() // (size * words.size),), words.type, data=tensor.data, align=size)
-        return PlainWeights(flat, words.vectors, config["panels"], -(-K // words.size))
-    flat = T.decl_buffer((stored.nbytes() // 4,), "uint32", data=tensor.data, align=4)
-    return LosslessWeights(flat, words.vectors, config["panels"], N, K, config["words"], config["prefetch"])
+    if config["lossless"]:
+        flat = T.decl_buffer((stored.nbytes() // 4,), "uint32", data=tensor.data, align=4)
+        return LosslessWeights(flat, words.vectors, panels, N, K, ahead, config["words"] if config["cached"] else 0)
+    size = DTYPE_BYTES[stored.dtype]
+    flat = T.decl_buffer((stored.nbytes() // (size * words.size),), words.type, data=tensor.data, align=size)
+    return PlainWeights(flat, lanes, panels, -(-K // words.size), ahead)

@@ -61,6 +61,10 @@ class Words:
         """One bf16 value paired with zero."""
         return T.Cast("int32", x[offset])
 
+    def value(self, x: tirx.Buffer, offset: tirx.Expr) -> tirx.Expr:
+        """One bf16 value as float32, whose upper half it is."""
+        return T.reinterpret("float32", T.shift_left(T.Cast("uint32", x[offset]), T.uint32(16)))
+
     def multiply_add(self, weight: tirx.Expr, x: tirx.Expr, total: tirx.Expr) -> tirx.Expr:
         """total + the product of each lane's words."""
         if not self.widened:
