@@ -1,10 +1,10 @@
-"""Linear layers on this CPU against torch's F.linear (oneDNN) and a plain read of the weights.
+"""Linear layers on this CPU, lossless and plain, against torch's F.linear (oneDNN) and a plain read of the weights.
 
     OMP_NUM_THREADS=2 python benchmarks/kernels_cpu_linear.py [--shapes qkv,down] [--tokens 1,8,1024]
 
 Compiles here, then measures in a fresh process that has no TVM (whose thread pool would otherwise take the
 place of OpenMP's).  Ours, torch's and the read take turns over copies of the weights that together exceed the
-caches; medians.  The read is torch's sum of the packed weights as float32.
+caches; medians.  The read is torch's sum of the plain weights as float32.  Lossless weights are bfloat16 only.
 With OMP_NUM_THREADS=1 it counts CPU time instead, which other processes disturb less.
 """
 
@@ -33,8 +33,8 @@ SHAPES = {
 HUGE_PAGE = 2 << 20
 
 
-def build(path: Path, shape: tuple[int, int, bool], dtype: str, level: str) -> tuple[list, list]:
-    """One library with a kernel k<min_tokens> per variant; [min_tokens, config] of each, and the layout."""
+def build(path: Path, shape: tuple[int, int, bool], dtype: str, level: str) -> tuple[list, int]:
+    """One library with a kernel for each variant of each kind; [symbol, least tokens, lossless, config] and lanes."""
     from vllm_compile.schedules.build import build_library
     from vllm_compile.schedules.cpu.gate_up import GateUpSilu
     from vllm_compile.schedules.cpu.linear import Linear
@@ -44,14 +44,19 @@ def build(path: Path, shape: tuple[int, int, bool], dtype: str, level: str) -> t
     N, K, gated = shape
     levels = {"avx2": cpu.AVX2, "avx512": cpu.AVX2 | cpu.AVX512}
     target = cpu.for_features(levels[level]) if level in levels else resolve("cpu")
-    family = GateUpSilu() if gated else Linear()
+    family_of = GateUpSilu if gated else Linear
     inputs = (("x", TensorSpec((Sym.TOKENS, K), dtype)), ("weight", TensorSpec((N, K), dtype)))
-    spec = OpSpec(family.op, inputs, (TensorSpec((Sym.TOKENS, N // (1 + gated)), dtype),))
-    variants = family.variants(spec, target)
-    kernels = {f"k{v.min_tokens}": family.build(spec, v.config, target) for v in variants}
+    spec = OpSpec(family_of.op, inputs, (TensorSpec((Sym.TOKENS, N // (1 + gated)), dtype),))
+    kernels, variants = {}, []
+    for lossless in (False, True):
+        family = family_of(packed=lossless)
+        if family.serves(spec, target):
+            for v in family.variants(spec, target):
+                symbol = f"k{v.min_tokens}_{int(lossless)}"
+                kernels[symbol] = family.build(spec, v.config, target)
+                variants.append([symbol, v.min_tokens, lossless, dict(v.config)])
     build_library(kernels, target, path)
-    layout = family.layouts(spec, target)["weight"]
-    return [[v.min_tokens, dict(v.config)] for v in variants], [layout.lanes, layout.pair, gated]
+    return variants, target.vector_lanes
 
 
 def mapped(tensor: torch.Tensor, huge: bool) -> torch.Tensor:
@@ -79,13 +84,19 @@ def measure(case: dict) -> None:
     import tvm_ffi
 
     from vllm_compile.schedules.layouts import Panels
+    from vllm_compile.schedules.lossless_panels import LosslessPanels
 
     module = tvm_ffi.load_module(case["path"])
     N, K, gated = case["shape"]
     plain = (torch.randn(N, K) * K**-0.5).to(getattr(torch, case["dtype"]))
-    packed = Panels(*case["layout"]).pack(plain)
-    copies = max(1, -(-(256 << 20) // packed.nbytes))
-    ours, theirs = ([mapped(w, case["huge"]) for _ in range(copies)] for w in (packed, plain))
+    layouts = {False: Panels(case["lanes"], 2 if case["dtype"] == "bfloat16" else 1, gated)}
+    if any(lossless for _, _, lossless, _ in case["variants"]):
+        layouts[True] = LosslessPanels(case["lanes"], gated)
+    copies = max(1, -(-(256 << 20) // plain.nbytes))
+    ours = {kind: [mapped(layout.pack(plain), case["huge"])] for kind, layout in layouts.items()}
+    for copied in ours.values():
+        copied.extend(mapped(copied[0], case["huge"]) for _ in range(copies - 1))
+    theirs = [mapped(plain, case["huge"]) for _ in range(copies)]
     turn = iter(range(1 << 40))
 
     def reference(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -93,26 +104,33 @@ def measure(case: dict) -> None:
         return F.silu(y[:, : N // 2]) * y[:, N // 2 :] if gated else y
 
     for tokens in case["tokens"]:
-        minimum, config = max((v for v in case["variants"] if v[0] <= tokens), key=lambda v: v[0])
-        kernel = module[f"k{minimum}"]
+        chosen = {
+            kind: max(v[1:] + v[:1] for v in case["variants"] if v[2] == kind and v[1] <= tokens) for kind in ours
+        }
         x = torch.randn(tokens, K).to(plain.dtype)
         out = torch.empty(tokens, N // (1 + gated), dtype=plain.dtype)
         repeats = max(5, case["repeats"] // (1 + tokens // 32))
-        seconds, torch_seconds, read = medians(
+        calls = {
+            kind: lambda k=module[chosen[kind][-1]], w=ours[kind], x=x, out=out: k(x, w[next(turn) % copies], out)
+            for kind in ours
+        }
+        *seconds, torch_seconds, read = medians(
             [
-                lambda k=kernel, x=x, out=out: k(x, ours[next(turn) % copies], out),
+                *calls.values(),
                 lambda x=x: reference(x, theirs[next(turn) % copies]),
-                lambda: ours[next(turn) % copies].view(-1).view(torch.float32).sum(),
+                lambda: theirs[next(turn) % copies].view(-1).view(torch.float32).sum(),
             ],
             repeats,
         )
-        print(
-            f"{case['name']:8} {N:6} x {K:5} T={tokens:5} tile {config['rows']:2}x{config['panels']}: "
-            f"{seconds * 1e3:9.3f} ms {packed.nbytes / seconds / 1e9:6.1f} GB/s "
-            f"({read / seconds:5.0%} of a read) {2 * tokens * N * K / seconds / 1e9:7.1f} GFLOP/s "
-            f"torch {torch_seconds * 1e3:9.3f} ms {torch_seconds / seconds:5.2f}x",
-            flush=True,
-        )
+        for kind, taken in zip(calls, seconds, strict=True):
+            config, moved = chosen[kind][2], ours[kind][0].nbytes
+            print(
+                f"{case['name']:8} {N:6} x {K:5} T={tokens:5} {'lossless' if kind else 'plain':8} "
+                f"tile {config['rows']:2}x{config['panels']}: {taken * 1e3:9.3f} ms {moved / taken / 1e9:6.1f} GB/s, "
+                f"{seconds[0] / taken:5.2f}x plain, {read / taken:4.2f}x a read of bf16, "
+                f"{torch_seconds / taken:5.2f}x torch, {2 * tokens * N * K / taken / 1e9:7.1f} GFLOP/s",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -132,10 +150,10 @@ def main() -> None:
     for name in options.shapes.split(","):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "linear.so"
-            variants, layout = build(path, SHAPES[name], options.dtype, options.level)
+            variants, lanes = build(path, SHAPES[name], options.dtype, options.level)
             case = {
                 **{key: getattr(options, key) for key in ("dtype", "huge", "repeats")},
-                **{"name": name, "shape": SHAPES[name], "layout": layout, "variants": variants},
+                **{"name": name, "shape": SHAPES[name], "lanes": lanes, "variants": variants},
                 **{"path": str(path), "tokens": [int(count) for count in options.tokens.split(",")]},
             }
             subprocess.run([sys.executable, __file__, "--measure", json.dumps(case)], check=True)

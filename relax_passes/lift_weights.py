@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 
 import tvm
 from tvm import relax
@@ -19,7 +20,7 @@ class _Split:
 
     once: list[relax.VarBinding]
     always: list[relax.VarBinding]
-    frontier: list[relax.Var]  # weights, plain or computed `once`, that `always` uses
+    frontier: dict[relax.Var, str]  # weights, plain or computed `once`, that `always` uses, with names for them
 
 
 @counted_pass("lift_weights")
@@ -43,15 +44,15 @@ def lift_weights(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
     once: list[relax.VarBinding] = []
     sources: dict[str, relax.Var] = {}
     stored: dict[str, relax.Var] = {}
+    names = {p.name for p in (*forward.params, *logits.params)}
     for name, function, kept in ((FORWARD, forward, inputs), (LOGITS, logits, 1)):
         weights = function.params[kept:]
-        split = _split(function, set(weights))
+        split = _split(function, set(weights), names)
         # Both functions may take the same weight (tied embeddings): in `weights` it is one parameter.
         shared = {p: sources.setdefault(p.name, p) for p in weights}
         once += [relax.VarBinding(b.var, substitute(b.value, shared)) for b in split.once]
-        names = [v.name if v in shared else f"merged_{len(stored) + i}" for i, v in enumerate(split.frontier)]
-        stored.update({n: shared.get(v, v) for n, v in zip(names, split.frontier, strict=True)})
-        builder.add_func(_keep(function, list(function.params[:kept]), split, names), name)
+        stored.update({field: shared.get(v, v) for v, field in split.frontier.items()})
+        builder.add_func(_keep(function, list(function.params[:kept]), split), name)
     builder.add_func(_weights_function(list(sources.values()), once, stored), WEIGHTS)
     return clean(builder.get()), len(once)
 
@@ -70,14 +71,10 @@ def _lift_from_layers(
         layer = module[call.op]
         if call.op not in lifted:
             constant = [argument in weights for argument in call.args]
-            split = _split(layer, {p for p, c in zip(layer.params, constant, strict=True) if c})
+            constants = {p for p, c in zip(layer.params, constant, strict=True) if c}
+            split = _split(layer, constants, {p.name for p in constants})
             kept = [p for p, c in zip(layer.params, constant, strict=True) if not c]
-            names = [v.name if v in set(layer.params) else f"merged_{i}" for i, v in enumerate(split.frontier)]
-            lifted[call.op] = (
-                split,
-                constant,
-                builder.add_func(_keep(layer, kept, split, names), call.op.name_hint),
-            )
+            lifted[call.op] = (split, constant, builder.add_func(_keep(layer, kept, split), call.op.name_hint))
         split, constant, callee = lifted[call.op]
         values = dict(zip(layer.params, call.args, strict=True))
         for inner in split.once:
@@ -90,23 +87,47 @@ def _lift_from_layers(
     return relax.Function(forward.params, body, forward.ret_ty, attrs=forward.attrs)
 
 
-def _split(function: relax.Function, weights: set[relax.Var]) -> _Split:
-    constant = set(weights)
+def _split(function: relax.Function, weights: set[relax.Var], names: set[str]) -> _Split:
+    """See `_Split`; `names` are taken, and those that it gives are added."""
+    sources = {weight: [weight.name] for weight in weights}
     once, always = [], []
     for binding in Definitions(function).bindings:
-        used = set(used_vars(binding.value))
-        if used and used <= constant:
-            constant.add(binding.var)
+        used = used_vars(binding.value)
+        if used and all(v in sources for v in used):
+            sources[binding.var] = list(dict.fromkeys(name for v in used for name in sources[v]))
             once.append(binding)
         else:
             always.append(binding)
-    frontier = dict.fromkeys(v for b in always for v in used_vars(b.value) if v in constant)
-    return _Split(once, always, list(frontier))
+    frontier = dict.fromkeys((v for b in always for v in used_vars(b.value) if v in sources), "")
+    for v in frontier:
+        frontier[v] = v.name if v in weights else _new(_merged_name(sources[v]), names)
+    return _Split(once, always, frontier)
 
 
-def _keep(function: relax.Function, kept: list[relax.Var], split: _Split, names: list[str]) -> relax.Function:
-    """What is left of a function: the parameters `kept`, its frontier under `names`, the other bindings."""
-    parameters = {v: relax.Var(name, v.ty) for v, name in zip(split.frontier, names, strict=True)}
+def _merged_name(sources: list[str]) -> str:
+    """`a_q_proj`, `a_k_proj`, `a_v_proj` -> `a_q_k_v_proj`: what they have in common stands once."""
+    words = [name.split("_") for name in sources]
+    shortest = min(map(len, words))
+    same = [len(set(column)) == 1 for column in zip(*words, strict=False)]
+    head = (*same, False).index(False) if len(sources) > 1 else 0
+    tail = 0
+    while tail < shortest - head - 1 and len({name[-1 - tail] for name in words}) == 1:
+        tail += 1
+    middle = [word for name in words for word in name[head : len(name) - tail]]
+    return "_".join([*words[0][:head], *middle, *words[0][len(words[0]) - tail :]])
+
+
+def _new(name: str, names: set[str]) -> str:
+    """The name, with a number if there is one like it already."""
+    numbered = (name if n == 1 else f"{name}_{n}" for n in count(1))
+    found = next(candidate for candidate in numbered if candidate not in names)
+    names.add(found)
+    return found
+
+
+def _keep(function: relax.Function, kept: list[relax.Var], split: _Split) -> relax.Function:
+    """What is left of a function: the parameters `kept`, its frontier under new names, the other bindings."""
+    parameters = {v: relax.Var(name, v.ty) for v, name in split.frontier.items()}
     body = substitute(relax.SeqExpr([relax.DataflowBlock(split.always)], function.body.body), parameters)
     return relax.Function([*kept, *parameters.values()], body, function.ret_ty, attrs=function.attrs)
 

@@ -167,7 +167,7 @@ class LosslessBlock:
     step = GROUP
 
     def __init__(self, weights: LosslessWeights, panels: list[tirx.Expr]) -> None:
-        v, self._weights, self._panels = weights.vectors, weights, panels
+        v, self._weights = weights.vectors, weights
         self._joined = 3 * v.lanes  # uint32 of a group
         bases_at = weights.layout.offsets(weights.N, weights.K)[0]
         self._bases = [T.Bind(self._halves(v.load(weights.stored, bases_at + panel * v.lanes))) for panel in panels]

@@ -39,7 +39,7 @@ class Task:
     """One call, with its ranges; they share weights and kernels, hence are measured together.
 
     Attributes:
-        names: of the weights in the model (`merged_1`, `model_mlp_down_proj_weight`), for people and `--only`.
+        names: of the weights in the model (`model_self_attn_q_k_v_proj_weight`), for people and `--only`.
         calls: how often a step makes it.
         step_bytes: of weights that a decode step reads for it.
     """

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from tvm import relax
 
 from tests.relax_passes.harness import Served, operators
-from vllm_compile.relax_passes.lift_weights import lift_weights
+from vllm_compile.relax_passes.lift_weights import _split, lift_weights
 from vllm_compile.relax_passes.pipeline import PIPELINE
 from vllm_compile.verify import relative_error
 
@@ -46,6 +47,28 @@ def test_stored_names_are_the_parameters(pairs):
     assert set(stored) == set(wanted[wanted.index("slot_mapping") + 1 :]) - {"hidden"}
     embedding = {"model_embed_tokens_weight", "lm_head_weight"} & set(stored)
     assert len(embedding) == 1, "the embedding and the head share it"
+
+
+def test_merged_weights_are_named_after_their_sources(pairs):
+    after = lift_weights(before_lifting(pairs("attention bias")))
+    layer = [p.name for p in after["layer_0"].params]
+    assert {"model_self_attn_q_k_v_proj_weight", "model_self_attn_q_k_v_proj_bias"} < set(layer)
+    assert "model_mlp_gate_up_proj_weight" in layer
+    stored = [str(name) for name in after["weights"].attrs["stored"]]
+    assert {f"model_layers_{i}_self_attn_q_k_v_proj_weight" for i in range(2)} < set(stored)
+
+
+def test_a_name_that_is_taken_gets_a_number():
+    """One weight scaled, and plain beside it."""
+    x, w = (relax.Var(name, relax.TensorType([4], "float32")) for name in ("x", "w"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x, w]):
+        with builder.dataflow():
+            scaled = builder.emit(relax.op.multiply(w, w))
+            y = builder.emit_output(builder.emit(relax.op.add(relax.op.multiply(x, scaled), w)))
+        builder.emit_func_output(y)
+    split = _split(builder.get()["main"], {w}, {"w"})
+    assert list(split.frontier.values()) == ["w_2", "w"]
 
 
 def test_a_swapped_weight_is_noticed(pairs, generator):
