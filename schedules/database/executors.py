@@ -93,7 +93,7 @@ class LocalExecutor(Executor):
                     raise TaskFailedError("the lease was lost while it ran")
                 if time.monotonic() > deadline:
                     raise TaskCrashedError(f"took longer than {self._timeout:g} s")
-            error, outcome = json.loads(pipe.recv_bytes())
+            succeeded, text = json.loads(pipe.recv_bytes())
         except (EOFError, OSError) as ended:
             self._process.join(1)
             code = self._process.exitcode
@@ -102,9 +102,7 @@ class LocalExecutor(Executor):
         except TaskFailedError:
             self.close()
             raise
-        if error is not None:
-            raise TaskFailedError(error)
-        return Outcome.from_json(outcome)
+        return outcome_of(succeeded, text)
 
     def close(self) -> None:
         if self._process is not None:
@@ -139,8 +137,19 @@ def _serve(pipe: Connection, handlers: Mapping[str, Handler]) -> None:
             kind, payload = json.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             return
-        try:
-            answer = [None, handlers[kind](payload).to_json()]
-        except Exception as error:
-            answer = ["".join(traceback.format_exception_only(error)).strip(), None]
-        pipe.send_bytes(json.dumps(answer).encode())
+        pipe.send_bytes(json.dumps(attempt(handlers[kind], payload)).encode())
+
+
+def outcome_of(succeeded: bool, text: str) -> Outcome:
+    """The outcome that `attempt` gave, or TaskFailedError."""
+    if not succeeded:
+        raise TaskFailedError(text)
+    return Outcome.from_json(text)
+
+
+def attempt(handler: Handler, payload: Any) -> tuple[bool, str]:
+    """Do a task: whether it succeeded, and its outcome as JSON or why it has none."""
+    try:
+        return True, handler(payload).to_json()
+    except Exception as error:
+        return False, "".join(traceback.format_exception_only(error)).strip()

@@ -7,6 +7,7 @@ import platform
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from threading import Event, Thread
 from typing import Any
@@ -119,6 +120,22 @@ class Worker:
                     raise
             time.sleep(pause)
             pause = min(2 * pause, MOST_SECONDS_BETWEEN_RETRIES)
+
+
+def work(
+    workers: Sequence[Worker],
+    stop: Event,
+    until_empty: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> Done:
+    """Run several workers side by side; if one of them cannot go on, all stop, and its error is raised."""
+    with ThreadPoolExecutor(len(workers)) as pool:
+        running = [pool.submit(worker.run, stop, until_empty, report) for worker in workers]
+        for ended in as_completed(running):
+            if ended.exception() is not None:
+                stop.set()
+    each = [future.result() for future in running]
+    return Done(sum(d.completed for d in each), sum(d.failed for d in each), sum(d.lost for d in each))
 
 
 def default_name() -> str:

@@ -15,7 +15,7 @@ import pytest
 
 from vllm_compile.schedules.database.executors import LocalExecutor, Outcome, TaskCrashedError, TaskFailedError
 from vllm_compile.schedules.database.tasks import Lease, all_tasks, counts, submit
-from vllm_compile.schedules.database.worker import Worker
+from vllm_compile.schedules.database.worker import Worker, work
 
 from .samples import record
 
@@ -115,3 +115,15 @@ def test_a_worker_does_what_it_can(executor, database):
     errors = {t.kind: t.error for t in all_tasks(database) if t.error}
     assert errors["fail"] == "ValueError: 2 is no good"
     assert "must be positive numbers" in errors["unchecked"]
+
+
+class Broken(LocalExecutor):
+    def run(self, held, lost):
+        raise RuntimeError("broken")
+
+
+def test_workers_side_by_side_stop_when_one_cannot_go_on(executor, database):
+    submit(database, "square", [1])
+    workers = [Worker(database, Broken({}, 1), ["square"], "a"), Worker(database, executor, ["other"], "b")]
+    with pytest.raises(RuntimeError, match="broken"):
+        work(workers, Event())
