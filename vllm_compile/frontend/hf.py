@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from vllm_compile.errors import ModelError, UnsupportedError
 
 from .families import check_family, older_name
+from .repeats import expand_repeats, find_repeats, without_repeats
 from .torch_ops import ATTENTION, mark_layers
 
 
@@ -91,15 +92,19 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
     materialise_buffers(model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     aliases = parameter_aliases(model)
-    mark_layers(decoder_layers(model, config), model.get_output_embeddings())
+    layers = decoder_layers(model, config)
+    mark_layers(layers, model.get_output_embeddings())
     tokens = torch.export.Dim("T", min=2, max=1 << 20)
     ids = torch.zeros(16, dtype=torch.int32, device="meta")
     positions = torch.zeros(16, dtype=torch.int64, device="meta")
+    flat = _Flat(model)
     try:
-        with torch.no_grad():
+        repeats = find_repeats(layers, lambda: flat(ids, positions))
+        with torch.no_grad(), without_repeats(layers, repeats):
             program = torch.export.export(
-                _Flat(model), (ids, positions), dynamic_shapes=({0: tokens}, {0: tokens}), strict=False
+                flat, (ids, positions), dynamic_shapes=({0: tokens}, {0: tokens}), strict=False
             )
+        expand_repeats(program, layers, dict(flat.named_parameters(remove_duplicate=False)))
     except UnsupportedError:
         raise
     except Exception as error:  # torch.export raises many kinds

@@ -19,6 +19,7 @@ library.define(
     "causal_attention(Tensor q, Tensor k, Tensor v, int layer, float scale, int window, float soft_cap) -> Tensor"
 )
 library.define("layer_boundary(Tensor x, int index) -> Tensor")
+library.define("layer_repeat(Tensor x, int index, int first) -> Tensor")
 library.define("position_table(Tensor positions, int index, SymInt width, ScalarType dtype) -> Tensor")
 
 
@@ -30,6 +31,11 @@ def _causal_attention(q, k, v, layer, scale, window, soft_cap):
 
 @torch.library.register_fake(f"{NAMESPACE}::layer_boundary", lib=library)
 def _layer_boundary(x, index):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::layer_repeat", lib=library)
+def _layer_repeat(x, index, first):
     return torch.empty_like(x)
 
 
