@@ -73,6 +73,13 @@ def test_constants_tell_layers_apart(found):
     assert found == [{}]
 
 
+def test_model_that_looks_at_values(found):
+    """With a padding token, GPT-2 looks for it among the ids, but for when it is traced."""
+    settings = AutoConfig.for_model("gpt2", **SIZES, pad_token_id=0)
+    assert hf.trace(settings, torch.float32).shapes
+    assert found == [{}]
+
+
 @pytest.mark.parametrize(
     ("change", "alike"),
     [

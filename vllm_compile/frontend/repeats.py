@@ -89,14 +89,18 @@ def _leaf(layer: _Recording, leaf: Any) -> Any:
 def find_repeats(layers: nn.ModuleList, run: Callable[[], Any]) -> dict[int, int]:
     """The number of each layer that computes what an earlier one does, and that one's number.
 
-    `run` runs the model, whose layers are marked (see `mark_layers`), on meta tensors.
+    `run` runs the model, whose layers are marked (see `mark_layers`), on meta tensors.  If it cannot (it asks for a
+    tensor's value where torch.export would not), no layer is known to repeat another.
     """
     recorder = _Recorder()
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             stack.enter_context(_forward_of(layer, _watched(recorder, index, layer)))
-        with recorder, torch.no_grad():
-            run()
+        try:
+            with recorder, torch.no_grad():
+                run()
+        except Exception:  # models raise whatever they do; torch.export says why, if it cannot either
+            return {}
     kinds: list[_Recording] = []
     repeats: dict[int, int] = {}
     for recording in recorder.recordings:
