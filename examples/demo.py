@@ -135,6 +135,7 @@ def up_to_date(artifact: Path, model: Path) -> bool:
     from vllm_compile import __version__
     from vllm_compile.artifact import source_digest
     from vllm_compile.errors import ArtifactError
+    from vllm_compile.file_digests import FileDigests
     from vllm_compile.runtime.manifest import check_files, read_manifest
 
     if not (artifact.is_dir() and (model / "config.json").is_file()):
@@ -145,7 +146,7 @@ def up_to_date(artifact: Path, model: Path) -> bool:
     except ArtifactError:
         return False
     made_by = manifest["compiler"]["vllm_compile"]
-    return made_by == __version__ and manifest["source"] == source_digest(model, dummy_seed=None)
+    return made_by == __version__ and manifest["source"] == source_digest(model, None, FileDigests())
 
 
 def artifact_dtype(artifact: Path) -> str:

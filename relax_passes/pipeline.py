@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import tvm
 
@@ -19,6 +18,7 @@ from .lift_weights import lift_weights
 from .merge_qkv import merge_qkv
 from .outline_layers import outline_layers
 from .page_kv_cache import page_kv_cache
+from .record import PassRecord
 
 PIPELINE = (
     page_kv_cache,  # whole-batch attention -> paged KV cache; the serving signature
@@ -36,14 +36,6 @@ PIPELINE = (
 
 # Passes for what only some families have: without a match they are no cause for a warning.
 OPTIONAL = frozenset({"fuse_layer_norm", "fuse_elementwise"})
-
-
-@dataclass(frozen=True)
-class PassRecord:
-    """A pass that ran, and how often it matched."""
-
-    name: str
-    matches: int
 
 
 def run_passes(

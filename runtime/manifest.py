@@ -88,19 +88,26 @@ def is_weights(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
-def check_files(directory: Path, manifest: dict[str, Any], which: Callable[[str], bool] = lambda name: True) -> None:
+def check_files(
+    directory: Path,
+    manifest: dict[str, Any],
+    which: Callable[[str], bool] = lambda name: True,
+    digest: Callable[[Path], str] = sha256,
+) -> None:
     """Compare files with their SHA-256 in the manifest: those whose name `which` is true of.
+
+    `digest` gives the SHA-256 of a file.
 
     Raises:
         ArtifactError: a file is missing or differs; it is named.
     """
-    digests = {name: digest for name, digest in manifest["files"].items() if which(name)}
-    absent = [name for name in digests if not (directory / name).is_file()]
+    expected = {name: known for name, known in manifest["files"].items() if which(name)}
+    absent = [name for name in expected if not (directory / name).is_file()]
     if absent:
         raise ArtifactError(f"{directory}: {', '.join(absent)} is missing; compile the model again")
     with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
-        found = dict(zip(digests, pool.map(lambda name: sha256(directory / name), digests), strict=True))
-    changed = [name for name, digest in digests.items() if found[name] != digest]
+        found = dict(zip(expected, pool.map(lambda name: digest(directory / name), expected), strict=True))
+    changed = [name for name, known in expected.items() if found[name] != known]
     if changed:
         raise ArtifactError(
             f"{directory}: {', '.join(changed)} differs from what was compiled (SHA-256); compile the model again"

@@ -13,24 +13,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .driver import CompileResult
+    from .compilation import CompileResult
     from .runtime.program import Program
 
 __version__ = "0.1.0"
 
 
-def compile(model: str | Path, target: str = "cpu", out: str | Path = "artifact", **options: Any) -> CompileResult:
+def compile(
+    model: str | Path,
+    target: str = "cpu",
+    out: str | Path = "artifact",
+    cache: str | Path | None = None,
+    **options: Any,
+) -> CompileResult:
     """Compile the Hugging Face model in directory `model` for `target` into the directory `out`.
 
-    Options are the fields of `vllm_compile.driver.CompileOptions`: `dtype` ("bfloat16" or
+    Options are the fields of `vllm_compile.compilation.CompileOptions`: `dtype` ("bfloat16" or
     "float32"), `strict`, `dummy_weights` (a seed), `dump` (a directory).  Needs the `compile` extra.
+    `cache` is a directory in which kernels are kept for later compiles, and by which a compile with nothing to do is
+    known; the command line's is `vllm_compile.cache.default_directory()`, None is none.
 
     Raises:
         vllm_compile.errors.VllmCompileError: one of its kinds; nothing half-written stays behind.
     """
-    from .driver import CompileOptions, compile_model
+    from .cache import Cache
+    from .compilation import CompileOptions
+    from .unchanged import compile_model
 
-    return compile_model(model, target, out, CompileOptions(**options))
+    kept = None if cache is None else Cache(Path(cache))
+    return compile_model(model, target, out, CompileOptions(**options), kept)
 
 
 def load(artifact: str | Path) -> Program:

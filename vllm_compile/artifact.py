@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .file_digests import FileDigests
 from .runtime import manifest as files
 from .targets import Target
 
@@ -25,6 +26,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "chat_template*",
 )
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
 def write_config(source: Path, dtype: str, directory: Path) -> None:
@@ -38,10 +40,8 @@ def write_config(source: Path, dtype: str, directory: Path) -> None:
     original = config.get("architectures")
     config |= {"architectures": [ARCHITECTURE], "dtype": dtype, "vllm_compile": {"architectures": original}}
     (directory / files.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for pattern in TOKENIZER_FILES:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, directory / path.name)
+    for name in copied_files(source):
+        shutil.copyfile(source / name, directory / name)
 
 
 def write_plain_config(artifact: Path, directory: Path) -> None:
@@ -51,10 +51,20 @@ def write_plain_config(artifact: Path, directory: Path) -> None:
     (directory / files.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def source_digest(source: Path, dummy_seed: int | None) -> dict[str, Any]:
+def copied_files(source: Path) -> list[str]:
+    """Names of the model's files that an artifact has too: the tokenizer and what belongs to it."""
+    return sorted({path.name for pattern in TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()})
+
+
+def weight_files(source: Path) -> list[str]:
+    """Names of the files that hold a checkpoint's weights, and of those that say which is in which."""
+    return sorted(path.name for pattern in WEIGHT_FILES for path in source.glob(pattern))
+
+
+def source_digest(source: Path, dummy_seed: int | None, digests: FileDigests) -> dict[str, Any]:
     """What the artifact was made from: SHA-256 over the names and digests of config and weights."""
-    names = ["config.json"] if dummy_seed is not None else ["config.json", *_weight_files(source)]
-    listing = "".join(f"{files.sha256(source / name)}  {name}\n" for name in names)
+    names = ["config.json"] if dummy_seed is not None else ["config.json", *weight_files(source)]
+    listing = "".join(f"{digests.sha256(source / name)}  {name}\n" for name in names)
     return {"sha256": hashlib.sha256(listing.encode()).hexdigest(), "dummy_weights_seed": dummy_seed}
 
 
@@ -62,26 +72,28 @@ def write_manifest(
     directory: Path,
     target: Target,
     source: dict[str, Any],
+    request: str | None,
     passes: list[dict[str, Any]],
     kernels: list[dict[str, Any]],
     verdict: dict[str, Any],
+    digests: FileDigests,
 ) -> None:
-    """Describe all files in `directory`; only the field `built` differs between two equal compiles."""
+    """Describe all files in `directory`; only the field `built` differs between two equal compiles.
+
+    `request` is the key of what was asked for (see `compilation.request_key`), if it says all.
+    """
     manifest: dict[str, Any] = {
         "schema": files.SCHEMA,
         "compiler": {"vllm_compile": __version__, "tvm": version("apache-tvm")},
         "source": source,
+        "request": request,
         "target": {"name": target.name, "features": sorted(target.features), "tvm": target.tvm_config()},
         "abi": {"apache_tvm_ffi": ">=0.1.10"},
         "passes": passes,
         "kernels": kernels,
         "verdict": verdict,
-        "files": {path.name: files.sha256(path) for path in sorted(directory.iterdir())},
+        "files": {path.name: digests.sha256(path) for path in sorted(directory.iterdir())},
         "built": {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "host": platform.node()},
     }
     manifest["digest"] = files.content_digest(json.loads(json.dumps(manifest)))
     (directory / files.MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-
-
-def _weight_files(source: Path) -> list[str]:
-    return sorted(path.name for path in source.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""The command line: `vllm-compile compile | tune | verify | bench | db | worker`.
+"""The command line: `vllm-compile compile | tune | verify | bench | cache | db | worker`.
 
 Everything for people goes to stderr; with --json the last line of stdout is a summary for
 programs.  Errors that a user can act on are one line and exit code 2.
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .bench_worker import PEERS
+from .cli_cache import add_cache, add_cache_options, cache_of
 from .cli_database import add_database, add_worker
 from .cli_tune import add_tune
 from .errors import VllmCompileError
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add_tune(commands)
     _add_verify(commands)
     _add_bench(commands)
+    add_cache(commands)
     add_database(commands)
     add_worker(commands)
     return parser
@@ -74,13 +76,15 @@ def _add_compile(commands: Any) -> None:
         "--weightless", action="store_true", help="leave the weights out; serve with vLLM's --load-format dummy"
     )
     parser.add_argument("--db", metavar="URL", help="tuning database to take configurations of kernels from")
+    add_cache_options(parser)
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write the module after each pass as TVMScript")
     parser.add_argument("--json", action="store_true", help="a summary as the last line of stdout")
     parser.set_defaults(run=_compile)
 
 
 def _compile(options: argparse.Namespace) -> int:
-    from .driver import CompileOptions, compile_model
+    from .compilation import CompileOptions
+    from .unchanged import compile_model
 
     settings = CompileOptions(
         options.dtype,
@@ -92,7 +96,7 @@ def _compile(options: argparse.Namespace) -> int:
         options.db,
     )
     with console.status("starting") as status:
-        result = compile_model(options.model, options.target, options.out, settings, status.update)
+        result = compile_model(options.model, options.target, options.out, settings, cache_of(options), status.update)
     _print_result(result)
     if options.json:
         print(json.dumps(asdict(result), default=str))
@@ -107,10 +111,16 @@ def _print_result(result: Any) -> None:
     console.print(_kernel_table(result.kernels))
     for warning in result.warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}")
+    if result.unchanged:
+        console.print(f"unchanged: {result.artifact} was made from this model, with these options, by these compilers")
+    else:
+        cached = len(result.kernels) - result.built
+        console.print(f"kernels: {result.built} compiled, {cached} from the cache")
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
     console.print(f"{stages}; total {sum(result.seconds.values()):.1f} s")
     console.print(f"verified: {_verdict(result.verdict)}")
-    console.print(f"wrote {result.artifact}; serve it with: vllm serve {result.artifact}", soft_wrap=True)
+    done = "kept" if result.unchanged else "wrote"
+    console.print(f"{done} {result.artifact}; serve it with: vllm serve {result.artifact}", soft_wrap=True)
 
 
 def _kernel_table(kernels: list[dict[str, Any]]) -> Table:

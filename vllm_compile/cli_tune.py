@@ -12,7 +12,6 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -125,6 +124,8 @@ def _searched(
 
 
 def _say_how_long(work: Sequence[Progress]) -> None:
+    import torch
+
     from .bandwidth import read_bandwidth
     from .schedules.tuning.search import estimate
 

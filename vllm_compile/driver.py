@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,18 @@ import tvm
 from tvm import tirx
 
 from .artifact import source_digest, write_config, write_manifest
+from .cache import Cache
+from .compilation import CompileOptions, CompileResult, model_files, request_key
 from .errors import ArtifactError, DatabaseError, ModelError, TargetError, UnsupportedError
+from .file_digests import FileDigests, status_of
 from .frontend.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from .frontend.hf import TracedModel, read_config, trace
 from .frontend.importer import ImportedModel, import_model
+from .kernel_cache import KernelCache
 from .lowering import Lowered, dimension, lower
 from .relax_passes.outline_layers import FORWARD, LOGITS
-from .relax_passes.pipeline import OPTIONAL, PassRecord, run_passes
+from .relax_passes.pipeline import OPTIONAL, run_passes
+from .relax_passes.record import PassRecord
 from .runtime import manifest as files
 from .runtime.manifest import check_target
 from .runtime.plan import ModelShape, Plan
@@ -38,57 +43,13 @@ from .weights import UnfitWeightError, WeightProgram, write_shards
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-@dataclass(frozen=True)
-class CompileOptions:
-    """How to compile.
-
-    Attributes:
-        dtype: bfloat16 or float32; None keeps the model's own.
-        strict: a pass that matches nothing is an error instead of a warning.
-        dummy_weights: seed of random weights to use instead of a checkpoint's, or None.
-        dump: directory for the module after each pass, as TVMScript, or None.
-        pack: `lossless` packs weights to 12 bits where a kernel reads them so; `none` leaves them as they are.
-        db: URL of a tuning database to take configurations of kernels from, or None.
-        weightless: leave the weights out; such an artifact is served with vLLM's `--load-format dummy` alone.
-    """
-
-    dtype: str | None = None
-    strict: bool = False
-    dummy_weights: int | None = None
-    dump: Path | None = None
-    pack: str = "lossless"
-    weightless: bool = False
-    db: str | None = None
-
-
-@dataclass(frozen=True)
-class CompileResult:
-    """What was made, and how.
-
-    Attributes:
-        artifact: its directory.
-        passes: each pass and its number of matches.
-        kernels: op, family, symbol and shapes of each kernel, and its median time in microseconds
-            where verification called it.
-        seconds: duration of each stage; kernels are built while weights are written, and count what they took longer.
-        verdict: outcome of the quick verification: {"outcome": pass | fail | not-run, ...}.
-        warnings: what the user should look at.
-    """
-
-    artifact: Path
-    passes: list[PassRecord]
-    kernels: list[dict[str, Any]]
-    seconds: dict[str, float]
-    verdict: dict[str, Any]
-    warnings: list[str] = field(default_factory=list)
-
-
 def compile_model(
     model: str | Path,
     target: str = "cpu",
     out: str | Path = "artifact",
     options: CompileOptions | None = None,
     progress: Callable[[str], None] = lambda stage: None,
+    cache: Cache | None = None,
 ) -> CompileResult:
     """Compile a Hugging Face model directory into an artifact that vLLM serves.
 
@@ -98,11 +59,12 @@ def compile_model(
         out: the artifact's directory; an older artifact there is replaced when the new one is whole.
         options: see `CompileOptions`.
         progress: called with the name of each stage as it starts.
+        cache: where kernels and digests of files are looked up and kept, or None.
 
     Raises:
         ModelError: the model directory is missing, incomplete or damaged.
         UnsupportedError: an architecture, operator, dtype or shape is not supported; it is named.
-        TargetError: the target is unknown, or this machine is none.
+        TargetError: the target is unknown, this machine is none, or a compiler is missing.
         ArtifactError: `out` cannot be written.
         DatabaseError: the tuning database cannot be read.
     """
@@ -119,12 +81,12 @@ def compile_model(
     source, final = Path(model), Path(out)
     machine = resolve(target)
     config = read_config(source)
-    # Without weights nothing of a checkpoint is read.
-    dummy_seed = 0 if options.weightless and options.dummy_weights is None else options.dummy_weights
+    digests = FileDigests(cache)
+    before = _statuses(source, options)
     dtype = _dtype(config, options.dtype)
     with stage("import"):
         traced = trace(config, DTYPES[dtype])
-        checkpoint = open_checkpoint(source, traced.shapes, DTYPES[dtype], dummy_seed)
+        checkpoint = open_checkpoint(source, traced.shapes, DTYPES[dtype], options.seed)
         imported = import_model(traced, config.max_position_embeddings)
         _check_tensors(source, traced, imported, checkpoint)
     with stage("passes"):
@@ -141,9 +103,13 @@ def compile_model(
             lowered = lower(module, lambda spec: choose(spec, machine, lossless and spec not in unpacked, tuned))
         with staged(final) as directory:
             library = directory / files.LIBRARY
+            known = KernelCache(cache, lowered, machine) if cache is not None else None
             # Kernels are compiled by one thread, which weights leave free while they are read and written.
             with ThreadPoolExecutor(1) as pool:
-                built = pool.submit(build_library, _prim_funcs(lowered, machine), machine, library)
+                if restored := known is not None and known.restore(library):
+                    built = pool.submit(lambda: None)
+                else:
+                    built = pool.submit(build_library, _prim_funcs(lowered, machine), machine, library)
                 if not options.weightless:
                     with stage("weights"):
                         write_shards(
@@ -151,6 +117,8 @@ def compile_model(
                         )
                 with stage("kernels"):
                     built.result()
+            if known is not None and not restored:
+                known.keep(library)
             plan = Plan(_model_shape(config, module, dtype), lowered.functions, lowered.restored)
             (directory / files.PLAN).write_text(plan.to_json())
             write_config(source, dtype, directory)
@@ -158,11 +126,20 @@ def compile_model(
                 verdict = _verdict(directory, source, machine, options)
                 microseconds = verdict.pop("microseconds", {})
             with stage("manifest"):
+                if (after := _statuses(source, options)) != before:
+                    changed = sorted(name for name in before | after if before.get(name) != after.get(name))
+                    raise ModelError(f"{source}: {', '.join(changed)} changed while it was compiled; compile it again")
                 kernels = _kernel_records(lowered)
-                digest = source_digest(source, dummy_seed)
-                write_manifest(directory, machine, digest, [asdict(p) for p in passes], kernels, verdict)
+                made_from = source_digest(source, options.seed, digests)
+                request = None if options.db is not None else request_key(source, machine, options, digests)
+                records = [asdict(record) for record in passes]
+                write_manifest(directory, machine, made_from, request, records, kernels, verdict, digests)
         kernels = [{**kernel, "microseconds": microseconds.get(kernel["symbol"])} for kernel in kernels]
-        return CompileResult(final, passes, kernels, seconds, verdict, warnings)
+        if cache is not None:
+            cache.prune()
+        found = [*warnings, *(cache.problems if cache is not None else [])]
+        compiled = 0 if restored else len(kernels)
+        return CompileResult(final, passes, kernels, seconds, verdict, found, compiled)
 
     while True:
         try:
@@ -170,6 +147,11 @@ def compile_model(
         except UnfitWeightError as error:
             unpacked.add(error.call)
             warnings.append(f"{error.parameter} and all weights of its kind stay plain: {error.reason}")
+
+
+def _statuses(source: Path, options: CompileOptions) -> dict[str, dict[str, int]]:
+    """What the file system says of the files that a compile reads."""
+    return {name: status_of(source / name) for name in model_files(source, options)}
 
 
 def _unless_failed(built: Future[None], evaluate: Callable[[Any], torch.Tensor], weight: Any) -> torch.Tensor:

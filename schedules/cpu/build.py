@@ -12,6 +12,7 @@ from tvm import tirx
 
 from vllm_compile.errors import TargetError
 from vllm_compile.targets import Target
+from vllm_compile.toolchain import environment, find_gcc
 
 PARALLEL_SOURCE = Path(__file__).parent / "parallel.c"
 
@@ -37,8 +38,6 @@ def build_library(kernels: Mapping[str, tirx.PrimFunc], target: Target, path: Pa
 
 def _cc(*arguments: str) -> None:
     try:
-        subprocess.run(["gcc", *arguments], check=True, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise TargetError("gcc was not found; it links the compiled kernels (apt-get install gcc)") from error
+        subprocess.run([find_gcc(), *arguments], check=True, capture_output=True, text=True, env=environment())
     except subprocess.CalledProcessError as error:
         raise TargetError(f"gcc failed: {error.stderr.strip()}") from error

@@ -7,9 +7,7 @@ attributes.  nvcc makes the library of it.  Loading it needs neither TVM nor a G
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,6 +23,7 @@ from tvm.backend.cuda import export_cuda_host
 
 from vllm_compile.errors import TargetError
 from vllm_compile.targets.cuda import CudaTarget
+from vllm_compile.toolchain import environment, find_nvcc
 
 HEADERS = Path(__file__).parent  # the device functions that kernels call
 COMPILE = "tvm_callback_cuda_compile"
@@ -43,19 +42,6 @@ class Resources:
     registers: int
     spilled_bytes: int
     serialized: bool
-
-
-def find_nvcc() -> str:
-    """CUDA's compiler, of $CUDA_HOME or the path.
-
-    Raises:
-        TargetError: there is none.
-    """
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
-    if nvcc is None:
-        raise TargetError("nvcc was not found; compiling for CUDA needs CUDA's toolkit 13.0 (or set CUDA_HOME); no GPU")
-    return nvcc
 
 
 def source(kernels: Mapping[str, tirx.PrimFunc], target: CudaTarget) -> str:
@@ -96,12 +82,14 @@ def build_library(kernels: Mapping[str, tirx.PrimFunc], target: CudaTarget, path
         code = Path(scratch) / "kernels.cu"
         code.write_text(source(kernels, target))
         command = [nvcc, "-shared", "-O3", "-std=c++17", "-cudart=static", "-Xcompiler=-fPIC", "-Xptxas=-v"]
+        command += ["-Xlinker=--strip-all"]  # names of nvcc's temporary files, which differ each time
         command += [f"-gencode=arch={target.arch.replace('sm', 'compute')},code={target.arch}"]
         command += [
             f"-I{folder}"
             for folder in (HEADERS, tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())
         ]
-        done = subprocess.run([*command, "-o", str(path), str(code)], capture_output=True, text=True, check=False)
+        command += ["-o", str(path), str(code)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line]
         raise TargetError("nvcc failed: " + "; ".join(errors[:5] or done.stderr.splitlines()[-5:]))

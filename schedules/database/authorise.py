@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, select
 
+from vllm_compile.canonical import sha256
 from vllm_compile.errors import DatabaseError
 
-from .canonical import sha256
 from .schema import tokens
 
 VARIABLE = "VLLM_COMPILE_DB_TOKEN"

@@ -24,9 +24,9 @@ from typing import IO, Any
 
 from sqlalchemy import func, select
 
+from vllm_compile.canonical import canonical
 from vllm_compile.errors import DatabaseError
 
-from .canonical import canonical
 from .fingerprint import Fingerprint
 from .home import Database
 from .record import Record, State

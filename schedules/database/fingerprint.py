@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, fields
 from functools import cached_property
 
-from .canonical import canonical, sha256
+from vllm_compile.canonical import canonical, sha256
 
 # What makes a record stale when it changes: who turns kernels into machine code, who launches them, and the meaning of
 # the intrinsics that a trace names.

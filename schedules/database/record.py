@@ -10,9 +10,9 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
+from vllm_compile.canonical import canonical, sha256
 from vllm_compile.errors import DatabaseError
 
-from .canonical import canonical, sha256
 from .fingerprint import Fingerprint
 from .workload import Workload
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, func, or_, select, update
 
+from vllm_compile.canonical import canonical, sha256
 from vllm_compile.errors import LeaseLostError
 
-from .canonical import canonical, sha256
 from .clock import now
 from .home import Database
 from .intern import insert_new

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import insert, select, update
 
+from vllm_compile.canonical import sha256
 from vllm_compile.errors import DatabaseError
 
-from .canonical import sha256
 from .clock import now
 from .home import Database
 from .schema import tokens

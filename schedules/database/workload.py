@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from vllm_compile.canonical import canonical, sha256
 from vllm_compile.spec import OpSpec, TensorSpec
-
-from .canonical import canonical, sha256
 
 
 @dataclass(frozen=True)
