@@ -64,7 +64,16 @@ class TestSecondCompile:
 
     @pytest.fixture(scope="class")
     def done(self, tiny, folder) -> subprocess.CompletedProcess:
-        arguments = ["--out", folder / "artifact", "--dump", folder / "dump", "--dtype", "float32", "--strict"]
+        arguments = [
+            "--out",
+            folder / "artifact",
+            "--dump",
+            folder / "dump",
+            "--dtype",
+            "float32",
+            "--strict",
+            "--no-cache",
+        ]
         command = [sys.executable, "scripts/compile.py", "--model", tiny, *arguments, "--json"]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 

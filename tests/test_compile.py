@@ -162,7 +162,7 @@ class TestWithoutKernels:
 def test_killed_while_it_compiles(tiny, tiny_fp32, no_kernels, tmp_path):
     """The older artifact stays whole, and the next run does not mind what the killed one left."""
     artifact = Path(shutil.copytree(tiny_fp32, tmp_path / "artifact"))
-    command = [sys.executable, "-m", "vllm_compile.cli", "compile", "--model", tiny, "--out", artifact]
+    command = [sys.executable, "-m", "vllm_compile.cli", "compile", "--model", tiny, "--out", artifact, "--no-cache"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     partial = artifact.with_name(".artifact.partial")
     while not partial.exists():
