@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import models
 from vllm_compile import lossless
+from vllm_compile.cache import Cache
 from vllm_compile.driver import CompileOptions, CompileResult, compile_model
 from vllm_compile.errors import ArtifactError, TargetError
 from vllm_compile.runtime import gpu
@@ -80,6 +81,18 @@ def test_large_batches_go_to_vendors_with_plain_weights(packed):
     arguments = dict(vendor.arguments)
     assert arguments["weight"].spec.dtype == "bfloat16"
     assert arguments["out"].buffer == epilogue.arguments[0].buffer
+
+
+def test_same_kernels_each_time(model, packed, tmp_path):
+    """Built again, and from a cache: the same bytes."""
+    cache = Cache(tmp_path / "cache")
+    results = [
+        compile_model(model, "cuda", tmp_path / name, CompileOptions(weightless=True), cache=cache)
+        for name in ("built", "cached")
+    ]
+    assert [result.built for result in results] == [len(packed.kernels), 0]
+    for name in ("kernels.so", "plan.json"):
+        assert len({(result.artifact / name).read_bytes() for result in [packed, *results]}) == 1, name
 
 
 def test_plain_weights(model, tmp_path):

@@ -38,10 +38,10 @@ def compile(
     """
     from .cache import Cache
     from .compilation import CompileOptions
-    from .unchanged import compile_model
+    from .unchanged import compile_if_changed
 
     kept = None if cache is None else Cache(Path(cache))
-    return compile_model(model, target, out, CompileOptions(**options), kept)
+    return compile_if_changed(model, target, out, CompileOptions(**options), cache=kept)
 
 
 def load(artifact: str | Path) -> Program:

@@ -84,7 +84,7 @@ def _add_compile(commands: Any) -> None:
 
 def _compile(options: argparse.Namespace) -> int:
     from .compilation import CompileOptions
-    from .unchanged import compile_model
+    from .unchanged import compile_if_changed
 
     settings = CompileOptions(
         options.dtype,
@@ -96,7 +96,9 @@ def _compile(options: argparse.Namespace) -> int:
         options.db,
     )
     with console.status("starting") as status:
-        result = compile_model(options.model, options.target, options.out, settings, cache_of(options), status.update)
+        result = compile_if_changed(
+            options.model, options.target, options.out, settings, status.update, cache_of(options)
+        )
     _print_result(result)
     if options.json:
         print(json.dumps(asdict(result), default=str))
@@ -112,7 +114,7 @@ def _print_result(result: Any) -> None:
     for warning in result.warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}")
     if result.unchanged:
-        console.print(f"unchanged: {result.artifact} was made from this model, with these options, by these compilers")
+        console.print(f"unchanged: {result.artifact} was made from this model, with these options", soft_wrap=True)
     else:
         cached = len(result.kernels) - result.built
         console.print(f"kernels: {result.built} compiled, {cached} from the cache")

@@ -15,23 +15,23 @@ from .runtime.manifest import check_files, check_target, read_manifest
 from .targets import Target, resolve
 
 
-def compile_model(
+def compile_if_changed(
     model: str | Path,
     target: str,
     out: str | Path,
     options: CompileOptions,
-    cache: Cache | None,
     progress: Callable[[str], None] = lambda stage: None,
+    cache: Cache | None = None,
 ) -> CompileResult:
-    """`driver.compile_model`, unless `cache` shows that the artifact in `out` is what that would make."""
+    """What `driver.compile_model` does, unless `cache` shows that the artifact in `out` is what that would make."""
     if cache is not None:
         progress("looking for changes")
         found = find_unchanged(Path(model), resolve(target), Path(out), options, cache)
         if found is not None:
             return found
-    from .driver import compile_model as compile_changed
+    from .driver import compile_model
 
-    return compile_changed(model, target, out, options, progress, cache)
+    return compile_model(model, target, out, options, progress, cache)
 
 
 def find_unchanged(
