@@ -72,21 +72,19 @@ def write_manifest(
     directory: Path,
     target: Target,
     source: dict[str, Any],
-    request: str | None,
     passes: list[dict[str, Any]],
     kernels: list[dict[str, Any]],
     verdict: dict[str, Any],
     digests: FileDigests,
-) -> None:
+) -> str:
     """Describe all files in `directory`; only the field `built` differs between two equal compiles.
 
-    `request` is the key of what was asked for (see `compilation.request_key`), if it says all.
+    Returns the digest of its content, that field left out.
     """
     manifest: dict[str, Any] = {
         "schema": files.SCHEMA,
         "compiler": {"vllm_compile": __version__, "tvm": version("apache-tvm")},
         "source": source,
-        "request": request,
         "target": {"name": target.name, "features": sorted(target.features), "tvm": target.tvm_config()},
         "abi": {"apache_tvm_ffi": ">=0.1.10"},
         "passes": passes,
@@ -97,3 +95,4 @@ def write_manifest(
     }
     manifest["digest"] = files.content_digest(json.loads(json.dumps(manifest)))
     (directory / files.MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    return str(manifest["digest"])

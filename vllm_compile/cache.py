@@ -1,8 +1,8 @@
 """A content-addressed cache in a directory: what a compile made, under the SHA-256 of what it was made from.
 
 An entry is one file, `KIND/KEY`: a line with the SHA-256 of the rest, a line for people, the content.  It is written
-beside and renamed, and never changed, so that any number of processes may use a directory at once without a lock: two
-that write the same entry write the same bytes, and who reads one that is being removed has missed it.
+beside and renamed, so that any number of processes may use a directory at once without a lock: an entry is whole
+whoever wrote it last, and who reads one that is being removed has missed it.
 """
 
 from __future__ import annotations

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import copied_files, weight_files
-from .cache import key_of
+from .cache import Cache, key_of
 from .file_digests import FileDigests
 from .relax_passes.record import PassRecord
 from .runtime import manifest as files
 from .targets import Target
 from .toolchain import compile_toolchain
+
+KIND = "artifacts"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,17 @@ class CompileResult:
 def model_files(model: Path, options: CompileOptions) -> list[str]:
     """Names of the files of a model that its artifact is made from."""
     return [files.CONFIG, *copied_files(model), *(weight_files(model) if options.seed is None else [])]
+
+
+def remember(cache: Cache, request: str, made: str) -> None:
+    """Keep which artifact (its manifest's digest) the request with this key makes."""
+    cache.put(KIND, request, "an artifact: its manifest's digest", made.encode())
+
+
+def recall(cache: Cache, request: str) -> str | None:
+    """The manifest's digest of the artifact that the request with this key makes, if it is known."""
+    made = cache.get(KIND, request)
+    return None if made is None else made.decode()
 
 
 def request_key(model: Path, target: Target, options: CompileOptions, digests: FileDigests) -> str:

@@ -17,7 +17,7 @@ from tvm import tirx
 
 from .artifact import source_digest, write_config, write_manifest
 from .cache import Cache
-from .compilation import CompileOptions, CompileResult, model_files, request_key
+from .compilation import CompileOptions, CompileResult, model_files, remember, request_key
 from .errors import ArtifactError, DatabaseError, ModelError, TargetError, UnsupportedError
 from .file_digests import FileDigests, status_of
 from .frontend.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
@@ -126,16 +126,18 @@ def compile_model(
                 verdict = _verdict(directory, source, machine, options)
                 microseconds = verdict.pop("microseconds", {})
             with stage("manifest"):
-                if (after := _statuses(source, options)) != before:
-                    changed = sorted(name for name in before | after if before.get(name) != after.get(name))
-                    raise ModelError(f"{source}: {', '.join(changed)} changed while it was compiled; compile it again")
-                kernels = _kernel_records(lowered)
                 made_from = source_digest(source, options.seed, digests)
-                request = None if options.db is not None else request_key(source, machine, options, digests)
+                # What a tuning database has to say is not in the key.
+                keyed = cache is not None and options.db is None
+                request = request_key(source, machine, options, digests) if keyed else None
+                _check_unchanged(source, before, _statuses(source, options))  # the digests are of what was compiled
+                kernels = _kernel_records(lowered)
                 records = [asdict(record) for record in passes]
-                write_manifest(directory, machine, made_from, request, records, kernels, verdict, digests)
+                made = write_manifest(directory, machine, made_from, records, kernels, verdict, digests)
         kernels = [{**kernel, "microseconds": microseconds.get(kernel["symbol"])} for kernel in kernels]
         if cache is not None:
+            if request is not None:
+                remember(cache, request, made)
             cache.prune()
         found = [*warnings, *(cache.problems if cache is not None else [])]
         compiled = 0 if restored else len(kernels)
@@ -152,6 +154,11 @@ def compile_model(
 def _statuses(source: Path, options: CompileOptions) -> dict[str, dict[str, int]]:
     """What the file system says of the files that a compile reads."""
     return {name: status_of(source / name) for name in model_files(source, options)}
+
+
+def _check_unchanged(source: Path, before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> None:
+    if changed := sorted(name for name in before | after if before.get(name) != after.get(name)):
+        raise ModelError(f"{source}: {', '.join(changed)} changed while it was compiled; compile it again")
 
 
 def _unless_failed(built: Future[None], evaluate: Callable[[Any], torch.Tensor], weight: Any) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .cache import Cache
-from .compilation import CompileOptions, CompileResult, request_key
+from .compilation import CompileOptions, CompileResult, recall, request_key
 from .errors import ArtifactError, TargetError
 from .file_digests import FileDigests
 from .relax_passes.record import PassRecord
@@ -47,7 +47,7 @@ def find_unchanged(
         return None
     try:
         manifest = read_manifest(out)
-        if manifest.get("request") != request_key(model, target, options, digests):
+        if manifest["digest"] != recall(cache, request_key(model, target, options, digests)):
             return None
     except (ArtifactError, OSError):  # nothing here, or nothing to compile: the compiler says what is wrong
         return None
