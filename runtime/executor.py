@@ -26,6 +26,17 @@ def load_kernels(library: Path) -> Callable[[str], Kernel]:
     return tvm_ffi.load_module(str(library)).__getitem__
 
 
+def torch_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """While it is open, kernels run on torch's current stream."""
+    if device.type == "cpu":
+        return nullcontext()
+    if torch.version.hip is None:
+        return tvm_ffi.use_torch_stream()
+    # That would set the stream of the CUDA device of the same number.
+    stream = torch.cuda.current_stream(device)
+    return tvm_ffi.use_raw_stream(tvm_ffi.device("rocm", stream.device_index), stream.cuda_stream)
+
+
 class Executor:
     """Holds the kernels, the weights and the scratch memory of a plan.
 
@@ -102,7 +113,7 @@ class Executor:
         batch = Batch(tokens, prefill)
         bound = self._bound.get((name, batch)) or self._bind_entry(name, batch)
         converted = {key: tvm_ffi.from_dlpack(tensor) for key, tensor in inputs.items()}
-        with self._stream():
+        with torch_stream(self.device):
             for step in bound.steps:
                 if isinstance(step, Observe):
                     if observer is not None:
@@ -114,10 +125,6 @@ class Executor:
                     step.run(inputs, converted)
                     self.timings.setdefault(step.symbol, []).append(self._now() - began)
         return bound.result
-
-    def _stream(self) -> AbstractContextManager[Any]:
-        """Kernels run on torch's current stream."""
-        return nullcontext() if self.device.type == "cpu" else tvm_ffi.use_torch_stream()
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_compile.errors import ArtifactError
-from vllm_compile.targets import cpu, cuda
+from vllm_compile.targets import cpu, cuda, rocm
 
-from . import gpu
+from . import gpu, kfd
 
 SCHEMA = 1
 MANIFEST, PLAN, LIBRARY, CONFIG = "manifest.json", "plan.json", "kernels.so", "config.json"
@@ -70,6 +70,9 @@ def check_target(name: str, features: Iterable[str], directory: Path) -> None:
     if name == cuda.NAME:
         card = gpu.detect()
         cuda.require(card.capability, card.driver, card.name)
+    elif name == rocm.NAME:
+        (compiled,) = features
+        rocm.require(kfd.detect().name, compiled)
     elif missing := set(features) - cpu.host_features():
         raise ArtifactError(
             f"{directory}: compiled for a CPU with {', '.join(sorted(missing))}, which this machine lacks; "

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from vllm_compile import lossless
 from vllm_compile.errors import ArtifactError
 from vllm_compile.spec import DUMMY_STD, TensorSpec
-from vllm_compile.targets import cuda
+from vllm_compile.targets import cuda, rocm
 
 from . import manifest as artifact
 from .bind import Kernel
@@ -24,7 +24,7 @@ Observer = Callable[[int, torch.Tensor], None]
 
 def device_of(target: str) -> torch.device:
     """Where programs for a target run."""
-    return torch.device("cuda" if target == cuda.NAME else "cpu")
+    return torch.device("cuda" if target in (cuda.NAME, rocm.NAME) else "cpu")  # torch calls HIP devices so too
 
 
 class Program:

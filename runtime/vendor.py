@@ -1,6 +1,7 @@
 """What libraries of the serving environment do better in large batches: cuBLASLt's products, FlashAttention's prefill.
 
-A plan names these functions; they get tensors by name and fill `out`.  Weights are plain bf16.
+A plan names these functions; they get tensors by name and fill `out`.  Weights are plain bf16.  On AMD GPUs torch's
+products are hipBLASLt's, and our own kernels do prefill.
 """
 
 from __future__ import annotations

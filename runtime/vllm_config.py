@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_compile.errors import ArtifactError, TargetError, UnsupportedError
+from vllm_compile.targets import rocm
 
 if TYPE_CHECKING:
     from .program import Program
@@ -91,8 +92,9 @@ def load_for_inspection(directory: str) -> Program:
 
 def refuse_small_gpu(program: Program, utilization: float) -> None:
     """TargetError where the weights do not fit into vLLM's share of the GPU's memory, before any is read."""
-    from .gpu import detect
+    from . import gpu, kfd
 
+    detect = kfd.detect if program.manifest["target"]["name"] == rocm.NAME else gpu.detect
     card, needed = detect(), program.weight_bytes()
     if needed > utilization * card.memory_bytes:
         raise TargetError(

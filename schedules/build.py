@@ -12,8 +12,13 @@ from vllm_compile.targets import Target
 
 from .cpu import build as cpu
 from .cuda import build as cuda
+from .rocm import build as rocm
 
-BUILDERS: Mapping[str, Callable[..., Any]] = {"cpu": cpu.build_library, "cuda": cuda.build_library}
+BUILDERS: Mapping[str, Callable[..., Any]] = {
+    "cpu": cpu.build_library,
+    "cuda": cuda.build_library,
+    "rocm": rocm.build_library,
+}
 
 
 def build_library(kernels: Mapping[str, tirx.PrimFunc], target: Target, path: Path) -> None:

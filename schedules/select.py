@@ -13,8 +13,9 @@ from .cpu import FAMILIES as CPU_FAMILIES
 from .cuda import FAMILIES as CUDA_FAMILIES
 from .family import KernelFamily, Tuned, Variant, Vendor
 from .layouts import Layout
+from .rocm import FAMILIES as ROCM_FAMILIES
 
-FAMILIES: Mapping[str, Sequence[KernelFamily]] = {"cpu": CPU_FAMILIES, "cuda": CUDA_FAMILIES}
+FAMILIES: Mapping[str, Sequence[KernelFamily]] = {"cpu": CPU_FAMILIES, "cuda": CUDA_FAMILIES, "rocm": ROCM_FAMILIES}
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,19 @@
 """One file per target: limits, instruction sets, tile sizes.  Imports neither TVM nor torch."""
 
 from collections.abc import Callable
+from functools import partial
 
 from vllm_compile.errors import TargetError
 
-from . import cpu, cuda
+from . import cpu, cuda, rocm
 from .base import Target
 
-DETECT: dict[str, Callable[[], Target]] = {"cpu": cpu.detect, cuda.NAME: cuda.detect}
+DETECT: dict[str, Callable[[], Target]] = {
+    "cpu": cpu.detect,
+    cuda.NAME: cuda.detect,
+    rocm.NAME: rocm.for_arch,
+    **{arch: partial(rocm.for_arch, arch) for arch in rocm.ARCHS},
+}
 
 
 def resolve(name: str) -> Target:

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.rocm_on_host import needs_lld
 from vllm_compile import toolchain
 from vllm_compile.cache import key_of
 from vllm_compile.errors import TargetError
-from vllm_compile.targets import cpu, cuda
+from vllm_compile.targets import cpu, cuda, rocm
 
-TARGETS = {"cpu": cpu.for_features(cpu.AVX2), "cuda": cuda.detect()}
+TARGETS = {"cpu": cpu.for_features(cpu.AVX2), "cuda": cuda.detect(), "rocm": rocm.for_arch()}
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 BOTH = ["cpu", pytest.param("cuda", marks=needs_nvcc)]
-NO_PYTHON = {"cpu": {"parallel.c"}, "cuda": {"norm.cuh", "wgmma.cuh", "records.json"}}
+NO_PYTHON = {"cpu": {"parallel.c"}, "cuda": {"norm.cuh", "wgmma.cuh", "records.json"}, "rocm": {"hip.c"}}
 IMPORTED = """
 import json, sys
 import vllm_compile.schedules.{target}, vllm_compile.schedules.{target}.build
@@ -64,6 +65,7 @@ def test_every_source_is_known():
 
 
 @needs_nvcc
+@needs_lld
 @pytest.mark.parametrize(
     ("place", "changed"),
     [
@@ -71,9 +73,11 @@ def test_every_source_is_known():
         ("schedules/cpu/parallel.c", {"cpu"}),
         ("schedules/cuda/norm.cuh", {"cuda"}),
         ("schedules/cuda/build.py", {"cuda"}),
-        ("schedules/family.py", {"cpu", "cuda"}),
+        ("schedules/rocm/matmul.py", {"rocm"}),
+        ("runtime/hip.c", {"rocm"}),
+        ("schedules/family.py", {"cpu", "cuda", "rocm"}),
         ("schedules/tuning/search.py", set()),
-        ("lossless.py", {"cpu", "cuda"}),
+        ("lossless.py", {"cpu", "cuda", "rocm"}),
         ("cli.py", set()),
         ("relax_passes/merge_qkv.py", set()),
     ],
@@ -110,6 +114,17 @@ def test_versions_of_compilers(name, tmp_path, monkeypatch):
     (tmp_path / "gcc").write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(TargetError, match="gcc --version failed"):
         keys(name)
+
+
+def test_version_of_the_linker(tmp_path, monkeypatch):
+    found = []
+    for number in (20, 21):
+        for name, says in (("gcc", "gcc 12"), ("ld.lld", f"LLD {number}.1.0")):
+            (tmp_path / name).write_text(f"#!/bin/sh\necho {says}\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        found.append(toolchain.kernel_toolchain(TARGETS["rocm"]))
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("name", BOTH)

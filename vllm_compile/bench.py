@@ -40,7 +40,7 @@ from .runtime.program import device_of
 
 # By default vLLM keeps one core for its scheduler and computes on the others; on two cores that is one.
 ENVIRONMENTS = {"vllm-all-cores": {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))))}}
-DECODE_STEPS = {"cpu": 32, "cuda": 128}
+DECODE_STEPS = {"cpu": 32, "cuda": 128, "rocm": 128}
 PEER_CACHE_BYTES = 2 << 30  # vLLM's KV cache on a CPU
 GPU_SHARE = 0.9  # of the GPU's memory, for all engines together
 GPU_CACHE_BYTES = 6 << 30  # what an engine on a GPU needs beside its weights, to divide that share

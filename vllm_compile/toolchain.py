@@ -8,22 +8,29 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from .errors import TargetError
-from .targets import Target, cuda
+from .targets import Target, cuda, rocm
 
 SUBPACKAGES = ("relax_passes", "runtime", "schedules", "targets")  # which lie elsewhere in a checkout
 SOURCES = frozenset({".py", ".c", ".cuh", ".json"})
 # All that kernels are built by, with schedules/*.py and schedules/TARGET.
 KERNEL_SOURCES = frozenset({"errors.py", "expression.py", "lossless.py", "spec.py", "targets", "toolchain.py"})
+ROCM_SOURCES = frozenset({Path("runtime/__init__.py"), Path("runtime/hip.c")})  # the launcher, which libraries hold
+TVM_LLVM = 22  # the LLVM in apache-tvm's wheel
+OLDEST_LLD = 19  # the first that links version 6 of the code object ABI, which LLVM 22 writes
+ROCM_LLD = "/opt/rocm/llvm/bin/ld.lld"
 KERNEL_LIBRARIES = ("apache-tvm", "apache-tvm-ffi")
 COMPILE_LIBRARIES = (*KERNEL_LIBRARIES, "torch", "transformers", "safetensors")
 # Variables by which gcc and nvcc make other code of the same sources (their manuals); they run without them, so that
@@ -69,6 +76,31 @@ def find_nvcc() -> str:
     return nvcc
 
 
+def find_lld() -> list[str]:
+    """The command of a linker that knows TVM's objects: of the distribution, of ROCm, or in the wheel `ziglang`.
+
+    Raises:
+        TargetError: there is none.
+    """
+    numbered = (f"ld.lld-{number}" for number in range(TVM_LLVM, OLDEST_LLD - 1, -1))
+    for name in (*numbered, "ld.lld", ROCM_LLD):
+        if (path := shutil.which(name)) and _lld_version(path) >= OLDEST_LLD:
+            return [path]
+    if find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "ld.lld"]
+    raise TargetError(
+        f"no ld.lld of LLVM {OLDEST_LLD} or later was found, which links kernels for AMD GPUs: "
+        f"apt-get install lld-{OLDEST_LLD}, or pip install ziglang"
+    )
+
+
+def _lld_version(path: str) -> int:
+    """The major version of the linker there, or 0 if it does not tell."""
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"LLD (\d+)", done.stdout)
+    return int(found[1]) if found else 0
+
+
 def environment() -> dict[str, str]:
     """What compilers are run in: this process's variables, without those that change code."""
     return {name: value for name, value in os.environ.items() if name not in CODE_VARIABLES}
@@ -80,7 +112,11 @@ def kernel_toolchain(target: Target) -> dict[str, Any]:
     Raises:
         TargetError: a compiler that the target needs is missing.
     """
-    compilers = [find_gcc(), *([find_nvcc()] if target.name == cuda.NAME else [])]
+    compilers = [[find_gcc()]]
+    if target.name == cuda.NAME:
+        compilers.append([find_nvcc()])
+    if target.name == rocm.NAME:
+        compilers.append(find_lld())
     return {
         "target": {**asdict(target), "features": sorted(target.features), "tvm": target.tvm_config()},
         "compilers": [_version_of(compiler) for compiler in compilers],
@@ -122,12 +158,12 @@ def digest_of(places: Iterable[Path]) -> str:
 def _builds_kernels(place: Path, target: Target) -> bool:
     if place.parts[0] == "schedules":
         return len(place.parts) == 2 or place.parts[1] == target.name
-    return place.parts[0] in KERNEL_SOURCES
+    return place.parts[0] in KERNEL_SOURCES or (target.name == rocm.NAME and place in ROCM_SOURCES)
 
 
-def _version_of(compiler: str) -> str:
+def _version_of(command: Sequence[str]) -> str:
     """What a compiler says of itself; not where it is."""
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, env=environment())
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False, env=environment())
     if done.returncode:
-        raise TargetError(f"{compiler} --version failed: {done.stderr.strip()}")
+        raise TargetError(f"{' '.join(command)} --version failed: {done.stderr.strip()}")
     return done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 import tvm
 from tvm import tirx
 
-from vllm_compile.errors import TargetError
 from vllm_compile.targets import Target
-from vllm_compile.toolchain import environment, find_gcc
+
+from ..gcc import gcc
 
 PARALLEL_SOURCE = Path(__file__).parent / "parallel.c"
 
@@ -32,12 +31,5 @@ def build_library(kernels: Mapping[str, tirx.PrimFunc], target: Target, path: Pa
     built = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(target.tvm_config()))
     with tempfile.TemporaryDirectory() as scratch:
         parallel = str(Path(scratch) / "parallel.o")
-        _cc("-O2", "-fPIC", "-fopenmp", "-c", str(PARALLEL_SOURCE), "-o", parallel)
+        gcc("-O2", "-fPIC", "-fopenmp", "-c", str(PARALLEL_SOURCE), "-o", parallel)
         built.export_library(str(path), addons=[parallel], cc="gcc", options=["-fopenmp"])
-
-
-def _cc(*arguments: str) -> None:
-    try:
-        subprocess.run([find_gcc(), *arguments], check=True, capture_output=True, text=True, env=environment())
-    except subprocess.CalledProcessError as error:
-        raise TargetError(f"gcc failed: {error.stderr.strip()}") from error

@@ -22,8 +22,8 @@ from vllm_compile.expression import read_expression
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
+from ..arguments import bind_arguments
 from ..family import Config, KernelFamily, Variant
-from .arguments import bind_arguments
 from .evaluator import Evaluator, cuts
 
 # 16 K values take some 3 microseconds, waking OpenMP's threads 2 to 5: from here two cores gain.

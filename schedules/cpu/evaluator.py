@@ -13,7 +13,7 @@ from tvm.sym.analyzer import Analyzer
 from vllm_compile.expression import Expression, Node
 from vllm_compile.spec import Sym
 
-from .rounding import rounded
+from ..rounding import rounded
 from .vector_math import FUNCTIONS
 
 # An index as a function of the lane.

@@ -18,10 +18,10 @@ from vllm_compile.targets import Target
 
 from ..family import Config, KernelFamily, Variant
 from ..layouts import Layout
+from ..rounding import rounded
 from .matmul import Value, matmul
 from .matmul_tiles import admits, default_variants, serves, space
 from .matmul_weights import weight_layout
-from .rounding import rounded
 from .vector_math import exp
 
 

@@ -17,8 +17,8 @@ from tvm.tirx.script.builder import ir as build
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
+from ..arguments import bind_arguments
 from ..family import Config, KernelFamily, Variant
-from .arguments import bind_arguments
 from .norm import PARALLEL_ROWS, pairwise_sum
 
 

@@ -28,8 +28,8 @@ from tvm.tirx.script.builder import ir as build
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
+from ..arguments import bind_arguments
 from ..family import Config
-from .arguments import bind_arguments
 from .matmul_weights import Block, Weights, panel_count, stored_weight, weights_of
 from .matmul_words import Words
 from .vectors import scratch

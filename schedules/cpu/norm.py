@@ -18,7 +18,7 @@ from vllm_compile.spec import DTYPE_BYTES, OpSpec
 from vllm_compile.targets import Target
 
 from ..family import Config, KernelFamily, Variant
-from .rounding import rounded
+from ..rounding import rounded
 
 # A row of 2,048 bf16 values takes 0.2 microseconds, waking OpenMP's threads 2 to 5: from here two cores gain.
 PARALLEL_ROWS = 32

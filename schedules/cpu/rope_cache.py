@@ -19,7 +19,7 @@ from vllm_compile.spec import DTYPE_BYTES, OpSpec
 from vllm_compile.targets import Target
 
 from ..family import Config, KernelFamily, Variant
-from .rounding import rounded
+from ..rounding import rounded
 
 # A token of Llama-3.2-1B takes 0.3 microseconds, waking OpenMP's threads 2 to 5: from here two cores gain.
 PARALLEL_TOKENS = 16

@@ -1,0 +1,177 @@
+"""The machine code of ROCm kernels: instructions meant, nothing in scratch, waves enough to hide latency."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from tvm.script import tirx as T
+
+from tests.rocm_on_host import REQUIRED, needs_lld
+from vllm_compile import toolchain
+from vllm_compile.errors import TargetError
+from vllm_compile.ops import GATE_UP_SILU, LINEAR
+from vllm_compile.schedules.rocm import build
+from vllm_compile.schedules.rocm.attention import paged_attention
+from vllm_compile.schedules.rocm.elementwise import embedding, silu_mul
+from vllm_compile.schedules.rocm.norm import add_rms_norm, rms_norm
+from vllm_compile.schedules.rocm.rope_cache import qkv_rope_cache
+from vllm_compile.schedules.select import choose
+from vllm_compile.spec import OpSpec, Sym, TensorSpec
+from vllm_compile.targets.rocm import ARCHS, for_arch
+
+pytestmark = needs_lld
+
+
+def product(op, N, K, tokens):
+    """The kernel of a matrix product for so many tokens, as it is chosen for an MI300X."""
+    width = N // 2 if op is GATE_UP_SILU else N
+    x, y = (TensorSpec((Sym.TOKENS, size), "bfloat16") for size in (K, width))
+    spec = OpSpec(op.name, (("x", x), ("weight", TensorSpec((N, K), "bfloat16"))), (y,))
+    choice = choose(spec, for_arch())
+    (variant,) = [variant for variant in choice.variants if variant.min_tokens == tokens]
+    return choice.family.build(spec, variant.config, for_arch())
+
+
+OBJDUMP = shutil.which(f"llvm-objdump-{toolchain.TVM_LLVM}")
+MFMA = "v_mfma_f32_16x16x16_?bf16"
+# Llama-3.1-8B's.  16-byte loads (None: as LLVM unrolls) and stores of a lane, waves of a SIMD at least, instructions
+# that must be there.
+KERNELS = {
+    "rms_norm": (rms_norm(4096, 1e-5), 4, 2, 8, ("v_add_f32_dpp", "ds_bpermute_b32", "s_barrier", "ds_read_b128")),
+    "add_rms_norm": (add_rms_norm(4096, 1e-5), 6, 4, 8, ("v_add_f32_dpp", "ds_bpermute_b32", "s_barrier")),
+    "widest_norm": (add_rms_norm(16384, 1e-5), 24, 16, 3, ()),
+    "embedding": (embedding(128256, 4096, "int32"), 2, 2, 8, ()),
+    "silu_mul": (silu_mul(14336), 2, 1, 8, ("v_exp_f32", "v_rcp_f32")),
+    "linear": (
+        product(LINEAR, 4096, 14336, 1),
+        32,
+        0,
+        4,
+        (MFMA, "ds_write_b128", "ds_read_b128"),
+    ),
+    "linear_of_64": (product(LINEAR, 4096, 14336, 33), 20, 0, 4, (MFMA, "ds_read_b128")),
+    "logits": (product(LINEAR, 128256, 4096, 1), None, 0, 4, (MFMA, "ds_read_b128")),
+    "gate_up": (product(GATE_UP_SILU, 28672, 4096, 1), None, 0, 4, (MFMA, "v_exp_f32")),
+    "paged_attention": (paged_attention(32, 8, 128, 0.1, 4), 13, 1, 4, (MFMA, "ds_bpermute_b32", "ds_write_b128")),
+    "rope_cache": (qkv_rope_cache(32, 8, 128), 14, 6, 8, ("v_pk_mul_f32",)),
+}
+
+
+@pytest.fixture(scope="module", params=list(ARCHS))
+def compiled(request):
+    target = for_arch(request.param)
+    code, _ = build.compile_kernels({name: case[0] for name, case in KERNELS.items()}, target)
+    return target, code
+
+
+@pytest.fixture(scope="module")
+def disassembly(compiled, tmp_path_factory):
+    """Instructions of each kernel, out of the linked code object."""
+    if OBJDUMP is None:
+        assert not REQUIRED, "llvm-objdump of TVM's LLVM is missing"
+        pytest.skip("needs llvm-objdump of TVM's LLVM")
+    target, code = compiled
+    path = tmp_path_factory.mktemp("code") / "kernels.hsaco"
+    path.write_bytes(code.elf)
+    command = [OBJDUMP, "--disassemble", f"--mcpu={target.arch}", "--no-show-raw-insn", str(path)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    parts = re.split(r"^[0-9a-f]+ <(\w+)_kernel>:$", text, flags=re.MULTILINE)
+    return {name: body.split("s_endpgm")[0].split() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_resources(name, compiled):
+    target, code = compiled
+    resources = code.resources[f"{name}_kernel"]
+    assert resources.spilled == resources.scratch_bytes == 0
+    waves = target.waves(resources.registers, resources.lds_bytes, resources.threads)
+    assert waves >= KERNELS[name][3], resources
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_instructions(name, disassembly):
+    _, loads, stores, _, wanted = KERNELS[name]
+    words = disassembly[name]
+    assert words.count("global_load_dwordx4") == loads or loads is None
+    assert words.count("global_store_dwordx4") == stores
+    for instruction in wanted:
+        assert any(re.match(instruction, word) for word in words), instruction
+    # Narrow loads are of ids and slots, which are scalars of a block.
+    slow = {word for word in words if word.startswith(("scratch_", "flat_", "buffer_", "global_load_ushort"))}
+    assert not slow
+
+
+def test_loads_of_weights_are_under_way_together(disassembly):
+    """Four steps of a wave, of 2 vectors of the weight and 2 of x each, before the first product waits for one."""
+    words = disassembly["linear"]
+    first = next(i for i, word in enumerate(words) if re.match(MFMA, word))
+    assert words[:first].count("global_load_dwordx4") >= 16
+
+
+def test_waves_of_a_simd():
+    """512 registers a lane shared by up to 8 waves; a block of 256 threads has one wave on each of the 4 SIMDs."""
+    target = for_arch("gfx942")
+    assert [target.waves(n, 0, 256) for n in (1, 64, 65, 128, 136, 256, 257, 512)] == [8, 8, 7, 4, 3, 2, 1, 1]
+    assert target.waves(32, 33 << 10, 256) == 1
+    assert target.waves(32, 32 << 10, 256) == 2
+    assert for_arch("gfx950").waves(32, 32 << 10, 256) == 5
+
+
+def test_unknown_gpu():
+    with pytest.raises(TargetError, match=r"no AMD GPU 'gfx900'; .* gfx90a, gfx942, gfx950"):
+        for_arch("gfx900")
+
+
+def linker(folder, name, version, script="exit 0"):
+    path = folder / name
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "LLD {version}.1.0 (compatible)" && exit\n{script}\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """A folder that is all there is to find a linker in."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(toolchain, "ROCM_LLD", str(tmp_path / "rocm" / "ld.lld"))
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: None)
+    return tmp_path
+
+
+def test_the_newest_linker_is_taken(alone, monkeypatch):
+    linker(alone, "ld.lld-14", 14)
+    with pytest.raises(TargetError, match=r"LLVM 19 or later .* apt-get install lld-19, or pip install ziglang"):
+        build.build_library({"k": rms_norm(64, 1e-5)}, for_arch(), alone / "kernels.so")
+    assert [path.name for path in alone.iterdir()] == ["ld.lld-14"]
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: name == "ziglang")
+    assert toolchain.find_lld()[1:] == ["-m", "ziglang", "ld.lld"]
+    linker(alone, "ld.lld", 18)
+    assert toolchain.find_lld()[1:] == ["-m", "ziglang", "ld.lld"]
+    plain = linker(alone, "ld.lld", 20)
+    assert toolchain.find_lld() == [plain]
+    numbered = linker(alone, "ld.lld-19", 19)
+    assert toolchain.find_lld() == [numbered]
+
+
+def test_linker_fails(alone):
+    linker(alone, "ld.lld", 20, "echo 'undefined symbol: sinf' >&2; exit 1")
+    with pytest.raises(TargetError, match="failed: undefined symbol: sinf"):
+        build.build_library({"k": rms_norm(64, 1e-5)}, for_arch(), alone / "kernels.so")
+    assert not (alone / "kernels.so").exists()
+
+
+def test_arguments_of_four_bytes_are_refused():
+    """runtime/hip.c lays arguments out as an array of 8 bytes each."""
+
+    @T.prim_func(s_tir=True)
+    def kernel(x: T.handle):
+        tokens = T.int32()
+        x_T = T.match_buffer(x, (tokens,), "float32")
+        for t in T.thread_binding(tokens, thread="blockIdx.x"):
+            x_T[t] = T.Cast("float32", tokens)
+
+    with pytest.raises(TargetError, match="argument tokens is not of 8 bytes"):
+        build.compile_kernels({"k": kernel}, for_arch())

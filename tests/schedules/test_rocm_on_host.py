@@ -1,0 +1,144 @@
+"""ROCm kernels against the references: their host code launches them over a fake HIP, a CPU runs their schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.rocm_on_host import needs_opencl
+from tests.rocm_on_host.runner import OnHost
+from vllm_compile.ops import (
+    ADD_RMS_NORM,
+    EMBEDDING,
+    GATE_UP_SILU,
+    LINEAR,
+    PAGED_ATTENTION,
+    QKV_ROPE_CACHE,
+    RMS_NORM,
+    SILU_MUL,
+)
+from vllm_compile.schedules.select import choose
+from vllm_compile.targets.rocm import for_arch
+
+from . import harness
+
+pytestmark = needs_opencl
+TARGET = for_arch()
+# op, sizes of its sample, what a negative control changes
+CASES = {
+    "rms_norm": (RMS_NORM, {"tokens": 3, "width": 4096}, "x"),
+    "rms_norm of less than a wave": (RMS_NORM, {"tokens": 3, "width": 104}, "weight"),
+    "rms_norm of waves not full": (RMS_NORM, {"tokens": 2, "width": 2048 + 520}, "x"),
+    "add_rms_norm": (ADD_RMS_NORM, {"tokens": 5, "width": 2048}, "residual"),
+    "add_rms_norm of the widest row": (ADD_RMS_NORM, {"tokens": 2, "width": 16384}, "x"),
+    "embedding": (EMBEDDING, {"tokens": 9, "rows": 40, "width": 4096}, "table"),
+    "embedding of less than a wave": (EMBEDDING, {"tokens": 9, "rows": 40, "width": 72}, "table"),
+    "silu_mul": (SILU_MUL, {"tokens": 3, "intermediate": 14336}, "x"),
+    "silu_mul of less than a wave": (SILU_MUL, {"tokens": 3, "intermediate": 24}, "x"),
+    "linear": (LINEAR, {"tokens": 19, "K": 512, "N": 32}, "x"),
+    "linear of blocks that three waves share": (LINEAR, {"tokens": 5, "K": 192, "N": 48}, "residual"),
+    "linear of more tokens than a vendor leaves": (LINEAR, {"tokens": 83, "K": 128, "N": 16}, "bias"),
+    "gate_up_silu": (GATE_UP_SILU, {"tokens": 16, "K": 128, "intermediate": 32}, "weight"),
+    "paged_attention": (PAGED_ATTENTION, {"head_dim": 64}, "kv"),
+    "paged_attention of one query a head": (
+        PAGED_ATTENTION,
+        {"lengths": ((1, 70), (1, 1)), "num_heads": 2, "num_kv_heads": 2, "head_dim": 128, "block_size": 32},
+        "kv",
+    ),
+    "paged_attention of wide heads": (
+        PAGED_ATTENTION,
+        {"lengths": ((1, 35), (0, 0), (3, 20)), "num_heads": 16, "num_kv_heads": 1, "head_dim": 256},
+        "kv",
+    ),
+    "rope_cache": (QKV_ROPE_CACHE, {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128}, "cos"),
+    "rope_cache of odd sizes": (
+        QKV_ROPE_CACHE,
+        {"tokens": 33, "num_heads": 3, "num_kv_heads": 3, "head_dim": 80, "block_size": 7},
+        "qkv",
+    ),
+}
+
+
+class Case:
+    """One call of an operator, its kernel built."""
+
+    def __init__(self, name, generator, folder):
+        self.op, sizes, self.changed = CASES[name]
+        self.inputs, self.attributes = self.op.sample(generator, torch.bfloat16, **sizes)
+        self.spec = harness.op_spec(self.op, self.inputs, self.attributes)
+        choice = choose(self.spec, TARGET)
+        self.kernels = {
+            f"from_{variant.min_tokens}": choice.family.build(self.spec, variant.config, TARGET)
+            for variant in choice.variants
+        }
+        self.on_host = OnHost(self.kernels, TARGET, folder)
+
+    def run(self, inputs, kernel="from_1"):
+        """What a kernel writes into poisoned outputs, and what it updates."""
+        given = {name: tensor.clone(memory_format=torch.preserve_format) for name, tensor in inputs.items()}
+        tokens = len(next(iter(inputs.values())))
+        outputs = [torch.full(out.sizes(tokens), float("nan"), dtype=torch.bfloat16) for out in self.spec.outputs]
+        self.launches = self.on_host.run(kernel, *given.values(), *outputs)
+        return (*outputs, *(given[name] for name in self.op.updates))
+
+    def expected(self, inputs):
+        given = {name: tensor.clone(memory_format=torch.preserve_format) for name, tensor in inputs.items()}
+        return (*harness.results(self.op, given, self.attributes), *(given[name] for name in self.op.updates))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_reference(name, generator, tmp_path):
+    case = Case(name, generator, tmp_path)
+    expected = case.expected(case.inputs)
+    for kernel in case.kernels:
+        actual = case.run(case.inputs, kernel)
+        harness.assert_matches(case.op, actual, expected)
+    if case.op in (EMBEDDING, QKV_ROPE_CACHE):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
+    elif (
+        case.op is not PAGED_ATTENTION
+    ):  # an exponential, a sum in another order: a value moves across a rounding boundary once in hundreds
+        moved = [(ours != theirs).float().mean() for ours, theirs in zip(actual, expected, strict=True)]
+        assert max(moved) < 1e-2
+    changed = case.inputs[case.changed].clone()
+    changed[len(changed) // 2 :] += 1
+    with pytest.raises(AssertionError):
+        harness.assert_matches(case.op, case.run({**case.inputs, case.changed: changed}), expected)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "silu_mul", "embedding", "rope_cache"])
+def test_a_row_does_not_depend_on_the_batch_and_no_tokens_launch_nothing(name, generator, tmp_path):
+    case = Case(name, generator, tmp_path)
+    per_token = {n for n, tensor in case.spec.inputs if tensor.shape[0] == harness.T}
+
+    def rows(start, end):
+        return {n: tensor[start:end] if n in per_token else tensor for n, tensor in case.inputs.items()}
+
+    whole, alone = case.run(case.inputs), case.run(rows(1, 2))
+    assert torch.equal(alone[0][0], whole[0][1])
+    (launch,) = case.launches
+    assert launch.grid[0] == 1
+    case.run(rows(0, 0))
+    assert not case.launches
+
+
+@pytest.mark.parametrize("layout", ["token major", "every other block"])
+def test_cache_with_any_outer_strides(layout, generator, tmp_path):
+    case = Case("rope_cache of odd sizes", generator, tmp_path)
+    kv = case.inputs["kv"]
+    if layout == "token major":
+        strided = kv.transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        strided = kv.new_zeros(2 * len(kv), *kv.shape[1:])[1::2].copy_(kv)
+    assert not strided.is_contiguous()
+    expected = case.expected(case.inputs)
+    q = torch.full_like(expected[0], float("nan"))
+    case.on_host.run("from_1", *({**case.inputs, "kv": strided}).values(), q)
+    assert torch.equal(q, expected[0])
+    assert torch.equal(strided, expected[1])
+
+
+def test_what_no_family_serves_is_named(generator):
+    inputs, attributes = RMS_NORM.sample(generator, torch.float32, width=64)
+    with pytest.raises(Exception, match=r"target rocm has no kernel for rms_norm\(x .* float32"):
+        choose(harness.op_spec(RMS_NORM, inputs, attributes), TARGET)
