@@ -1,12 +1,13 @@
 """One file per target: limits, instruction sets, tile sizes.  Imports neither TVM nor torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from vllm_compile.errors import TargetError
 
 from . import cpu, cuda, rocm
 from .base import Target
+from .chip import Chip
 
 DETECT: dict[str, Callable[[], Target]] = {
     "cpu": cpu.detect,
@@ -14,6 +15,8 @@ DETECT: dict[str, Callable[[], Target]] = {
     rocm.NAME: rocm.for_arch,
     **{arch: partial(rocm.for_arch, arch) for arch in rocm.ARCHS},
 }
+# Chips of each target, the default first; a CPU's peaks are measured where it stands (`analysis/probe.py`).
+CHIPS: dict[str, Mapping[str, Chip]] = {"cpu": {}, cuda.NAME: cuda.CHIPS}
 
 
 def resolve(name: str) -> Target:
@@ -27,4 +30,4 @@ def resolve(name: str) -> Target:
     return DETECT[name]()
 
 
-__all__ = ["Target", "resolve"]
+__all__ = ["CHIPS", "Chip", "Target", "resolve"]

@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_compile.errors import TargetError
 
 from .base import Target
+from .chip import Chip
 
 NAME = "cuda"
 ARCH = "sm_90a"
 CAPABILITY = (9, 0)
 MIN_DRIVER = (580, 0)  # of CUDA 13.0, which the kernels are compiled with
+
+# Launches: of the linear layers at 1 token in benchmarks/baseline.md, the median of time - bytes / sustained bandwidth.
+H200 = Chip(
+    name="NVIDIA H200",
+    memory_bytes=141 * 10**9,
+    cache_bytes=50 << 20,
+    bandwidth=4.8e12,
+    matrix={"bfloat16": 989.4e12, "float32": 66.9e12},  # float32 products run on the vector units
+    vector=66.9e12,
+    sustained_bandwidth=4.5e12,
+    sustained_matrix={"bfloat16": 785e12, "float32": 66.9e12},
+    launch=2.4e-6,
+    vendor_launch=5.1e-6,
+    sources=(
+        "peaks: NVIDIA H200 data sheet (SXM, dense products)",
+        "sustained: reads of lm_head 128256 x 4096, and an 8192 x 8192 x 8192 bf16 product, both seen on an H200",
+        "launches: benchmarks/baseline.md, linear layers on an H200 at 1 token, lossless and cuBLAS",
+    ),
+)
+H100 = replace(
+    H200,
+    name="NVIDIA H100 SXM",
+    memory_bytes=80 * 10**9,
+    bandwidth=3.35e12,
+    sustained_bandwidth=3.0e12,
+    launch=1.6e-6,
+    vendor_launch=5.5e-6,
+    sources=(
+        "peaks: NVIDIA H100 data sheet (SXM, dense products)",
+        "sustained: reads of lm_head 128256 x 4096 seen on an H100; products as on an H200, which has the same "
+        "multiprocessors",
+        "launches: benchmarks/baseline.md, linear layers on an H100 at 1 token, lossless and cuBLAS",
+    ),
+)
+CHIPS = {"h200": H200, "h100": H100}
 
 
 @dataclass(frozen=True)

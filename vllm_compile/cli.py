@@ -1,4 +1,4 @@
-"""The command line: `vllm-compile compile | tune | verify | bench | cache | db | worker`.
+"""The command line: `vllm-compile compile | analyze | tune | verify | bench | cache | db | worker`.
 
 Everything for people goes to stderr; with --json the last line of stdout is a summary for
 programs.  Errors that a user can act on are one line and exit code 2.
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .bench_worker import PEERS
+from .cli_analyze import add_analyze
 from .cli_cache import add_cache, add_cache_options, cache_of
 from .cli_database import add_database, add_worker
 from .cli_tune import add_tune
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vllm-compile", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_compile(commands)
+    add_analyze(commands)
     add_tune(commands)
     _add_verify(commands)
     _add_bench(commands)

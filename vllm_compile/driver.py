@@ -83,7 +83,7 @@ def compile_model(
     config = read_config(source)
     digests = FileDigests(cache)
     before = _statuses(source, options)
-    dtype = _dtype(config, options.dtype)
+    dtype = dtype_of(config, options.dtype)
     with stage("import"):
         traced = trace(config, DTYPES[dtype])
         checkpoint = open_checkpoint(source, traced.shapes, DTYPES[dtype], options.seed)
@@ -175,9 +175,20 @@ def lower_model(model: Path, machine: Target, dtype: str | None = None) -> Lower
         ModelError, UnsupportedError: see `compile_model`.
     """
     config = read_config(model)
-    traced = trace(config, DTYPES[_dtype(config, dtype)])
-    module, _ = run_passes(import_model(traced, config.max_position_embeddings).module, _dumper(None))
+    module, _ = fuse_model(config, dtype_of(config, dtype))
     return lower(module, lambda spec: choose(spec, machine))
+
+
+def fuse_model(
+    config: Any, dtype: str, after_each: Callable[[str, tvm.IRModule], None] = lambda name, module: None
+) -> tuple[tvm.IRModule, list[PassRecord]]:
+    """A model after all passes, from its configuration alone; `after_each` sees the module behind every pass.
+
+    Raises:
+        UnsupportedError: see `compile_model`.
+    """
+    imported = import_model(trace(config, DTYPES[dtype]), config.max_position_embeddings)
+    return run_passes(imported.module, after_each)
 
 
 def _tuned(url: str | None, machine: Target) -> Tuned | None:
@@ -202,7 +213,8 @@ def _verdict(directory: Path, source: Path, machine: Target, options: CompileOpt
     return verify_quick(directory, source, machine.name, options.dummy_weights)
 
 
-def _dtype(config: Any, asked: str | None) -> str:
+def dtype_of(config: Any, asked: str | None) -> str:
+    """What a model is computed in: what is asked for, else its own dtype; UnsupportedError if we cannot."""
     if quantization := getattr(config, "quantization_config", None):
         given = quantization if isinstance(quantization, dict) else quantization.to_dict()
         method = given.get("quant_method", "unknown")

@@ -24,7 +24,7 @@ from .errors import TargetError
 from .targets import Target, cuda, rocm
 
 SUBPACKAGES = ("relax_passes", "runtime", "schedules", "targets")  # which lie elsewhere in a checkout
-SOURCES = frozenset({".py", ".c", ".cuh", ".json"})
+SOURCES = frozenset({".py", ".c", ".cuh", ".json", ".jinja"})
 # All that kernels are built by, with schedules/*.py and schedules/TARGET.
 KERNEL_SOURCES = frozenset({"errors.py", "expression.py", "lossless.py", "spec.py", "targets", "toolchain.py"})
 ROCM_SOURCES = frozenset({Path("runtime/__init__.py"), Path("runtime/hip.c")})  # the launcher, which libraries hold

@@ -57,22 +57,27 @@ def read_config(directory: Path) -> Any:
     """
     if not directory.is_dir():
         raise ModelError(f"{directory}: no such model directory")
+    return read_config_file(directory / "config.json")
+
+
+def read_config_file(file: Path) -> Any:
+    """The configuration in a file of any name; raises what `read_config` does."""
     try:
-        raw = json.loads((directory / "config.json").read_text())
+        raw = json.loads(file.read_text())
     except OSError as error:
-        raise ModelError(f"{directory}: config.json cannot be read ({error.strerror})") from error
+        raise ModelError(f"{file.parent}: {file.name} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise ModelError(f"{directory}/config.json: not JSON ({error})") from error
+        raise ModelError(f"{file}: not JSON ({error})") from error
     if not isinstance(raw, dict):
-        raise ModelError(f"{directory}/config.json: not a model's configuration")
+        raise ModelError(f"{file}: not a model's configuration")
     kind = raw.get("model_type")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        named = ", ".join(raw.get("architectures") or [str(kind)])
-        raise UnsupportedError(f"{directory}: architecture {named} is not a causal language model of transformers")
+        named = ", ".join(map(str, raw.get("architectures") or [kind]))
+        raise UnsupportedError(f"{file.parent}: architecture {named} is not a causal language model of transformers")
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        return AutoConfig.from_pretrained(file, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its validators do
-        raise ModelError(f"{directory}/config.json: {' '.join(str(error).split())}") from error
+        raise ModelError(f"{file}: {' '.join(str(error).split())}") from error
 
 
 def trace(config: Any, dtype: torch.dtype) -> TracedModel:
