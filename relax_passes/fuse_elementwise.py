@@ -16,7 +16,7 @@ from vllm_compile.spec import Sym
 
 from .base import Definitions, Rewrite, counted_pass, replace_by, rewrite_functions, used_vars
 from .lift_weights import WEIGHTS
-from .outline_layers import FORWARD
+from .outline_layers import place
 
 VIEWS = {"relax.reshape", "relax.expand_dims", "relax.squeeze"}
 
@@ -45,19 +45,10 @@ def fuse_elementwise(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
         try:
             return _find(function)
         except UnsupportedError as error:
-            raise UnsupportedError(f"{_place(module, function)}: {error}") from error
+            var = next(var for var, known in module.functions_items() if known.same_as(function))
+            raise UnsupportedError(f"{place(module, var.name_hint)}: {error}") from error
 
     return rewrite_functions(module, find)
-
-
-def _place(module: tvm.IRModule, function: relax.Function) -> str:
-    """Where a function stands in the model, in the user's words."""
-    name = next(var for var, f in module.functions_items() if f.same_as(function))
-    if FORWARD not in {var.name_hint for var in module.get_global_vars()}:
-        return name.name_hint
-    calls = [b.value.op for b in Definitions(module[FORWARD]).bindings if isinstance(b.value.op, tvm.ir.GlobalVar)]
-    numbers = [str(i) for i, callee in enumerate(calls) if callee.same_as(name)]
-    return f"decoder layer {', '.join(numbers)}" if numbers else f"outside the decoder layers, in {name.name_hint}"
 
 
 def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
@@ -174,6 +165,8 @@ class _Group:
                 return self._concat(value, stacked=name == "stack")
             case "strided_slice":
                 return self._slice(value)
+            case "broadcast_to":
+                return self._broadcast(value)
         raise _unsupported(value, value.op.name)
 
     def _concat(self, call: relax.Call, stacked: bool) -> int:
@@ -197,6 +190,14 @@ class _Group:
                 raise _unsupported(call, "relax.strided_slice")
             where[axis] = (begin if begin >= 0 else begin + shape[axis], step)
         return self._add(call, "slice", (self._node(call.args[0]),), tuple(where))
+
+    def _broadcast(self, call: relax.Call) -> int:
+        """An axis of size 1 that is repeated, as a slice that stays where it is."""
+        inner, shape = _shape(call.args[0]), _shape(call)
+        if len(inner) != len(shape):
+            raise _unsupported(call, "relax.broadcast_to")
+        where = tuple((0, int(dim == wanted)) for dim, wanted in zip(inner, shape, strict=True))
+        return self._add(call, "slice", (self._node(call.args[0]),), where)
 
     def _part(self, expr: relax.Expr, item: relax.TupleGetItem) -> int:
         """A part of a split, as a slice."""

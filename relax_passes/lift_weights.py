@@ -63,14 +63,17 @@ def _lift_from_layers(
     """Add the layer functions without their weight-only bindings; these go to the call sites in `forward`."""
     lifted: dict[tvm.ir.GlobalVar, tuple[_Split, list[bool], tvm.ir.GlobalVar]] = {}
     bindings: list[relax.VarBinding] = []
+    known = set(weights)  # and what `forward` computes from them alone
     for binding in Definitions(forward).bindings:
         call = binding.value
         if not (isinstance(call, relax.Call) and isinstance(call.op, tvm.ir.GlobalVar)):
             bindings.append(binding)
+            if (used := set(used_vars(call))) and used <= known:
+                known.add(binding.var)
             continue
         layer = module[call.op]
         if call.op not in lifted:
-            constant = [argument in weights for argument in call.args]
+            constant = [argument in known for argument in call.args]
             constants = {p for p, c in zip(layer.params, constant, strict=True) if c}
             split = _split(layer, constants, {p.name for p in constants})
             kept = [p for p, c in zip(layer.params, constant, strict=True) if not c]

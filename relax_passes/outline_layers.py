@@ -60,6 +60,17 @@ def outline_layers(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
     return clean(relax.transform.EliminateCommonSubexpr()(builder.get())), len(layers)
 
 
+def place(module: tvm.IRModule, name: str) -> str:
+    """Where a function stands in the model, in the user's words."""
+    functions = {var.name_hint: function for var, function in module.functions_items()}
+    if FORWARD not in functions:
+        return name
+    calls = [b.value.op for b in Definitions(functions[FORWARD]).bindings if isinstance(b.value, relax.Call)]
+    layers = [callee.name_hint for callee in calls if isinstance(callee, tvm.ir.GlobalVar)]
+    numbers = [str(i) for i, callee in enumerate(layers) if callee == name]
+    return f"decoder layer {', '.join(numbers)}" if numbers else f"outside the decoder layers, in {name}"
+
+
 def _segments(main: relax.Function) -> list[list[relax.VarBinding]]:
     """The bindings of `main`, a new list starting at each layer boundary."""
     segments: list[list[relax.VarBinding]] = [[]]

@@ -19,6 +19,7 @@ from .merge_qkv import merge_qkv
 from .outline_layers import outline_layers
 from .page_kv_cache import page_kv_cache
 from .record import PassRecord
+from .route_experts import route_experts
 
 PIPELINE = (
     page_kv_cache,  # whole-batch attention -> paged KV cache; the serving signature
@@ -26,6 +27,7 @@ PIPELINE = (
     fuse_layer_norm,  # written-out norm of x without its mean -> layer_norm
     fuse_rms_norm,  # written-out norm -> rms_norm
     fuse_gate_up,  # silu(gate) * up -> gate_up_silu
+    route_experts,  # mixture of experts -> its router and grouped linear layers
     merge_qkv,  # parallel linear layers -> one
     fuse_rope_cache,  # rotate q, k and write the cache in one go
     fuse_add_rms_norm,  # residual add + norm, where the sum is normalised next
@@ -35,7 +37,7 @@ PIPELINE = (
 )
 
 # Passes for what only some families have: without a match they are no cause for a warning.
-OPTIONAL = frozenset({"fuse_layer_norm", "fuse_elementwise"})
+OPTIONAL = frozenset({"fuse_layer_norm", "route_experts", "fuse_elementwise"})
 
 
 def run_passes(

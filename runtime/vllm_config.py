@@ -15,6 +15,9 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm_compile.errors import ArtifactError, TargetError, UnsupportedError
 from vllm_compile.targets import rocm
 
+from .manifest import PLAN
+from .plan import from_json
+
 if TYPE_CHECKING:
     from .program import Program
 
@@ -26,7 +29,7 @@ SPARE_TOKENS = 1024  # room for the null block and a part-filled one, at any blo
 class ServingConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Serves in the dtype that the kernels were compiled for."""
+        """Serves in the dtype, and up to the length, that the kernels were compiled for."""
         import torch
 
         compiled = model_config.hf_config.dtype
@@ -38,6 +41,7 @@ class ServingConfig(VerifyAndUpdateConfig):
                 "leave --dtype out, or compile it for that dtype"
             )
         model_config.dtype = compiled
+        limit_length(model_config)
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
@@ -61,6 +65,22 @@ class ServingConfig(VerifyAndUpdateConfig):
         if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_piecewise_cudagraphs():
             # Said aloud: vLLM 0.26 drops graphs without a word where torch compiles nothing.
             compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+
+
+def limit_length(model_config: Any) -> None:
+    """Serves no position that the program has no angles for; vLLM takes some scaled models for longer than they are."""
+    plan = Path(model_config.model) / PLAN
+    if not plan.is_file():
+        return  # whatever is wrong with the artifact is said where it is loaded
+    longest = from_json(plan.read_text()).model.max_positions
+    if model_config.max_model_len <= longest:
+        return
+    if model_config.original_max_model_len not in (None, -1):
+        raise UnsupportedError(
+            f"{model_config.model} is compiled for up to {longest} tokens, not {model_config.max_model_len}: "
+            "take a smaller --max-model-len"
+        )
+    model_config.max_model_len = longest
 
 
 def refuse_unsupported(vllm_config: Any) -> None:

@@ -40,6 +40,7 @@ class Panels:
     A vector register then holds the same `pair` values of K for `lanes` outputs, and a kernel
     streams each panel from front to back.  `pair` is 2 for bf16 (the operand of vdpbf16ps) and
     1 for float32.  N is padded with zeros to whole panels, K to whole pairs.
+    Matrices of several experts [E, N, K] are laid out one behind the other, [E, ...].
     `gated` interleaves the panels of the two halves of N (gate, up, gate, up, ...), so that one
     kernel holds both halves of a gated MLP in registers.
     """
@@ -54,18 +55,23 @@ class Panels:
         return f"panels{self.lanes}x{self.pair}{'_gated' if self.gated else ''}"
 
     def shape(self, plain: tuple[int, ...]) -> tuple[int, ...]:
-        N, K = plain
+        *experts, N, K = plain
         halves = 2 if self.gated else 1
         panels = halves * -(-N // halves // self.lanes)
-        return (panels, -(-K // self.pair), self.lanes, self.pair)
+        return (*experts, panels, -(-K // self.pair), self.lanes, self.pair)
 
     def dtype(self, plain: str) -> str:
         return plain
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        if weight.dim() == 3:
+            packed = torch.empty(self.shape(tuple(weight.shape)), dtype=weight.dtype)
+            for to, expert in zip(packed, weight, strict=True):
+                to.copy_(self.pack(expert))
+            return packed
         halves = weight.chunk(2) if self.gated else (weight,)
-        packed = [self._pack(half) for half in halves]
-        return torch.stack(packed, dim=1).flatten(0, 1).contiguous() if self.gated else packed[0]
+        panels = [self._pack(half) for half in halves]
+        return torch.stack(panels, dim=1).flatten(0, 1).contiguous() if self.gated else panels[0]
 
     def _pack(self, weight_NK: torch.Tensor) -> torch.Tensor:
         N, K = weight_NK.shape

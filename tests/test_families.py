@@ -18,12 +18,12 @@ from tests.conftest import SEED
 from vllm_compile import driver
 from vllm_compile.driver import CompileOptions, compile_model
 from vllm_compile.errors import UnsupportedError
-from vllm_compile.frontend.hf import trace
+from vllm_compile.frontend.hf import read_config, trace
 from vllm_compile.frontend.importer import import_model
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.relax_passes.pipeline import run_passes
 from vllm_compile.schedules.cpu import gate_up, linear
-from vllm_compile.verify import relative_error
+from vllm_compile.verify import QUICK_PROMPTS, relative_error, verify
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +45,11 @@ ROPES = {
 }
 FAMILIES: dict[str, tuple[str, dict]] = {
     "Cohere": ("cohere", {"logit_scale": 0.25}),
+    "Falcon": ("falcon", {"multi_query": True, "parallel_attn": True, "bias": False, "alibi": False}),
+    "Falcon 2": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "parallel_attn": True, "bias": False, "alibi": False},
+    ),
     "Gemma": ("gemma", {"head_dim": 16}),
     "Gemma 2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW}),
     "Gemma 3": (
@@ -69,20 +74,44 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         },
     ),
     "Mistral": ("mistral", {"sliding_window": WINDOW, "head_dim": 16}),
+    "Mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "OLMo 2": ("olmo2", {}),
     "OPT": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "Phi-3": ("phi3", {"sliding_window": WINDOW}),
+    "Phi-3 longrope": (
+        "phi3",
+        {
+            "max_position_embeddings": 384,
+            "original_max_position_embeddings": 96,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+                "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+            },
+        },
+    ),
     "Phi-4-mini": (
         "phi3",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
     "Qwen 2": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
     "Qwen 3": ("qwen3", {"head_dim": 32}),
+    "Qwen 3 MoE": (
+        "qwen3_moe",
+        {
+            "head_dim": 32,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
     "SmolLM 3": ("smollm3", {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}),
     "StableLM": ("stablelm", {"use_qkv_bias": True}),
     "StarCoder 2": ("starcoder2", {"sliding_window": WINDOW}),
 }
-BFLOAT16 = ("Gemma 3", "GPT-2")
 PROMPTS, NEW_TOKENS = (55, 31, 1), 6
 
 
@@ -148,15 +177,15 @@ def _few_kernels():
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory):
-    """`artifacts(family)`: the compiled float32 model, not verified, which the tests do."""
+    """`artifacts(family, dtype)`: the compiled model, not verified, which the tests do."""
 
     @cache
-    def compiled(family: str) -> Path:
+    def compiled(family: str, dtype: str = "float32") -> Path:
         directory = tmp_path_factory.mktemp("family")
         random_model(family).save_pretrained(directory / "model")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(driver, "verify_quick", lambda *_: {"outcome": "not-run", "reason": "tests do"})
-            return vllm_compile.compile(directory / "model", out=directory / "artifact").artifact
+            return vllm_compile.compile(directory / "model", out=directory / "artifact", dtype=dtype).artifact
 
     return compiled
 
@@ -167,12 +196,35 @@ def test_same_tokens(family, artifacts):
     assert served(artifacts(family), requests) == [continued(model, ids) for ids in requests]
 
 
-@pytest.mark.parametrize("family", BFLOAT16)
-def test_bfloat16(family, tmp_path):
-    """The verdict: against float32 no more than 1.1x the error of Hugging Face's bfloat16."""
-    random_model(family).save_pretrained(tmp_path / "model")
-    result = vllm_compile.compile(tmp_path / "model", out=tmp_path / "artifact", dtype="bfloat16")
-    assert result.verdict["outcome"] == "pass", result.verdict
+def test_dynamic_rope_within_the_trained_length(artifacts, tmp_path):
+    """It starts to change behind `max_position_embeddings`, so that the program is the one without."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    random_model("Mistral", rope_parameters=rope).save_pretrained(tmp_path / "model")
+    traced = trace(read_config(tmp_path / "model"), torch.float32)
+    tables = import_model(traced, 96).tables
+    plain = import_model(trace(random_model("Mistral").config, torch.float32), 96).tables
+    assert tables
+    assert all(torch.equal(tables[name], plain[name]) for name in plain)
+
+
+def test_longrope_serves_what_it_was_trained_for(artifacts):
+    assert vllm_compile.load(artifacts("Phi-3 longrope")).max_positions == 96
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "Phi-3 longrope"])  # its kernels are Phi-3's
+def test_bfloat16(family, artifacts):
+    """Against float32 no more than 1.1x the error of Hugging Face's bfloat16."""
+    artifact = artifacts(family, "bfloat16")
+    report = verify(artifact, artifact.with_name("model"), lengths=QUICK_PROMPTS)
+    assert report.passed, report
+
+
+def test_bfloat16_sees_one_layer_without_bias(artifacts, tmp_path):
+    """Negative control: the error of a model that differs a little is above what rounding explains."""
+    model = random_model("StableLM")
+    model.model.layers[0].self_attn.v_proj.bias.data.zero_()
+    model.save_pretrained(tmp_path)
+    assert not verify(artifacts("StableLM", "bfloat16"), tmp_path, lengths=QUICK_PROMPTS).passed
 
 
 def logits_error(artifact: Path, model: PreTrainedModel) -> float:
@@ -191,6 +243,9 @@ def logits_error(artifact: Path, model: PreTrainedModel) -> float:
         ("Mistral", {"sliding_window": WINDOW + 1}),
         ("Gemma 2", {"attn_logit_softcapping": 5.0}),
         ("Gemma 3", {"rope_parameters": ROPES | {"sliding_attention": ROPES["full_attention"]}}),
+        ("Falcon 2", {"num_kv_heads": 2, "layer_norm_epsilon": 0.1}),
+        ("Mixtral", {"num_experts_per_tok": 1}),
+        ("Phi-3 longrope", {"original_max_position_embeddings": 48}),
         ("StableLM", None),
     ],
 )
@@ -212,10 +267,17 @@ def test_layers_of_two_kinds_are_two_functions():
     assert {name for name in names if name.startswith("layer_")} == {"layer_0", "layer_1"}
 
 
-@pytest.mark.parametrize(("family", "what"), [("Mistral", "window=24"), ("GPT-2", "layer_norm")])
-def test_cuda_refuses_what_it_cannot_serve(family, what, tmp_path):
-    """By name, before any kernel is built."""
-    random_model(family).to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    with pytest.raises(UnsupportedError, match=f"target cuda has no kernel for .*{what}"):
+@pytest.mark.parametrize(
+    ("family", "changes", "what"),
+    [
+        ("Mistral", {}, "window=24"),
+        ("GPT-2", {}, "layer_norm"),
+        ("Mixtral", {"head_dim": 128, "num_local_experts": 16}, "route"),
+    ],
+)
+def test_cuda_refuses_what_it_cannot_serve(family, changes, what, tmp_path):
+    """By name, with the layers, before any kernel is built."""
+    random_model(family, **changes).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedError, match=f"decoder layer 0.*: target cuda has no kernel for .*{what}"):
         compile_model(tmp_path / "model", "cuda", tmp_path / "artifact", CompileOptions())
     assert not (tmp_path / "artifact").exists()

@@ -20,7 +20,9 @@ from .cache import Cache
 from .compilation import CompileOptions, CompileResult, model_files, remember, request_key
 from .errors import ArtifactError, DatabaseError, ModelError, TargetError, UnsupportedError
 from .file_digests import FileDigests, status_of
-from .frontend.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
+from .frontend.checkpoint import Checkpoint, DummyCheckpoint
+from .frontend.conversion import open_checkpoint
+from .frontend.families import max_positions
 from .frontend.hf import TracedModel, read_config, trace
 from .frontend.importer import ImportedModel, import_model
 from .kernel_cache import KernelCache
@@ -86,8 +88,8 @@ def compile_model(
     dtype = dtype_of(config, options.dtype)
     with stage("import"):
         traced = trace(config, DTYPES[dtype])
-        checkpoint = open_checkpoint(source, traced.shapes, DTYPES[dtype], options.seed)
-        imported = import_model(traced, config.max_position_embeddings)
+        checkpoint = open_checkpoint(source, traced.shapes, DTYPES[dtype], options.seed, traced.conversions)
+        imported = import_model(traced, max_positions(config))
         _check_tensors(source, traced, imported, checkpoint)
     with stage("passes"):
         module, passes = run_passes(imported.module, _dumper(Path(options.dump) if options.dump else None))
@@ -187,7 +189,7 @@ def fuse_model(
     Raises:
         UnsupportedError: see `compile_model`.
     """
-    imported = import_model(trace(config, DTYPES[dtype]), config.max_position_embeddings)
+    imported = import_model(trace(config, DTYPES[dtype]), max_positions(config))
     return run_passes(imported.module, after_each)
 
 
@@ -320,6 +322,6 @@ def _model_shape(config: Any, module: tvm.IRModule, dtype: str) -> ModelShape:
         head_dim=int(width) // 2,
         hidden_size=int(forward.ret_ty.shape.values[-1]),
         vocab_size=int(logits.ret_ty.shape.values[-1]),
-        max_positions=config.max_position_embeddings,
+        max_positions=max_positions(config),
         dtype=dtype,
     )

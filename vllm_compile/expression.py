@@ -26,7 +26,7 @@ class Node(NamedTuple):
             `constant` (a number),
             `power` (a whole exponent from 2 on),
             `cast` (to `dtype`),
-            `slice` (first index and step on each axis),
+            `slice` (first index and step on each axis; a step of 0 repeats it),
             `concat` (an axis),
             `permute` (the operand's axis for each axis),
             `reshape`.

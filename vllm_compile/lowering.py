@@ -18,7 +18,7 @@ from .ops import OPS, OwnOp
 from .ops.base import PREFIX, arguments_of, attributes_of
 from .relax_passes.base import Definitions
 from .relax_passes.lift_weights import WEIGHTS
-from .relax_passes.outline_layers import FORWARD, LOGITS
+from .relax_passes.outline_layers import FORWARD, LOGITS, place
 from .runtime.plan import Argument, Buffer, CallStep, Function, KernelStep, Large, VendorCall
 from .schedules.family import Variant, Vendor
 from .schedules.layouts import Layout
@@ -82,7 +82,8 @@ def lower(module: tvm.IRModule, choose: Callable[[OpSpec], Choice]) -> Lowered:
     """Lower `forward`, `logits` and the layers they call; `choose` names the kernels for a call.
 
     Raises:
-        UnsupportedError: an operator is left that no pass turned into one of ours; it is named.
+        UnsupportedError: an operator is left that no pass turned into one of ours, or for which there is no kernel;
+            it is named, with its layers.
     """
     lowered = Lowered()
     functions = {var.name_hint: f for var, f in module.functions_items()}
@@ -90,7 +91,10 @@ def lower(module: tvm.IRModule, choose: Callable[[OpSpec], Choice]) -> Lowered:
     weights: dict[str, list[StoredWeight]] = {}
     for name in [*sorted(set(functions) - {FORWARD, LOGITS, WEIGHTS}), FORWARD, LOGITS]:
         lowering = _FunctionLowering(functions, weight_names, weights, lowered.kernels, choose)
-        lowered.functions[name] = lowering.run(name)
+        try:
+            lowered.functions[name] = lowering.run(name)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{place(module, name)}: {error}") from error
         weights[name] = list(lowering.weights.values())
     for weight in (weight for name in (FORWARD, LOGITS) for weight in weights[name]):
         if weight.restored is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .frontend.checkpoint import Checkpoint, DummyCheckpoint
 from .frontend.hf import decoder_layers, materialise_buffers, parameter_aliases
@@ -53,11 +53,15 @@ class Reference:
         head.register_forward_pre_hook(lambda module, args: self._final.append(args[0].flatten(0, 1)))
 
     @staticmethod
+    def model(config: Any) -> PreTrainedModel:
+        """The model on meta tensors, for the names and shapes of its parameters."""
+        with META:
+            return AutoModelForCausalLM.from_config(config)
+
+    @staticmethod
     def shapes(config: Any) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter of the model, by name."""
-        with META:
-            model = AutoModelForCausalLM.from_config(config)
-        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        return {name: tuple(p.shape) for name, p in Reference.model(config).named_parameters()}
 
     def run(self, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         """ids [R, T] -> (inputs of the layers, each [R*T, D]; final hidden [R*T, D]; logits [R*T, V])."""

@@ -21,7 +21,8 @@ import torch
 from torch.nn import functional
 
 from .errors import ModelError
-from .frontend.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
+from .frontend.checkpoint import Checkpoint, DummyCheckpoint
+from .frontend.conversion import open_checkpoint, weight_conversions
 from .frontend.hf import read_config
 from .paged_batch import PagedBatch
 from .reference import Reference
@@ -139,8 +140,9 @@ def mean_kl(reference: torch.Tensor, ours: torch.Tensor) -> float:
 
 
 def _checkpoint(model: Path, config: Any, dtype: torch.dtype, dummy_seed: int | None) -> Checkpoint | DummyCheckpoint:
-    shapes = {} if dummy_seed is None else Reference.shapes(config)
-    return open_checkpoint(model, shapes, dtype, dummy_seed)
+    built = Reference.model(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
+    return open_checkpoint(model, shapes, dtype, dummy_seed, weight_conversions(built))
 
 
 def _run(program: StreamedProgram, plan: Plan, prompts: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The matrix product of `linear` and `gate_up_silu`: y[T, N] = x[T, K] @ w[N, K].T, with w in panels.
+"""The matrix product of `linear`, `gate_up_silu` and the experts' layers: y[T, N] = x[T, K] @ w[N, K].T, w in panels.
 
 A register tile is the sums of `rows` tokens and `panels` panels (panels * lanes outputs); along K it takes a
 word of x and a vector of weight words at a time.  A work item is a chunk of CHUNK tiles of rows, one after the
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tvm import tirx
 from tvm.script import tirx as T
@@ -53,9 +54,8 @@ class Tile:
     rows: int
     panels: int
 
-    def add(self, sums: Sums, x: tirx.Buffer, w: Block, row, begin, end) -> None:
-        """Add the products of the words from `begin` to `end`."""
-        x_rows = [T.Bind((row + r) * self.K) for r in range(self.rows)]
+    def add(self, sums: Sums, x: tirx.Buffer, w: Block, x_rows: list, begin, end) -> None:
+        """Add the products of the words from `begin` to `end`; `x_rows` are where the rows of x start."""
         step = T.int64(w.step)
         with T.serial(T.truncdiv(begin, step), T.truncdiv(end, step)) as n:
             first = T.Bind(n * step)
@@ -66,21 +66,21 @@ class Tile:
 
             self._step(sums, w, first, load)
 
-    def add_last(self, sums: Sums, x: tirx.Buffer, w: Block, row) -> None:
+    def add_last(self, sums: Sums, x: tirx.Buffer, w: Block, x_rows: list) -> None:
         """Add the product of a last value without a neighbour, if there is one."""
         if self.K % self.words.size:
             last = T.int64(self.K // self.words.size)
-            self._step(sums, w, last, lambda r, k: self.words.load_half(x, (row + r) * self.K + (self.K - 1)))
+            self._step(sums, w, last, lambda r, k: self.words.load_half(x, x_rows[r] + (self.K - 1)))
 
     def add_listed(
-        self, sums: tirx.Buffer, place: Callable[[int, int], tirx.Expr], x: tirx.Buffer, w: Weights, row, panel
+        self, sums: tirx.Buffer, place: Callable[[int, int], tirx.Expr], x: tirx.Buffer, w: Weights, x_rows: list, panel
     ) -> None:
         """Add the products of weights that stand in a list, to sums that are at `place(r, p)`."""
 
         def add(p: int, k, lane, weight) -> None:
             for r in range(self.rows):
                 at = T.Bind(place(r, p) + lane)
-                value = self.words.value(x, (row + r) * self.K + k)
+                value = self.words.value(x, x_rows[r] + k)
                 T.buffer_store(sums, T.call_llvm_pure_intrin("float32", "llvm.fma", weight, value, sums[at]), [at])
 
         w.add_listed(panel, add)
@@ -95,77 +95,146 @@ class Tile:
                     v.store(sums[r][p], self.words.multiply_add(T.Bind(weight), splats[i][r], v.load(sums[r][p])))
 
 
+# Row r of a tile -> (row of x, row of the result).
+Rows = Callable[[Any], tuple[tirx.Expr, tirx.Expr]]
+
+
+class Product:
+    """A kernel's matrix product with the tile of `config` (matmul_tiles.py): what it does for one block.
+
+    Args:
+        spec: the call; its `x` is [..., K], its `weight` [..., N, K].
+        finish: see `Finish`.
+        gated: the panels of two halves of N alternate.
+
+    Attributes:
+        tile: the register tile.
+        stored: the weight as it is stored.
+        panels: how many of them a matrix has.
+    """
+
+    def __init__(self, spec: OpSpec, config: Config, target: Target, gated: bool, finish: Finish) -> None:
+        self.group, self._finish = 2 if gated else 1, finish
+        self._spec, self._config, self._target, self._gated = spec, config, target, gated
+        x, out = spec.input("x"), spec.outputs[0]
+        self.K, self.N, self._dtype = x.size(-1), out.size(-1), x.dtype
+        words = Words.of(target, x.dtype)
+        self.stored = stored_weight(spec, target, gated, config["lossless"])
+        self.tile = Tile(words, self.K, config["rows"], config["panels"])
+        self.panels, self._whole = panel_count(spec, target, gated), self.K // words.size
+        assert self.tile.panels % self.group == 0, config
+        assert self.tile.panels <= self.panels, (config, self.panels)
+
+    @property
+    def blocks(self) -> int:
+        """Work items that the panels of a matrix make."""
+        return -(-self.panels // self.tile.panels)
+
+    def first_panel(self, block: tirx.Expr) -> tirx.Expr:
+        """Where a block starts; the last one overlaps the one before it."""
+        return T.min(block * self.tile.panels, T.int64(self.panels - self.tile.panels))
+
+    def weights(self, tensor: tirx.Buffer) -> Weights:
+        """The weights in `tensor`."""
+        return weights_of(tensor, self._spec, self._config, self._target, self._gated)
+
+    def chunk(
+        self,
+        tensors: dict[str, tirx.Buffer],
+        out: tirx.Buffer,
+        x: tirx.Buffer,
+        weights: Weights,
+        panel: tirx.Expr,
+        w_panel: tirx.Expr,
+        tiles: tirx.Expr,
+        rows_of: Callable[[tirx.Expr], Rows],
+    ) -> None:
+        """Up to CHUNK tiles of rows, one after the other, over one block.
+
+        Args:
+            tensors: of the call, by name.
+            out: where results go, [rows, N].
+            x: as words.
+            weights: see `weights`.
+            panel, w_panel: the block's first panel in its matrix, and among those of all matrices.
+            tiles: how many.
+            rows_of: the rows of tile i; called where tile i is computed.
+        """
+        tile, group, v = self.tile, self.group, self.tile.words.vectors
+        rows, panels = tile.rows, tile.panels
+        per_pass = min(self._config["words"], self._whole)
+        passes = -(-self._whole // per_pass)
+        waiting = scratch((CHUNK if passes > 1 else 1) * rows * panels * v.lanes, "float32")
+        with T.serial(0, T.int64(passes)) as n:
+            begin, end = T.Bind(n * per_pass), T.Bind(T.min((n + 1) * per_pass, T.int64(self._whole)))
+            w = weights.block(w_panel, begin, end)
+            with T.serial(0, tiles) as i:
+                at = rows_of(i)
+                place = T.Bind((i if passes > 1 else T.int64(0)) * (rows * panels * v.lanes))
+
+                def sums_at(r, p):
+                    return place + (r * panels + p) * v.lanes
+
+                sums = [[v.register() for _ in range(panels)] for _ in range(rows)]
+                each = [(sums[r][p], sums_at(r, p)) for r in range(rows) for p in range(panels)]
+                if passes > 1:
+                    with build.If(n > 0), build.Then():
+                        for register, where in each:
+                            v.store(register, v.load(waiting, where))
+                x_rows = [T.Bind(at(r)[0] * self.K) for r in range(rows)]
+                tile.add(sums, x, w, x_rows, begin, end)
+                with build.If(n == passes - 1), build.Then():
+                    tile.add_last(sums, x, w, x_rows)
+                for register, where in each:
+                    v.store(waiting, v.load(register), where)
+                with build.If(n == passes - 1), build.Then():
+                    tile.add_listed(waiting, sums_at, x, weights, x_rows, w_panel)
+                    with T.serial(0, T.int64(rows)) as r, T.serial(0, T.int64(panels // group)) as p:
+                        totals = [v.register(v.load(waiting, sums_at(r, p * group + g))) for g in range(group)]
+                        to_panel = T.Bind(T.truncdiv(panel, group) + p)
+                        to_row = T.Bind(at(r)[1])
+                        self._store(out, self._finish(tensors, totals, to_row, to_panel * v.lanes), to_row, to_panel)
+
+    def _store(self, out: tirx.Buffer, value: Value, row: tirx.Expr, panel: tirx.Expr) -> None:
+        """A whole panel as a vector; the last one, where N is not a multiple of the lanes, value by value."""
+        lanes = self.tile.words.vectors.lanes
+
+        def columns(loop, end: int) -> None:
+            with loop(0, end) as j:
+                T.buffer_store(out, T.Cast(self._dtype, value(j)), [row, panel * lanes + j])
+
+        if self.N % lanes == 0:
+            return columns(T.vectorized, lanes)
+        with build.If(panel < self.N // lanes):
+            with build.Then():
+                columns(T.vectorized, lanes)
+            with build.Else():
+                columns(T.serial, self.N % lanes)
+
+
 def matmul(spec: OpSpec, config: Config, target: Target, gated: bool, finish: Finish) -> tirx.PrimFunc:
     """The kernel of `spec` with the tile of `config` (matmul_tiles.py); it needs T >= rows.
 
     Where `rows` does not divide T, the last tile overlaps the one before it; so does the last block.
     """
-    dtype, group = spec.input("x").dtype, 2 if gated else 1
-    K, N = spec.input("x").sizes()[1], spec.outputs[0].sizes()[1]
-    words = Words.of(target, dtype)
-    v = words.vectors
-    stored = stored_weight(spec, target, gated, config["lossless"])
-    tile = Tile(words, K, config["rows"], config["panels"])
-    rows, panels, count, whole = tile.rows, tile.panels, panel_count(spec, target, gated), K // words.size
-    assert panels % group == 0, config
-    assert panels <= count, (config, count)
-    per_pass = min(config["words"], whole)
-    passes = -(-whole // per_pass)
-
-    def store(out: tirx.Buffer, value: Value, row, panel) -> None:
-        """A whole panel as a vector; the last one, where N is not a multiple of the lanes, value by value."""
-
-        def columns(loop, end: int) -> None:
-            with loop(0, end) as j:
-                T.buffer_store(out, T.Cast(dtype, value(j)), [row, panel * v.lanes + j])
-
-        if N % v.lanes == 0:
-            return columns(T.vectorized, v.lanes)
-        with build.If(panel < N // v.lanes):
-            with build.Then():
-                columns(T.vectorized, v.lanes)
-            with build.Else():
-                columns(T.serial, N % v.lanes)
-
+    product = Product(spec, config, target, gated, finish)
+    words, rows = product.tile.words, product.tile.rows
     with IRBuilder() as builder, build.prim_func(s_tir=True):
         T.func_name("kernel")
-        tokens, tensors = bind_arguments(spec, {"weight": stored})
-        with T.attr(0, "pragma_import_llvm", v.ir):
-            x = words.view(tensors["x"], tokens * K)
-            weights = weights_of(tensors["weight"], spec, config, target, gated)
+        tokens, tensors = bind_arguments(spec, {"weight": product.stored})
+        with T.attr(0, "pragma_import_llvm", words.vectors.ir):
+            x = words.view(tensors["x"], tokens * product.K)
+            weights = product.weights(tensors["weight"])
             tiles = T.Bind(T.ceildiv(tokens, rows))
             chunks = T.Bind(T.ceildiv(tiles, CHUNK))
-            blocks = -(-count // panels)
-            with T.parallel(0, chunks * blocks) as item:
-                panel = T.Bind(T.min(T.truncmod(item, blocks) * panels, T.int64(count - panels)))
-                first = T.Bind(T.truncdiv(item, T.int64(blocks)) * CHUNK)
-                waiting = scratch((CHUNK if passes > 1 else 1) * rows * panels * v.lanes, "float32")
-                with T.serial(0, T.int64(passes)) as n:
-                    begin, end = T.Bind(n * per_pass), T.Bind(T.min((n + 1) * per_pass, T.int64(whole)))
-                    w = weights.block(panel, begin, end)
-                    with T.serial(0, T.min(T.int64(CHUNK), tiles - first)) as i:
-                        row = T.Bind(T.min((first + i) * rows, tokens - rows))
-                        place = T.Bind((i if passes > 1 else T.int64(0)) * (rows * panels * v.lanes))
+            with T.parallel(0, chunks * product.blocks) as item:
+                panel = T.Bind(product.first_panel(T.truncmod(item, product.blocks)))
+                first = T.Bind(T.truncdiv(item, T.int64(product.blocks)) * CHUNK)
 
-                        def sums_at(r, p):
-                            return place + (r * panels + p) * v.lanes
+                def rows_of(i: tirx.Expr) -> Rows:
+                    row = T.Bind(T.min((first + i) * rows, tokens - rows))
+                    return lambda r: (row + r, row + r)
 
-                        sums = [[v.register() for _ in range(panels)] for _ in range(rows)]
-                        each = [(sums[r][p], sums_at(r, p)) for r in range(rows) for p in range(panels)]
-                        if passes > 1:
-                            with build.If(n > 0), build.Then():
-                                for register, at in each:
-                                    v.store(register, v.load(waiting, at))
-                        tile.add(sums, x, w, row, begin, end)
-                        with build.If(n == passes - 1), build.Then():
-                            tile.add_last(sums, x, w, row)
-                        for register, at in each:
-                            v.store(waiting, v.load(register), at)
-                        with build.If(n == passes - 1), build.Then():
-                            tile.add_listed(waiting, sums_at, x, weights, row, panel)
-                            with T.serial(0, T.int64(rows)) as r, T.serial(0, T.int64(panels // group)) as p:
-                                totals = [v.register(v.load(waiting, sums_at(r, p * group + g))) for g in range(group)]
-                                to_panel = T.Bind(T.truncdiv(panel, group) + p)
-                                value = finish(tensors, totals, row + r, to_panel * v.lanes)
-                                store(tensors["out"], value, row + r, to_panel)
+                count = T.min(T.int64(CHUNK), tiles - first)
+                product.chunk(tensors, tensors["out"], x, weights, panel, panel, count, rows_of)
     return builder.get()

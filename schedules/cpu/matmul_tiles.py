@@ -47,7 +47,7 @@ def _pass_words(spec: OpSpec, target: Target, panels: int) -> int:
     """Words of K of a pass: half of the L2 cache for its weights, the other half for x, the sums and what is
     prefetched."""
     words = Words.of(target, spec.input("x").dtype)
-    whole, word_bytes = spec.input("x").size(1) // words.size, panels * words.vectors.lanes * 4
+    whole, word_bytes = spec.input("x").size(-1) // words.size, panels * words.vectors.lanes * 4
     passes = max(1, -(-whole * word_bytes // (target.l2_bytes // 2)))
     return -(-whole // passes // GROUP) * GROUP
 

@@ -42,8 +42,8 @@ def stored_weight(spec: OpSpec, target: Target, gated: bool, lossless: bool) -> 
 
 
 def panel_count(spec: OpSpec, target: Target, gated: bool) -> int:
-    """Panels of the weight."""
-    halves, N = 2 if gated else 1, spec.input("weight").size(0)
+    """Panels of the weight; of one expert's, if there are several."""
+    halves, N = 2 if gated else 1, spec.input("weight").size(-2)
     return halves * -(-N // halves // target.vector_lanes)
 
 
@@ -216,7 +216,7 @@ class LosslessBlock:
 
 def weights_of(tensor: tirx.Buffer, spec: OpSpec, config: Config, target: Target, gated: bool) -> Weights:
     """The weights in `tensor`, for a kernel with this configuration (matmul_tiles.py)."""
-    words, (N, K) = Words.of(target, spec.input("x").dtype), spec.input("weight").sizes()
+    words, (N, K) = Words.of(target, spec.input("x").dtype), spec.input("weight").sizes()[-2:]
     lanes, panels, ahead = words.vectors.lanes, config["panels"], config["prefetch"]
     stored = stored_weight(spec, target, gated, config["lossless"])
     if config["lossless"]:

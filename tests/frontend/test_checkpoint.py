@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from vllm_compile.errors import ModelError
-from vllm_compile.frontend.checkpoint import INDEX, SINGLE, Checkpoint, DummyCheckpoint, open_checkpoint
+from vllm_compile.errors import ModelError, UnsupportedError
+from vllm_compile.frontend.checkpoint import INDEX, SINGLE, Checkpoint, DummyCheckpoint
+from vllm_compile.frontend.conversion import open_checkpoint, weight_conversions
 
 NAMES = ("embed.weight", "layer.0.weight", "layer.1.weight", "norm.weight")
 
@@ -119,3 +121,62 @@ class TestDummyWeights:
         # 12,000 samples: the standard deviation of the estimate is 0.02 / sqrt(24,000) = 0.00013
         assert matrix.float().std().item() == pytest.approx(0.02, abs=7e-4)
         assert matrix.float().mean().item() == pytest.approx(0.0, abs=1e-3)
+
+
+def test_weights_of_another_kind_are_refused(tmp_path):
+    """Even where config.json does not say that the checkpoint is quantised."""
+    save_file({"w": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, tmp_path / SINGLE)
+    with pytest.raises(UnsupportedError, match="w is stored as F8_E4M3: quantised"):
+        Checkpoint(tmp_path).shape("w")
+
+
+class TestConversion:
+    """A tensor for each expert and projection, as Mixtral's checkpoints have them."""
+
+    def conversions(self):
+        settings = AutoConfig.for_model(
+            "mixtral",
+            hidden_size=8,
+            intermediate_size=12,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=16,
+            num_local_experts=12,
+        )
+        with torch.device("meta"):
+            return weight_conversions(AutoModelForCausalLM.from_config(settings))
+
+    def save(self, directory, **changes):
+        prefix = "model.layers.0.block_sparse_moe"
+        shapes = {"w1": (12, 8), "w2": (8, 12), "w3": (12, 8)}
+        names = {f"{prefix}.experts.{e}.{w}.weight": shape for e in range(12) for w, shape in shapes.items()}
+        tensors = {name: torch.randn(shape) for name, shape in names.items()}
+        tensors[f"{prefix}.gate.weight"] = torch.randn(12, 8)
+        tensors |= {f"{prefix}.{name}": tensor for name, tensor in changes.items()}
+        save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, directory / SINGLE)
+        return tensors
+
+    def test_experts_in_the_order_of_their_numbers(self, tmp_path):
+        tensors = self.save(tmp_path)
+        checkpoint = open_checkpoint(tmp_path, {}, torch.float32, None, self.conversions())
+        name = "model.layers.0.mlp.experts.gate_up_proj"
+        assert name in checkpoint
+        assert checkpoint.shape(name) == (12, 24, 8)
+        gate_up = checkpoint.read(name)
+        for e in range(12):
+            parts = [tensors[f"model.layers.0.block_sparse_moe.experts.{e}.{w}.weight"] for w in ("w1", "w3")]
+            assert torch.equal(gate_up[e], torch.cat(parts))
+        gate = checkpoint.read("model.layers.0.mlp.gate.weight")
+        assert torch.equal(gate, tensors["model.layers.0.block_sparse_moe.gate.weight"])
+
+    def test_an_expert_of_another_shape(self, tmp_path):
+        self.save(tmp_path, **{"experts.3.w2.weight": torch.randn(8, 11)})
+        checkpoint = open_checkpoint(tmp_path, {}, torch.float32, None, self.conversions())
+        with pytest.raises(ModelError, match=r"tensors of model.layers.0.mlp.experts.down_proj do not fit together"):
+            checkpoint.shape("model.layers.0.mlp.experts.down_proj")
+
+    def test_a_missing_expert_shows_in_the_shape(self, tmp_path):
+        self.save(tmp_path, **{"experts.11.w2.weight": None})
+        checkpoint = open_checkpoint(tmp_path, {}, torch.float32, None, self.conversions())
+        assert checkpoint.shape("model.layers.0.mlp.experts.down_proj") == (11, 8, 12)

@@ -86,17 +86,13 @@ SIZES = {
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("mixtral", {"num_key_value_heads": 2}, "mixture-of-experts"),
         ("mamba", {}, "state-space"),
-        ("bloom", {}, "attention by code of its own"),
-        ("falcon", {}, "attention by code of its own"),
+        ("gpt_neo", {"attention_types": [[["global"], 2]], "num_layers": 2}, "attention by code of the model.s own"),
+        ("bloom", {}, "attention by code of the model.s own"),
+        ("falcon", {"alibi": True}, "ALiBi position biases"),
+        ("gptj", {"rotary_dim": 8}, "attention by code of the model.s own"),
         ("bart", {"is_encoder_decoder": True}, "encoder-decoder"),
         ("qwen3_next", {"head_dim": 8, "num_key_value_heads": 2}, "linear_attention"),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-            "RoPE of type dynamic",
-        ),
         ("llama", {"rope_parameters": {"rope_type": "sideways", "rope_theta": 1e4}}, "RoPE of type sideways"),
     ],
 )

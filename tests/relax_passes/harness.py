@@ -59,14 +59,19 @@ def own_operators(function: relax.Function) -> dict[str, int]:
     return {name: count for name, count in operators(function).items() if name in OPS}
 
 
-def apply(transform: Any, before: tvm.IRModule, generator: torch.Generator) -> tuple[relax.Function, int]:
+def apply(
+    transform: Any, before: tvm.IRModule, generator: torch.Generator, **given: torch.Tensor
+) -> tuple[relax.Function, int]:
     """(`main` after the pass, its matches), after checking that `main` still computes the same.
 
+    Parameters that are not `given` are random.
     To 1e-6 of the largest value: a merged product may add its terms in another order.
     """
     after = transform(before)
     relax.analysis.well_formed(after)  # raises if not
-    arguments = random_arguments(before["main"], generator)
+    names = [parameter.name for parameter in before["main"].params]
+    drawn = dict(zip(names, random_arguments(before["main"], generator), strict=True))
+    arguments = [(drawn | given)[name] for name in names]
     expected, actual = (interpreter.run(m, "main", *arguments) for m in (before, after))
     for want, got in zip(_tuple(expected), _tuple(actual), strict=True):
         tolerance = 1e-6 if want.dtype == torch.float32 else 2**-8

@@ -48,6 +48,21 @@ def test_changes_of_an_index(generator):
     assert operators(after) == {"linear": 2, "elementwise": 1}
 
 
+def test_repeated_heads(generator):
+    """Falcon's keys: each head repeated, then every second taken again costs nothing."""
+
+    def build(emit, x, w, v):
+        tokens = x.ty.shape.values[1]
+        heads = emit(relax.op.reshape(linear(emit, x, w), (1, tokens, 2, 1, 8)))
+        repeated = emit(relax.op.broadcast_to(heads, (1, tokens, 2, 2, 8)))
+        scaled = emit(relax.op.multiply(emit(relax.op.reshape(repeated, (1, tokens, 32))), half(x)))
+        return linear(emit, scaled, v)
+
+    after, matches = apply(fuse_elementwise, module(build, x=X, w=W, v=(16, 32)), generator)
+    assert matches == 1
+    assert operators(after) == {"linear": 2, "elementwise": 1}
+
+
 def test_a_value_that_ours_reads_is_computed_once(generator):
     def build(emit, x, w, v):
         stream = emit(relax.op.add(x, linear(emit, x, w)))

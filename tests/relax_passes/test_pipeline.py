@@ -53,6 +53,7 @@ def test_structure_does_not_depend_on_the_kind(kind, pairs):
         "fuse_layer_norm": 0,
         "fuse_rms_norm": 3,
         "fuse_gate_up": 1,
+        "route_experts": 0,
         "merge_qkv": 1,
         "fuse_rope_cache": 1,
         "fuse_add_rms_norm": 1,
@@ -65,7 +66,11 @@ def test_structure_does_not_depend_on_the_kind(kind, pairs):
 def test_a_pass_without_a_match_is_counted(pairs):
     _, records = run_passes(pairs("mlp bias").imported.module)
     assert [record.name for record in records] == [transform.info.name for transform in PIPELINE]
-    assert [record.name for record in records if record.matches == 0] == ["fuse_layer_norm", "fuse_gate_up"]
+    assert [record.name for record in records if record.matches == 0] == [
+        "fuse_layer_norm",
+        "fuse_gate_up",
+        "route_experts",
+    ]
 
 
 def test_deterministic(pairs):

@@ -16,9 +16,11 @@ from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets import Target
 
 T, R, R1, W, B, N = Sym.TOKENS, Sym.REQUESTS, Sym.BOUNDARIES, Sym.TABLE_WIDTH, Sym.BLOCKS, Sym.BLOCK_SIZE
+POISON = {"float32": float("nan"), "bfloat16": float("nan"), "int32": -(2**31)}
 # Axes that are bound at each call, by input name; all others are known when a kernel is built.
 SYMBOLIC: dict[str, dict[int, Sym]] = {
     **{name: {0: T} for name in ("x", "residual", "q", "qkv", "cos", "sin", "ids", "slot_mapping")},
+    **{name: {0: T} for name in ("logits", "experts", "order", "ends")},
     "kv": {0: B, 2: N},
     "block_table": {0: R, 1: W},
     "seq_lens": {0: R},
@@ -69,8 +71,7 @@ def run(
     arguments = [layouts[name].pack(tensor) if name in layouts else tensor for name, tensor in inputs.items()]
     tokens = next(iter(inputs.values())).shape[0]
     outputs = tuple(
-        torch.full([tokens if dim == T else dim for dim in out.shape], float("nan"), dtype=getattr(torch, out.dtype))
-        for out in spec.outputs
+        torch.full(out.sizes(tokens), POISON[out.dtype], dtype=getattr(torch, out.dtype)) for out in spec.outputs
     )
     kernel(*arguments, *outputs)
     return outputs

@@ -140,3 +140,16 @@ def test_comparison_sees_a_wrong_function(generator, tmp_path):
     assert_matches(ELEMENTWISE, actual, results(ELEMENTWISE, inputs, {"expression": wrong}))
     with pytest.raises(AssertionError):
         assert_matches(ELEMENTWISE, actual, results(ELEMENTWISE, inputs, attributes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_repeated_axes(dtype, generator, tmp_path):
+    """Slices of step 0, of heads and of the last axis."""
+    nodes = [
+        Node("input", (), (T, 3, 1, 16), dtype, ("x0",)),
+        Node("slice", (0,), (T, 3, 2, 16), dtype, ((0, 1), (0, 1), (0, 0), (0, 1))),
+        Node("slice", (0,), (T, 3, 2, 16), dtype, ((0, 1), (0, 1), (0, 0), (5, 0))),
+        Node("multiply", (1, 2), (T, 3, 2, 16), dtype),
+        Node("reshape", (3,), (T, 96), dtype),
+    ]
+    check(nodes, HOST, tmp_path / "kernels", generator)

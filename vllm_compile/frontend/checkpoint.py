@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm_compile.errors import ModelError
+from vllm_compile.errors import ModelError, UnsupportedError
 from vllm_compile.spec import DUMMY_STD
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 class Checkpoint:
@@ -48,9 +49,19 @@ class Checkpoint:
             return file.get_tensor(name).clone()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the tensor called `name`; nothing else of it is read."""
+        """The shape of the tensor called `name`; nothing else of it is read.
+
+        Raises:
+            UnsupportedError: it is not stored as plain floating-point numbers.
+        """
         with self._open(self._shard_of[name]) as file:
-            return tuple(file.get_slice(name).get_shape())
+            stored = file.get_slice(name)
+        if stored.get_dtype() not in PLAIN_DTYPES:
+            raise UnsupportedError(
+                f"{self.directory}: {name} is stored as {stored.get_dtype()}: quantised checkpoints are not "
+                "supported yet; compile the original weights"
+            )
+        return tuple(stored.get_shape())
 
     def _shards(self) -> list[Path]:
         index = self.directory / INDEX
@@ -105,10 +116,3 @@ class DummyCheckpoint:
         order = sorted(self._shapes).index(name)
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + order)
         return torch.empty(shape, dtype=self._dtype).normal_(std=DUMMY_STD, generator=generator)
-
-
-def open_checkpoint(
-    directory: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, dummy_seed: int | None
-) -> Checkpoint | DummyCheckpoint:
-    """The checkpoint in `directory`, or random weights of these shapes from a seed."""
-    return Checkpoint(directory) if dummy_seed is None else DummyCheckpoint(shapes, dtype, dummy_seed)

@@ -10,12 +10,18 @@ from typing import Any
 from vllm_compile.errors import UnsupportedError
 
 SUPPORTED = "decoder-only Transformers with causal softmax attention in every layer are supported (docs/models.md)"
-# RoPE whose angles depend on the position alone.  `dynamic` and `longrope` also depend on the sequence's length.
-ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+ROPE_TYPES = frozenset({"default", "dynamic", "linear", "llama3", "longrope", "yarn"})
+# Types of RoPE whose angles change where a sequence outgrows the length that the model was trained for.  A compiled
+# model serves sequences up to there, `max_positions`, so that they depend on the position alone, as all others do.
+GROWING_ROPE = frozenset({"dynamic", "longrope"})
 # Kinds of layers, as transformers calls them in `layer_types`, that are attention to a paged cache.
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-# Families that compute attention by code of their own, which does not come in as one operator.
-OWN_ATTENTION = frozenset({"bloom", "codegen", "ctrl", "falcon", "gptj", "mpt", "openai-gpt", "xlnet"})
+OWN_CODE = "attention by code of the model's own is not supported yet"
+# Families with such code that cannot even be traced, or whose error would not say so.
+OWN_ATTENTION = frozenset({"bloom", "codegen", "ctrl", "gptj", "mpt", "openai-gpt", "xlnet"})
+# Families whose code calls torch's scaled_dot_product_attention itself, with the option that holds how many heads
+# of keys and values it really has: the code may repeat them for all heads of queries.
+TORCH_ATTENTION = {"falcon": "num_kv_heads"}
 # Names in checkpoints that transformers has renamed since: by kind of model, new -> old start of a name.
 OLDER_NAMES = {"gpt_neox": ("lm_head.", "embed_out.")}
 STATE_SPACE = ("mamba", "rwkv", "recurrent_gemma", "xlstm")
@@ -41,27 +47,35 @@ def _refusal(config: Any) -> str | None:
     if any(word in kind for word in STATE_SPACE):
         return "state-space models are not supported"
     if kind in OWN_ATTENTION:
-        return f"{kind} computes attention by code of its own, which is not supported yet"
+        return OWN_CODE
+    if getattr(config, "alibi", False):
+        return "ALiBi position biases are not supported"
     other = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if other:
         return f"layers of type {', '.join(sorted(other))} are not supported"
-    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
-        return "mixture-of-experts layers are not supported yet"
     if getattr(config, "attention_chunk_size", None):
         return "chunked attention is not supported"
-    unknown = sorted(_rope_types(getattr(config, "rope_parameters", None)) - ROPE_TYPES)
+    kinds = {str(p["rope_type"]) for p in _rope_parameters(getattr(config, "rope_parameters", None))}
+    unknown = sorted(kinds - ROPE_TYPES)
     if unknown:
         return f"RoPE of type {', '.join(unknown)} is not supported ({', '.join(sorted(ROPE_TYPES))} are)"
     return None
 
 
-def _rope_types(parameters: Any) -> set[str]:
-    """The types of RoPE in use: one, or one for each type of layer."""
+def max_positions(config: Any) -> int:
+    """Positions that are served are below this: with RoPE of type longrope, those that its short factors are for."""
+    every = _rope_parameters(getattr(config, "rope_parameters", None))
+    trained = [p["original_max_position_embeddings"] for p in every if p.get("rope_type") == "longrope"]
+    return min([config.max_position_embeddings, *trained])
+
+
+def _rope_parameters(parameters: Any) -> list[dict[str, Any]]:
+    """The parameters of each RoPE in use: of one, or of one for each type of layer."""
     if not isinstance(parameters, dict):
-        return set()
+        return []
     if "rope_type" in parameters:
-        return {str(parameters["rope_type"])}
-    return set().union(*(_rope_types(inner) for inner in parameters.values()))
+        return [parameters]
+    return [found for inner in parameters.values() for found in _rope_parameters(inner)]
 
 
 def older_name(config: Any, name: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import WeightTransform
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vllm_compile.errors import ModelError, UnsupportedError
 
-from .families import check_family, older_name
+from .conversion import weight_conversions
+from .families import GROWING_ROPE, OWN_CODE, SUPPORTED, TORCH_ATTENTION, check_family, older_name
 from .repeats import expand_repeats, find_repeats, without_repeats
-from .torch_ops import ATTENTION, mark_layers
+from .torch_ops import ATTENTION, EXPERTS, ListIndices, check_experts, mark_layers, torch_attention
 
 
 @dataclass(frozen=True)
@@ -28,23 +32,27 @@ class TracedModel:
         config: the model's own configuration.
         shapes: shape of every checkpoint tensor by name.
         aliases: parameter name -> all names it may have in a checkpoint (tied weights share one).
+        conversions: how the parameters are made from a checkpoint's tensors, where they are not just these.
     """
 
     program: torch.export.ExportedProgram
     config: Any
     shapes: dict[str, tuple[int, ...]]
     aliases: dict[str, tuple[str, ...]]
+    conversions: tuple[WeightTransform, ...] = ()
 
 
 class _Flat(nn.Module):
     """The model on one flat batch of tokens, as a serving engine calls it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, num_kv_heads: int | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.num_kv_heads = model, num_kv_heads
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        out = self.model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False)
+        attention = nullcontext() if self.num_kv_heads is None else torch_attention(self.num_kv_heads)
+        with attention, ListIndices():
+            out = self.model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False)
         return out.logits
 
 
@@ -88,13 +96,10 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
             torch.export cannot trace it.
     """
     check_family(config)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype).eval()
-    except Exception as error:  # transformers raises whatever its models do
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UnsupportedError(f"{config.model_type}: transformers cannot build the model ({what})") from error
+    model = _build(config, dtype)
+    check_experts(model)
     materialise_buffers(model)
+    settle_rope(model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     aliases = parameter_aliases(model)
     layers = decoder_layers(model, config)
@@ -102,7 +107,8 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
     tokens = torch.export.Dim("T", min=2, max=1 << 20)
     ids = torch.zeros(16, dtype=torch.int32, device="meta")
     positions = torch.zeros(16, dtype=torch.int64, device="meta")
-    flat = _Flat(model)
+    kv_heads = TORCH_ATTENTION.get(config.model_type)
+    flat = _Flat(model, None if kv_heads is None else getattr(config, kv_heads))
     try:
         repeats = find_repeats(layers, lambda: flat(ids, positions))
         with torch.no_grad(), without_repeats(layers, repeats):
@@ -115,7 +121,39 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
     except Exception as error:  # torch.export raises many kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UnsupportedError(f"{type(model).__name__} cannot be traced by torch.export: {reason[0]}") from error
-    return TracedModel(program, config, shapes, aliases)
+    _check_attention(program, config)
+    return TracedModel(program, config, shapes, aliases, weight_conversions(model))
+
+
+def _build(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on meta tensors, with our attention."""
+    calls_torch = config.model_type in TORCH_ATTENTION
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation="sdpa" if calls_torch else ATTENTION,
+                experts_implementation=EXPERTS,
+                dtype=dtype,
+            ).eval()
+    except Exception as error:  # transformers raises whatever its models do
+        if isinstance(error, KeyError) and error.args == (ATTENTION,):
+            raise UnsupportedError(f"{config.model_type}: {OWN_CODE}; {SUPPORTED}") from error
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UnsupportedError(f"{config.model_type}: transformers cannot build the model ({what})") from error
+    if calls_torch:
+        # The body makes the mask, and for our attention makes none; the layers keep the configuration as it was.
+        model.base_model.config = copy.deepcopy(model.config)
+        model.base_model.config._attn_implementation = ATTENTION
+    return model
+
+
+def _check_attention(program: torch.export.ExportedProgram, config: Any) -> None:
+    """Each layer has attention that came in as one operator; UnsupportedError names those that do not."""
+    ours = torch.ops.vllm_compile.causal_attention.default
+    seen = {node.args[3] for node in program.graph.nodes if node.target is ours}
+    if other := sorted(set(range(config.num_hidden_layers)) - seen):
+        raise UnsupportedError(f"{config.model_type}: layers {', '.join(map(str, other))}: {OWN_CODE}; {SUPPORTED}")
 
 
 def decoder_layers(model: nn.Module, config: Any) -> nn.ModuleList:
@@ -134,6 +172,20 @@ def materialise_buffers(model: PreTrainedModel) -> None:
             module._buffers[name] = torch.zeros_like(buffer, device="cpu")
         if meta:
             model._init_weights(module)
+
+
+def settle_rope(model: nn.Module) -> None:
+    """Keep the angles of RoPE as they are for sequences of the length that the model was trained for."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, dict):
+            vars(module)["rope_type"] = {layer: _settled(kind) for layer, kind in kinds.items()}
+        elif isinstance(kinds, str):
+            vars(module)["rope_type"] = _settled(kinds)
+
+
+def _settled(kind: str) -> str:
+    return "default" if kind in GROWING_ROPE else kind
 
 
 def parameter_aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:

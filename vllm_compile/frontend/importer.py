@@ -7,7 +7,9 @@ model's dtype), attention, embeddings, layer boundaries and position tables.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -18,7 +20,7 @@ from tvm import relax, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from vllm_compile.errors import UnsupportedError
-from vllm_compile.ops import CAUSAL_ATTENTION, EMBEDDING, LAYER_BOUNDARY, LAYER_NORM, LINEAR
+from vllm_compile.ops import CAUSAL_ATTENTION, EMBEDDING, LAYER_BOUNDARY, LAYER_NORM, LINEAR, MOE
 from vllm_compile.relax_passes.base import substitute
 from vllm_compile.spec import Sym
 
@@ -50,12 +52,15 @@ def import_model(traced: TracedModel, max_positions: int) -> ImportedModel:
     program = traced.program
     positions = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == "positions")
     tables = tabulate_positions(program, positions, max_positions)
+    if complex_tables := sum(table.is_complex() for table in tables):
+        kind = traced.config.model_type
+        raise UnsupportedError(f"{kind}: RoPE in complex numbers ({complex_tables} tables) is not supported")
     importer = _Importer(
         [relax.Var(f"position_table_{i}", _table_type(t)) for i, t in enumerate(tables)], max_positions
     )
     try:
         module = importer.from_exported_program(program, True, True, False, importer.converters())
-    except AssertionError as error:
+    except UnsupportedError as error:
         raise UnsupportedError(f"{traced.config.model_type}: {error}") from error
     names = {
         s.arg.name: s.target.removeprefix("model.")
@@ -95,6 +100,14 @@ class _Importer(ExportedProgramImporter):
         super().__init__()
         self.tables, self.max_positions = tables, max_positions
 
+    def _check_unsupported_func_type(self, nodes):
+        """Refuse operators that nothing converts; from here on those that are converted say where they stand."""
+        for node in nodes:
+            if node.op == "call_function":
+                if node.target.__name__ not in self.convert_map:
+                    raise UnsupportedError(f"operator {node.target.__name__} ({_place(node)}) is not supported")
+                self.convert_map[node.target.__name__] = _named(self.convert_map[node.target.__name__])
+
     @staticmethod
     def _convert_pytorch_tensor_to_tvm(tensor_value):
         if tensor_value.is_meta:
@@ -106,14 +119,55 @@ class _Importer(ExportedProgramImporter):
         return {
             "linear.default": _linear,
             "addmm.default": _addmm,
+            "matmul.default": _matmul,
+            "numpy_T.default": _transpose,
             "layer_norm.default": _layer_norm,
             "dropout.default": lambda node, importer: importer.env[node.args[0]],
             "embedding.default": _embedding,
             "causal_attention.default": _causal_attention,
             "layer_boundary.default": _layer_boundary,
+            "moe.default": _moe,
+            "select.int": _select,
+            "div_.Tensor": _divide_in_place,
             "to.dtype": _cast,
             "position_table.default": _position_table,
         }
+
+
+def _place(node: fx.Node) -> str:
+    """The module of the model that a node comes from."""
+    modules = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(modules[-1][0]).removeprefix("model.") if modules else "outside all modules"
+
+
+def _named(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """The converter, whose errors say which operator of which module could not be converted."""
+    if hasattr(convert, "names_errors"):
+        return convert
+
+    @wraps(convert)
+    def converted(node: fx.Node, *importer: _Importer) -> Any:
+        try:
+            return convert(node, *importer)
+        except Exception as error:  # TVM's converters raise whatever the operators they call do
+            reason = " ".join(str(error).split())
+            raise UnsupportedError(
+                f"operator {cast(Callable, node.target).__name__} ({_place(node)}) cannot be converted: {reason}"
+            ) from error
+
+    converted.__dict__["names_errors"] = True
+    return converted
+
+
+def _select(node: fx.Node, importer: _Importer) -> relax.Var:
+    """One index of an axis, as a slice without the axis."""
+    x, axis, index = importer.env[node.args[0]], cast(int, node.args[1]), cast(int, node.args[2])
+    shape = x.ty.shape.values
+    axis %= len(shape)
+    if index < 0:
+        index += int(shape[axis])
+    part = importer.block_builder.emit(relax.op.strided_slice(x, [axis], [index], [index + 1], [1]))
+    return importer.block_builder.emit(relax.op.squeeze(part, [axis]))
 
 
 def _linear(node: fx.Node, importer: _Importer) -> relax.Var:
@@ -127,6 +181,20 @@ def _addmm(node: fx.Node, importer: _Importer) -> relax.Var:
     bias, x, weight = importer.retrieve_args(node)[:3]
     transposed = importer.block_builder.emit(relax.op.permute_dims(weight, [1, 0]))
     return importer.block_builder.emit(LINEAR({"x": x, "weight": transposed, "bias": bias}))
+
+
+def _transpose(node: fx.Node, importer: _Importer) -> relax.Var:
+    x = importer.env[node.args[0]]
+    return importer.block_builder.emit(relax.op.permute_dims(x, list(range(x.ty.ndim))[::-1]))
+
+
+def _matmul(node: fx.Node, importer: _Importer) -> relax.Var:
+    """A product with a weight [K, N] (Falcon writes its transpose out) is a linear layer."""
+    x, weight = importer.retrieve_args(node)
+    if len(weight.ty.shape.values) != 2 or weight.ty.shape.values[0] != x.ty.shape.values[-1]:
+        raise UnsupportedError(f"operator matmul of {x.ty} and {weight.ty} is not supported")
+    transposed = importer.block_builder.emit(relax.op.permute_dims(weight, [1, 0]))
+    return importer.block_builder.emit(LINEAR({"x": x, "weight": transposed}))
 
 
 def _layer_norm(node: fx.Node, importer: _Importer) -> relax.Var:
@@ -164,6 +232,19 @@ def _causal_attention(node: fx.Node, importer: _Importer) -> relax.Var:
 def _layer_boundary(node: fx.Node, importer: _Importer) -> relax.Var:
     x, index = importer.retrieve_args(node)
     return importer.block_builder.emit(LAYER_BOUNDARY({"x": x}, index=index))
+
+
+def _moe(node: fx.Node, importer: _Importer) -> relax.Var:
+    x, experts, scores, gate_up, down = importer.retrieve_args(node)
+    inputs = {"x": x, "experts": experts, "scores": scores, "gate_up": gate_up, "down": down}
+    return importer.block_builder.emit(MOE(inputs))
+
+
+def _divide_in_place(node: fx.Node, importer: _Importer) -> relax.Var:
+    """Whoever reads the value that was divided reads the result from here on."""
+    a, b = importer.retrieve_args(node)
+    importer.env[node.args[0]] = quotient = importer.block_builder.emit(relax.op.divide(a, b))
+    return quotient
 
 
 def _position_table(node: fx.Node, importer: _Importer) -> relax.Var:

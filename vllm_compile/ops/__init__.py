@@ -5,14 +5,18 @@ from .base import OwnOp, Tolerance
 from .causal_attention import CAUSAL_ATTENTION
 from .elementwise import ELEMENTWISE
 from .embedding import EMBEDDING
+from .expert_gate_up_silu import EXPERT_GATE_UP_SILU
+from .expert_linear import EXPERT_LINEAR
 from .gate_up_silu import GATE_UP_SILU
 from .kv_cache_write import KV_CACHE_WRITE
 from .layer_boundary import LAYER_BOUNDARY
 from .layer_norm import LAYER_NORM
 from .linear import LINEAR
+from .moe import MOE
 from .paged_attention import PAGED_ATTENTION
 from .qkv_rope_cache import QKV_ROPE_CACHE
 from .rms_norm import RMS_NORM
+from .route import ROUTE
 from .silu_mul import SILU_MUL
 
 OPS: dict[str, OwnOp] = {
@@ -22,14 +26,18 @@ OPS: dict[str, OwnOp] = {
         CAUSAL_ATTENTION,
         ELEMENTWISE,
         EMBEDDING,
+        EXPERT_GATE_UP_SILU,
+        EXPERT_LINEAR,
         GATE_UP_SILU,
         KV_CACHE_WRITE,
         LAYER_BOUNDARY,
         LAYER_NORM,
         LINEAR,
+        MOE,
         PAGED_ATTENTION,
         QKV_ROPE_CACHE,
         RMS_NORM,
+        ROUTE,
         SILU_MUL,
     )
 }

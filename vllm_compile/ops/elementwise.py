@@ -52,8 +52,10 @@ def _value(node: Node, operands: list, shape: list[int], inputs: dict[str, torch
         case "cast":
             return operands[0]
         case "slice":
-            where = zip(node.parameters, shape, strict=True)
-            return operands[0][tuple(slice(begin, begin + size * step, step) for (begin, step), size in where)]
+            value = operands[0]
+            for axis, ((begin, step), size) in enumerate(zip(node.parameters, shape, strict=True)):
+                value = value.index_select(axis, begin + step * torch.arange(size))
+            return value
         case "concat":
             return torch.cat(operands, dim=node.parameters[0])
         case "permute":

@@ -1,0 +1,85 @@
+"""A mixture of experts becomes its router and two linear layers of experts."""
+
+import pytest
+import torch
+from tvm import relax
+
+from tests.relax_passes.harness import TOKENS, Shape, apply, module, own_operators
+from vllm_compile.ops import MOE
+from vllm_compile.relax_passes.route_experts import route_experts
+
+EXPERTS, TOP_K, WIDTH, INNER = 5, 3, 8, 12
+SHAPES: dict[str, Shape] = {
+    "x": ("T", WIDTH),
+    "logits": ("T", EXPERTS),
+    "gate_up": (EXPERTS, 2 * INNER, WIDTH),
+    "down": (EXPERTS, WIDTH, INNER),
+}
+ROUTED = {"route": 1, "expert_gate_up_silu": 1, "expert_linear": 1}
+
+
+def mixture(
+    emit, x, logits, gate_up, down, normalise=True, scores_dtype="float32", largest=True, other=None, wide="float32"
+):
+    """As Mixtral writes it."""
+    cast = lambda value, dtype: value if str(value.ty.dtype) == dtype else emit(relax.op.astype(value, dtype))  # noqa: E731
+    probabilities = emit(relax.op.nn.softmax(cast(logits, wide), axis=-1))
+    top = emit(relax.op.topk(probabilities, TOP_K, axis=-1, largest=largest, ret_type="both", dtype="int64"))
+    values, experts = emit(relax.TupleGetItem(top, 0)), emit(relax.TupleGetItem(top, 1))
+    if normalise:
+        summed = values if other is None else cast(other, "float32")
+        values = emit(relax.op.divide(values, emit(relax.op.sum(summed, axis=[-1], keepdims=True))))
+    inputs = {"x": x, "experts": experts, "scores": cast(values, scores_dtype), "gate_up": gate_up, "down": down}
+    return emit(MOE(inputs))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scores_dtype"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+)
+@pytest.mark.parametrize("normalise", [True, False])
+def test_routed(dtype, scores_dtype, normalise, generator):
+    def build(emit, *inputs):
+        return mixture(emit, *inputs, normalise=normalise, scores_dtype=scores_dtype)
+
+    # No two alike: which of equal logits torch.topk takes is not defined.
+    logits = torch.stack([torch.randperm(EXPERTS, generator=generator) for _ in range(TOKENS)]).to(
+        getattr(torch, dtype)
+    )
+    after, matches = apply(route_experts, module(build, dtype, **SHAPES), generator, logits=logits)
+    assert matches == 1
+    assert own_operators(after) == ROUTED
+
+
+@pytest.mark.parametrize("changes", [{"largest": False}, {"other": True}], ids=["the least likely", "another sum"])
+def test_routers_of_another_kind(changes, generator):
+    def build(emit, x, logits, gate_up, down):
+        given = {**changes, "other": logits} if "other" in changes else changes
+        return mixture(emit, x, logits, gate_up, down, **given)
+
+    after, matches = apply(route_experts, module(build, **SHAPES), generator)
+    assert matches == 0
+    assert own_operators(after) == {"moe": 1}
+
+
+def test_a_softmax_that_is_rounded(generator):
+    def build(emit, *inputs):
+        return mixture(emit, *inputs, normalise=False, wide="bfloat16", scores_dtype="bfloat16")
+
+    _, matches = apply(route_experts, module(build, "bfloat16", **SHAPES), generator)
+    assert matches == 0
+
+
+def test_scores_of_another_choice(generator):
+    """Experts from one router, scores from another."""
+
+    def build(emit, x, logits, gate_up, down):
+        tops = []
+        for scale in (1.0, -1.0):
+            scaled = emit(relax.op.multiply(logits, relax.const(scale, "float32")))
+            soft = emit(relax.op.nn.softmax(scaled, axis=-1))
+            tops.append(emit(relax.op.topk(soft, TOP_K, axis=-1, largest=True, ret_type="both", dtype="int64")))
+        experts, scores = emit(relax.TupleGetItem(tops[0], 1)), emit(relax.TupleGetItem(tops[1], 0))
+        return emit(MOE({"x": x, "experts": experts, "scores": scores, "gate_up": gate_up, "down": down}))
+
+    _, matches = apply(route_experts, module(build, **SHAPES), generator)
+    assert matches == 0

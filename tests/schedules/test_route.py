@@ -1,0 +1,92 @@
+"""`route` against its reference: any number of tokens and experts, ties, groups of every size."""
+
+import pytest
+import torch
+
+from vllm_compile.ops import ROUTE
+from vllm_compile.schedules.cpu.route import Route
+
+from . import harness
+from .levels import HOST
+
+FAMILY = Route()
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """`kernel(logits, top_k, normalise)`: what the kernel gives; one is built for each kind of call."""
+    built = {}
+
+    def call(logits, top_k=2, normalise=True):
+        spec = harness.op_spec(ROUTE, {"logits": logits}, {"top_k": top_k, "normalise": normalise})
+        if spec not in built:
+            folder = tmp_path_factory.mktemp("route")
+            built[spec] = harness.compile_variants(FAMILY, spec, HOST, folder)
+        serves = max(minimum for minimum in built[spec] if minimum <= max(1, len(logits)))
+        return harness.run(built[spec][serves], FAMILY, spec, HOST, {"logits": logits})
+
+    return call
+
+
+def expected(logits, top_k=2, normalise=True):
+    return ROUTE.reference(logits, top_k, normalise)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("experts", "top_k", "normalise"), [(8, 2, True), (61, 6, False), (4, 4, True), (1, 1, False)])
+def test_matches_reference(dtype, experts, top_k, normalise, generator, kernel):
+    """bfloat16 logits have many ties."""
+    for tokens in (0, 1, 2, 7, 300):
+        logits = (torch.randn(tokens, experts, generator=generator) * 3).to(dtype)
+        harness.assert_matches(ROUTE, kernel(logits, top_k, normalise), expected(logits, top_k, normalise))
+
+
+def test_of_equal_logits_the_first_experts(kernel):
+    logits = torch.tensor([[1.0, 2, 2, 2, 0, 2, 0, 0], [0.0] * 8])
+    assert kernel(logits)[0].tolist() == [[1, 2], [0, 1]]
+
+
+def test_same_experts_as_transformers(generator, kernel):
+    """softmax in float32, torch.topk of it, division by the sum."""
+    logits = torch.randn(50, 8, generator=generator)
+    scores, experts = logits.softmax(-1).topk(2)
+    ours = kernel(logits)
+    assert torch.equal(ours[0].long(), experts)
+    torch.testing.assert_close(ours[1], scores / scores.sum(-1, keepdim=True))
+
+
+def test_all_tokens_to_one_pair_of_experts(generator, kernel):
+    logits = torch.randn(9, 8, generator=generator)
+    logits[:, [3, 6]] += torch.tensor([200.0, 100.0])
+    experts, scores, order, ends = kernel(logits)
+    assert experts.tolist() == [[3, 6]] * 9
+    assert scores.isfinite().all()
+    assert order.flatten().tolist() == [*range(0, 18, 2), *range(1, 18, 2)]
+    assert ends.flatten().tolist() == [9] * 9 + [18] * 9
+
+
+def test_nan_stays_in_its_row(generator, kernel):
+    logits = torch.randn(5, 8, generator=generator)
+    clean, dirty = kernel(logits), logits.clone()
+    dirty[2, 4] = float("nan")
+    experts, scores, order, _ = kernel(dirty)
+    others = torch.arange(5) != 2
+    assert torch.equal(experts[others], clean[0][others])
+    assert torch.equal(scores[others], clean[1][others])
+    assert scores[2].isnan().all()
+    assert sorted(order.flatten().tolist()) == list(range(10))
+
+
+def test_comparison_sees_one_other_logit(generator, kernel):
+    logits = torch.randn(7, 8, generator=generator)
+    wrong = logits.clone()
+    wrong[6, wrong[6].argmin()] = wrong[6].max() + 1
+    harness.assert_matches(ROUTE, kernel(logits), expected(logits))
+    with pytest.raises(AssertionError):
+        harness.assert_matches(ROUTE, kernel(wrong), expected(logits))
+
+
+def test_more_experts_asked_for_than_there_are():
+    spec = harness.op_spec(ROUTE, {"logits": torch.zeros(3, 2)}, {"top_k": 2, "normalise": True})
+    attributes = tuple((name, 3 if name == "top_k" else value) for name, value in spec.attributes)
+    assert not FAMILY.serves(type(spec)(spec.op, spec.inputs, spec.outputs, attributes), HOST)
