@@ -17,6 +17,8 @@ MAX_PANELS = 4
 MAX_ROWS = 12
 # Weight vectors to have on their way: 8 KiB of them hide 200 ns at 40 GB/s, what one core of a server reads.
 IN_FLIGHT = 128
+# Unpacking takes registers too: tiles of more rows than this take no more panels than that (measured on a Zen 4).
+UNPACKED_ROWS, UNPACKED_PANELS = 4, 2
 
 
 def serves(spec: OpSpec, target: Target, gated: bool, lossless: bool) -> bool:
@@ -102,9 +104,12 @@ def default_variants(spec: OpSpec, target: Target, gated: bool, lossless: bool) 
     for tokens in range(1, 2 * most + 2):
         rows = rows_for(tokens)
         # A single row leaves so much time between its loads that the hardware's own prefetching does better.
-        in_flight = 0 if rows == 1 and not lossless else IN_FLIGHT
-        words = _pass_words(spec, target, widest[rows])
-        config = _config(rows, widest[rows], in_flight, words, lossless, lossless and tokens > most)
+        in_flight = 0 if rows == 1 else IN_FLIGHT
+        # Two tiles unpack sooner into registers, each for itself, than once into the cache.
+        cached = lossless and tokens > 2 * most
+        narrow = lossless and not cached and rows > UNPACKED_ROWS
+        panels = min(widest[rows], UNPACKED_PANELS) if narrow else widest[rows]
+        config = _config(rows, panels, in_flight, _pass_words(spec, target, panels), lossless, cached)
         if not variants or variants[-1].config != config:
             variants.append(Variant(tokens, config))
     return variants
