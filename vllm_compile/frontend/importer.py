@@ -130,6 +130,7 @@ class _Importer(ExportedProgramImporter):
             "select.int": _select,
             "div_.Tensor": _divide_in_place,
             "to.dtype": _cast,
+            "softmax.int": _softmax,
             "position_table.default": _position_table,
         }
 
@@ -219,6 +220,17 @@ def _cast(node: fx.Node, importer: _Importer) -> relax.Expr:
     x = importer.env[node.args[0]]
     dtype = str(node.args[1]).removeprefix("torch.")
     return x if str(x.ty.dtype) == dtype else importer.block_builder.emit(relax.op.astype(x, dtype))
+
+
+def _softmax(node: fx.Node, importer: _Importer) -> relax.Var:
+    """In the dtype that is asked for: the values are cast before."""
+    x, axis, *dtype = node.args
+    values = importer.env[x]
+    wanted = dtype[0] if dtype else node.kwargs.get("dtype")
+    name = str(values.ty.dtype) if wanted is None else str(wanted).removeprefix("torch.")
+    if str(values.ty.dtype) != name:
+        values = importer.block_builder.emit(relax.op.astype(values, name))
+    return importer.block_builder.emit(relax.op.nn.softmax(values, cast(int, axis)))
 
 
 def _causal_attention(node: fx.Node, importer: _Importer) -> relax.Var:
