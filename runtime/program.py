@@ -78,7 +78,7 @@ class Program:
         self._executor.set_weights(placed | self._restored(placed))
 
     def load_dummy_weights(self, seed: int = 0) -> None:
-        """Gaussian weights of standard deviation 0.02 (vectors: ones), made on the device: to time, not to serve."""
+        """Gaussian weights of deviation 0.02 (vectors: ones; packed for a CPU: zeros): to time, not to serve."""
         specs = self._all_specs()
         plain_of = {source: name for name, source in self.plan.restored.items()}
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -86,7 +86,7 @@ class Program:
         def make(name: str) -> torch.Tensor:
             spec = specs[plain_of.get(name, name)]
             if spec.dtype == "uint8":
-                return torch.zeros(spec.sizes(), dtype=torch.uint8, device=self.device)  # zeros, packed for a CPU
+                return torch.zeros(spec.sizes(), dtype=torch.uint8, device=self.device)
             weight = torch.ones(spec.sizes(), dtype=getattr(torch, spec.dtype), device=self.device)
             if weight.dim() > 1:
                 weight.normal_(std=DUMMY_STD, generator=generator)

@@ -22,7 +22,10 @@ def mixture(
     emit, x, logits, gate_up, down, normalise=True, scores_dtype="float32", largest=True, other=None, wide="float32"
 ):
     """As Mixtral writes it."""
-    cast = lambda value, dtype: value if str(value.ty.dtype) == dtype else emit(relax.op.astype(value, dtype))  # noqa: E731
+
+    def cast(value, dtype):
+        return value if str(value.ty.dtype) == dtype else emit(relax.op.astype(value, dtype))
+
     probabilities = emit(relax.op.nn.softmax(cast(logits, wide), axis=-1))
     top = emit(relax.op.topk(probabilities, TOP_K, axis=-1, largest=largest, ret_type="both", dtype="int64"))
     values, experts = emit(relax.TupleGetItem(top, 0)), emit(relax.TupleGetItem(top, 1))

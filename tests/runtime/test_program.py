@@ -148,6 +148,17 @@ class TestForward:
         assert run(program, [prompt], [[5], [60]])[0].shape == unprepared.shape
         assert run(program, [prompt], [[60]])[0].equal(unprepared)
 
+    def test_dummy_weights(self, tiny_bf16, generator):
+        """Packed ones are zeros, and nothing else to a kernel: each layer leaves its input as it is."""
+        program = load(tiny_bf16, weights=False)
+        program.load_dummy_weights()
+        assert any(weight.spec.dtype == "uint8" for weight in program.plan.functions["forward"].weights)
+        batch, seen, prompt = PagedBatch(program.plan.model, [9]), list[torch.Tensor](), tokens(9, generator)
+        arguments = {**batch.step([0], [9]), "observer": lambda layer, x: seen.append(x.clone())}
+        hidden = program(prompt, kv=batch.kv, **arguments)
+        assert torch.equal(seen[0], seen[1])
+        assert not program.logits(hidden).any()
+
     def test_bfloat16(self, tiny_bf16, generator):
         program, prompt = load(tiny_bf16), tokens(40, generator)
         (logits,) = run(program, [prompt], [[39], [40]])
