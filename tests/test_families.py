@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import vllm_compile
 from tests.conftest import SEED
 from vllm_compile import driver
+from vllm_compile.accuracy import relative_error
 from vllm_compile.driver import CompileOptions, compile_model
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.frontend.hf import read_config, trace
@@ -23,7 +24,7 @@ from vllm_compile.frontend.importer import import_model
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.relax_passes.pipeline import run_passes
 from vllm_compile.schedules.cpu import gate_up, linear
-from vllm_compile.verify import QUICK_PROMPTS, relative_error, verify
+from vllm_compile.verify import QUICK_PROMPTS, quick_prompts, verify
 
 pytestmark = pytest.mark.slow
 
@@ -215,8 +216,18 @@ def test_longrope_serves_what_it_was_trained_for(artifacts):
 def test_bfloat16(family, artifacts):
     """Against float32 no more than 1.1x the error of Hugging Face's bfloat16."""
     artifact = artifacts(family, "bfloat16")
-    report = verify(artifact, artifact.with_name("model"), lengths=QUICK_PROMPTS)
+    report = verify(artifact, artifact.with_name("model"), lengths=quick_prompts(artifact))
     assert report.passed, report
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen 3 MoE"])
+def test_bfloat16_sees_one_expert_without_weights(family, artifacts, tmp_path):
+    """Negative control: what only some of the tokens meet."""
+    model, artifact = random_model(family), artifacts(family, "bfloat16")
+    experts = [weight for name, weight in model.named_parameters() if "layers.0" in name and "experts.down" in name]
+    experts[0].data[-1].zero_()
+    model.save_pretrained(tmp_path)
+    assert not verify(artifact, tmp_path, lengths=quick_prompts(artifact)).passed
 
 
 def test_bfloat16_sees_one_layer_without_bias(artifacts, tmp_path):

@@ -10,10 +10,10 @@ from tvm import relax
 from tests import interpreter
 from tests.models import KINDS, MAX_POSITIONS, config
 from tests.relax_passes.harness import operators
+from vllm_compile.accuracy import relative_error
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.frontend.hf import trace
 from vllm_compile.frontend.importer import import_model
-from vllm_compile.verify import relative_error
 
 
 def logits(pair, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,12 +7,12 @@ from transformers.models.llama import modeling_llama
 from tests import models
 from tests.conftest import SEED
 from tests.relax_passes.harness import Served, own_operators
+from vllm_compile.accuracy import relative_error
 from vllm_compile.relax_passes.base import match_counts
 from vllm_compile.relax_passes.fuse_rope_cache import fuse_rope_cache
 from vllm_compile.relax_passes.merge_qkv import merge_qkv
 from vllm_compile.relax_passes.outline_layers import outline_layers
 from vllm_compile.relax_passes.page_kv_cache import page_kv_cache
-from vllm_compile.verify import relative_error
 
 
 def swapped_halves(x):

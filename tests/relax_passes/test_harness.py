@@ -5,10 +5,10 @@ import torch
 from tvm import relax
 
 from tests.relax_passes.harness import Served, apply, module
+from vllm_compile.accuracy import relative_error
 from vllm_compile.ops import RMS_NORM
 from vllm_compile.relax_passes.base import Definitions, counted_pass, replace_by, rewrite_functions
 from vllm_compile.relax_passes.page_kv_cache import page_kv_cache
-from vllm_compile.verify import relative_error
 
 
 @counted_pass("larger_epsilon")

@@ -5,9 +5,9 @@ import torch
 from tvm import relax
 
 from tests.relax_passes.harness import Served, operators
+from vllm_compile.accuracy import relative_error
 from vllm_compile.relax_passes.lift_weights import _split, lift_weights
 from vllm_compile.relax_passes.pipeline import PIPELINE
-from vllm_compile.verify import relative_error
 
 
 def before_lifting(pair):

@@ -5,9 +5,9 @@ import torch
 
 from tests import interpreter
 from tests.relax_passes.harness import Served, own_operators
+from vllm_compile.accuracy import relative_error
 from vllm_compile.relax_passes.base import match_counts
 from vllm_compile.relax_passes.page_kv_cache import page_kv_cache
-from vllm_compile.verify import relative_error
 
 
 @pytest.fixture

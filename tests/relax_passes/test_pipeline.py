@@ -7,8 +7,8 @@ from tvm import relax
 from tests import interpreter
 from tests.models import KINDS
 from tests.relax_passes.harness import Served, own_operators
+from vllm_compile.accuracy import relative_error
 from vllm_compile.relax_passes.pipeline import PIPELINE, run_passes
-from vllm_compile.verify import relative_error
 
 LAYER = {
     "rms_norm": 1,

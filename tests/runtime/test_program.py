@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from vllm_compile.accuracy import relative_error
 from vllm_compile.errors import ArtifactError
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.runtime.manifest import content_digest, sha256
 from vllm_compile.runtime.program import Program, load, read_weights
-from vllm_compile.verify import relative_error
 
 # Kernels for another number of tokens add the same terms in another order.
 CLOSE = 1e-5

@@ -25,8 +25,8 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_compile import load
+from vllm_compile.accuracy import relative_error
 from vllm_compile.paged_batch import PagedBatch
-from vllm_compile.verify import relative_error
 
 pytestmark = pytest.mark.slow
 
