@@ -198,7 +198,7 @@ print(peaks["verify"], peak() + resource.getrusage(resource.RUSAGE_CHILDREN).ru_
 """
 VERIFY = """
 start = peak()
-verify.verify(artifact, model, lengths=verify.QUICK_PROMPTS)
+verify.verify(artifact, model, quick=True)
 print(peak() - start)
 """
 

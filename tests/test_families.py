@@ -24,7 +24,7 @@ from vllm_compile.frontend.importer import import_model
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.relax_passes.pipeline import run_passes
 from vllm_compile.schedules.cpu import gate_up, linear
-from vllm_compile.verify import QUICK_PROMPTS, quick_prompts, verify
+from vllm_compile.verify import verify
 
 pytestmark = pytest.mark.slow
 
@@ -216,7 +216,7 @@ def test_longrope_serves_what_it_was_trained_for(artifacts):
 def test_bfloat16(family, artifacts):
     """Against float32 no more than 1.1x the error of Hugging Face's bfloat16."""
     artifact = artifacts(family, "bfloat16")
-    report = verify(artifact, artifact.with_name("model"), lengths=quick_prompts(artifact))
+    report = verify(artifact, artifact.with_name("model"), quick=True)
     assert report.passed, report
 
 
@@ -227,7 +227,7 @@ def test_bfloat16_sees_one_expert_without_weights(family, artifacts, tmp_path):
     experts = [weight for name, weight in model.named_parameters() if "layers.0" in name and "experts.down" in name]
     experts[0].data[-1].zero_()
     model.save_pretrained(tmp_path)
-    assert not verify(artifact, tmp_path, lengths=quick_prompts(artifact)).passed
+    assert not verify(artifact, tmp_path, quick=True).passed
 
 
 def test_bfloat16_sees_one_layer_without_bias(artifacts, tmp_path):
@@ -235,7 +235,7 @@ def test_bfloat16_sees_one_layer_without_bias(artifacts, tmp_path):
     model = random_model("StableLM")
     model.model.layers[0].self_attn.v_proj.bias.data.zero_()
     model.save_pretrained(tmp_path)
-    assert not verify(artifacts("StableLM", "bfloat16"), tmp_path, lengths=QUICK_PROMPTS).passed
+    assert not verify(artifacts("StableLM", "bfloat16"), tmp_path, quick=True).passed
 
 
 def logits_error(artifact: Path, model: PreTrainedModel) -> float:

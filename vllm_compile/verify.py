@@ -33,8 +33,10 @@ from .streamed import StreamedProgram
 
 # Prompts of one length are one batch for Hugging Face, whose weights are streamed once per batch.
 QUICK_PROMPTS, FULL_PROMPTS = (27, 27), (1, 17, 17, 64, 150)
-# A token that a near tie sent to another expert changes what follows it in its prompt: many short ones.
-ROUTED_PROMPTS = (8,) * 20
+# Of a mixture of experts: a token that a near tie sent to another expert changes what follows it in its prompt, so most
+# tokens are in short ones.
+QUICK_ROUTED_PROMPTS = (8,) * 20
+FULL_ROUTED_PROMPTS = FULL_PROMPTS + 2 * QUICK_ROUTED_PROMPTS
 DECODED = 4  # the last tokens of each prompt are fed one at a time
 
 
@@ -69,8 +71,9 @@ def verify(
     model: Path,
     target: str = "cpu",
     dummy_seed: int | None = None,
-    lengths: Sequence[int] = FULL_PROMPTS,
     seed: int = 0,
+    lengths: Sequence[int] | None = None,
+    quick: bool = False,
 ) -> Report:
     """Verify the artifact's plan and kernels against the model it was made from; both run on the target's device.
 
@@ -79,10 +82,11 @@ def verify(
         model: the Hugging Face directory.
         target: what the artifact is compiled for.
         dummy_seed: seed of the dummy weights, if it was compiled with such.
-        lengths: tokens of each prompt, drawn at random from `seed`.
+        lengths: tokens of each prompt, drawn at random from `seed`; None: those of the quick or the full form.
     """
     plan = from_json((artifact / PLAN).read_text())
     dtype: torch.dtype = getattr(torch, plan.model.dtype)
+    lengths = lengths or prompt_lengths(plan, quick)
     config = read_config(model)
     checkpoint = _checkpoint(model, config, dtype, dummy_seed)
     generator = torch.Generator().manual_seed(seed)
@@ -113,9 +117,11 @@ def verify(
     return Report(sum(lengths), by_layer, error, reference_error, kl, reference_kl, agreement, passed, times)
 
 
-def quick_prompts(artifact: Path) -> tuple[int, ...]:
-    """Lengths of the quick form's prompts."""
-    return ROUTED_PROMPTS if _routes(from_json((artifact / PLAN).read_text())) else QUICK_PROMPTS
+def prompt_lengths(plan: Plan, quick: bool) -> tuple[int, ...]:
+    """Tokens of each prompt that the quick or the full form draws for a plan."""
+    if _routes(plan):
+        return QUICK_ROUTED_PROMPTS if quick else FULL_ROUTED_PROMPTS
+    return QUICK_PROMPTS if quick else FULL_PROMPTS
 
 
 def verify_quick(artifact: Path, model: Path, target: str, dummy_seed: int | None) -> dict[str, Any]:
@@ -188,7 +194,7 @@ def main(arguments: list[str]) -> int:
     artifact, model, target, *seed = arguments
     if not (Path(artifact) / LIBRARY).exists():
         raise ModelError(f"{artifact}: no compiled kernels here")
-    report = verify(Path(artifact), Path(model), target, int(seed[0]) if seed else None, quick_prompts(Path(artifact)))
+    report = verify(Path(artifact), Path(model), target, int(seed[0]) if seed else None, quick=True)
     print(json.dumps(asdict(report)))
     return 0
 
