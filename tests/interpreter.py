@@ -45,6 +45,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "relax.divide": lambda call, a, b: a / b,
     "relax.tanh": lambda call, x: x.tanh(),
     "relax.nn.gelu": lambda call, x: torch.nn.functional.gelu(x),
+    "relax.nn.gelu_tanh": lambda call, x: torch.nn.functional.gelu(x, approximate="tanh"),
     "relax.power": lambda call, x, exponent: x**exponent,
     "relax.negative": lambda call, x: -x,
     "relax.rsqrt": lambda call, x: x.rsqrt(),

@@ -9,10 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from vllm_compile.driver import dtype_of, fuse_model
+from vllm_compile.driver import fuse_model
 from vllm_compile.errors import TargetError
 from vllm_compile.frontend.families import max_positions
 from vllm_compile.frontend.hf import read_config, read_config_file
+from vllm_compile.frontend.model import dtype_of
 from vllm_compile.relax_passes.outline_layers import FORWARD, LOGITS
 from vllm_compile.spec import TensorSpec
 from vllm_compile.targets import CHIPS, Chip, Target, resolve

@@ -1,0 +1,260 @@
+"""An ONNX graph to Relax: the same operators, written in the same way, as a model of Hugging Face is imported to.
+
+ONNX's batch and sequence are the one flat batch that a serving engine calls: [1, T, ...].  What a graph does with
+its mask and its past keys and values, to know where each sequence ends, is left to the engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import tvm
+from tvm import relax, tirx
+
+from vllm_compile.errors import UnsupportedError
+from vllm_compile.ops import EMBEDDING
+from vllm_compile.relax_passes.base import clean
+from vllm_compile.spec import Sym
+
+from .attention import ATTENTION, Past, past_of
+from .attention import CONVERTERS as ATTENTION_OPERATORS
+from .graph import Node, OnnxGraph
+from .layers import mark_layers
+from .operators import CONVERTERS as PLAIN_OPERATORS
+from .tensors import BFLOAT16, FLOAT, FLOAT16
+from .values import GraphInput, Weight
+
+CONVERTERS = {**PLAIN_OPERATORS, **ATTENTION_OPERATORS}
+CAST, FLOATS = "Cast", {FLOAT: "float32", FLOAT16: "float16", BFLOAT16: "bfloat16"}
+QUANTISED = ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "QMoE", "DequantizeLinear", "QuantizeLinear",
+             "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a graph calls the inputs and the output that are known by their names."""
+
+    input_ids: str = "input_ids"
+    position_ids: str = "position_ids"
+    logits: str = "logits"
+
+
+@dataclass(frozen=True)
+class ImportedGraph:
+    """A graph in Relax.
+
+    Attributes:
+        module: `main(input_ids, positions, weights...) -> logits [1, T, V]`.
+        weights: what each weight parameter is, by its name in Relax.
+        tables: position tables by the name of their parameter in Relax.
+        max_positions: that the tables have rows for.
+        shapes: what the graph says of fields of config.json.
+    """
+
+    module: tvm.IRModule
+    weights: dict[str, Weight]
+    tables: dict[str, torch.Tensor]
+    max_positions: int
+    shapes: dict[str, int]
+
+
+def native_dtype(graph: OnnxGraph) -> str:
+    """What a graph computes in: the dtype of the keys and values that it is given.
+
+    Raises:
+        UnsupportedError: it has no attention that we know, or a quantised cache.
+    """
+    for node in graph.nodes:
+        if node.op in ATTENTION:
+            element = graph.inputs.get(past_of(graph, node).key)
+            if element not in FLOATS:
+                raise UnsupportedError(f"{graph.file}: {node}: a quantised KV cache is not supported")
+            return FLOATS[element]
+    named = sorted({node.op for node in graph.nodes if "Attention" in node.op})
+    found = f"its attention is {', '.join(named)}" if named else "it has no attention"
+    raise UnsupportedError(f"{graph.file}: {found}; {', '.join(ATTENTION)} is supported (docs/models.md)")
+
+
+def import_graph(graph: OnnxGraph, names: Names, dtype: str, max_positions: int) -> ImportedGraph:
+    """Convert a graph, to be computed in `dtype`, for positions below `max_positions` at most.
+
+    Raises:
+        UnsupportedError: a node that cannot be converted; it is named.
+        ModelError: the graph is not what its nodes need.
+    """
+    if names.logits not in graph.outputs:
+        raise UnsupportedError(f"{graph.file}: no output named {names.logits}: {', '.join(graph.outputs)}")
+    if names.input_ids not in graph.inputs:
+        raise UnsupportedError(f"{graph.file}: no input named {names.input_ids}: {', '.join(graph.inputs)}")
+    rows = (graph.initializers.shape(past.cos)[0] for past in _pasts(graph) if past.cos in graph.initializers)
+    return Importer(graph, names, dtype, min([max_positions, *rows])).run()
+
+
+def _pasts(graph: OnnxGraph) -> list[Past]:
+    return [past_of(graph, node) for node in graph.nodes if node.op in ATTENTION]
+
+
+@dataclass
+class Importer:
+    """What converters see: `(node, importer) -> value`, a tuple of values where the node has several outputs.
+
+    Attributes:
+        dtype: what the graph's own dtype becomes.
+        layers: attentions that were converted.
+    """
+
+    graph: OnnxGraph
+    names: Names
+    dtype: str
+    max_positions: int
+    builder: relax.BlockBuilder = field(default_factory=relax.BlockBuilder)
+    values: dict[str, Any] = field(default_factory=dict)
+    layers: int = 0
+    shapes: dict[str, int] = field(default_factory=dict)
+    parameters: dict[Weight, relax.Var] = field(default_factory=dict)
+    tables: dict[tuple[str, bool], tuple[relax.Var, torch.Tensor]] = field(default_factory=dict)
+    rows: dict[tuple[str, bool], relax.Expr] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        tokens = tirx.Var(Sym.TOKENS, "int64")
+        self.tokens = tokens
+        self.input_ids = relax.Var("input_ids", relax.TensorType([tokens], "int32"))
+        self.positions = relax.Var("positions", relax.TensorType([tokens], "int64"))
+        self.native = native_dtype(self.graph)
+
+    def run(self) -> ImportedGraph:
+        nodes = self.graph.needed(
+            [self.names.logits], lambda n: past_of(self.graph, n).operands if n.op in ATTENTION else n.inputs
+        )
+        self._check_operators(nodes)
+        with self.builder.function("main"):
+            with self.builder.dataflow():
+                for number, node in enumerate(nodes):
+                    self._convert(node, _place(nodes, number))
+                logits = self.builder.emit_output(self.operand(self._logits()))
+            weights = list(self.parameters.values())
+            tables = [var for var, _ in self.tables.values()]
+            self.builder.emit_func_output(logits, params=[self.input_ids, self.positions, *weights, *tables])
+        module = mark_layers(clean(self.builder.finalize()))
+        self.shapes |= {"num_hidden_layers": self.layers, "vocab_size": int(logits.ty.shape.values[-1])}
+        named = {var.name: weight for weight, var in self.parameters.items()}
+        tensors = {var.name: tensor for var, tensor in self.tables.values()}
+        return ImportedGraph(module, named, tensors, self.max_positions, self.shapes)
+
+    def emit(self, expr: relax.Expr) -> relax.Var:
+        return self.builder.emit(expr)
+
+    def operand(self, name: str) -> relax.Expr:
+        """The value called `name`, as Relax has it."""
+        value = self.value(name)
+        if isinstance(value, Weight):
+            return self.parameter(value)
+        if isinstance(value, np.ndarray) and value.size == 1:
+            return relax.const(value.item(), self.constant_dtype(value))
+        if not isinstance(value, relax.Expr):
+            what = f"the graph's input {name}" if isinstance(value, GraphInput) else f"{name}, of an unusual shape,"
+            raise UnsupportedError(f"{what} cannot be an operand here")
+        return value
+
+    def value(self, name: str) -> Any:
+        """The value called `name`, of whatever kind."""
+        if name in self.values:
+            return self.values[name]
+        if name in self.graph.constants:
+            return self.graph.constants[name]
+        if name in self.graph.inputs:
+            return GraphInput(name)
+        stored = self.graph.initializers
+        if name not in stored:
+            raise UnsupportedError(f"{name} is made by no node before")
+        numbers = stored.whole_numbers(name)
+        if numbers is not None:
+            return numbers
+        if not stored.shape(name):
+            return np.asarray(float(stored.read(name)))
+        return Weight(name, stored.shape(name))
+
+    def numbers(self, name: str) -> list[int]:
+        """A list of whole numbers that is known when the graph is read."""
+        value = self.value(name)
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
+            raise UnsupportedError(f"{name} is not known before the graph runs")
+        return [int(number) for number in value.reshape(-1)]
+
+    def parameter(self, weight: Weight) -> relax.Var:
+        """The parameter that holds a weight."""
+        if weight not in self.parameters:
+            taken = {var.name for var in self.parameters.values()}
+            name = "".join(c if c.isalnum() else "_" for c in weight.name) + (
+                "_transposed" if weight.transposed and weight.flip() in self.parameters else ""
+            )
+            while name in taken:
+                name += "_"
+            kind = self.float_dtype(self.graph.initializers.element_type(weight.name))
+            self.parameters[weight] = relax.Var(name, relax.TensorType(list(weight.shape), kind))
+        return self.parameters[weight]
+
+    def float_dtype(self, element: int) -> str:
+        """What ONNX's element type becomes: the graph's own dtype what was asked for, float32 beside it itself."""
+        name = FLOATS.get(element)
+        if name not in (self.native, "float32"):
+            raise UnsupportedError(
+                f"numbers of ONNX's element type {element} in a graph of {self.native} are not supported"
+            )
+        return self.dtype if name == self.native else "float32"
+
+    def constant_dtype(self, value: np.ndarray) -> str:
+        """Of a number in the graph; a whole one is an exponent."""
+        return self.dtype if str(value.dtype) != "float32" or self.native == "float32" else "float32"
+
+    def table_rows(self, name: str, interleaved: bool) -> relax.Expr:
+        """Row of each token's position in a cache of cosines or sines [P, D / 2], as [1, 1, T, D].
+
+        Each angle stands there twice: in both halves, or for both neighbours.
+        """
+        if (name, interleaved) not in self.rows:
+            if name not in self.graph.initializers:
+                raise UnsupportedError(f"angles {name} that are no initializer are not supported")
+            half = self.graph.initializers.read(name)[: self.max_positions]
+            twice = half.repeat_interleave(2, -1) if interleaved else torch.cat([half, half], dim=-1)
+            table = twice.to(getattr(torch, self.dtype))
+            var = relax.Var(f"position_table_{len(self.tables)}", relax.TensorType(list(table.shape), self.dtype))
+            self.tables[name, interleaved] = (var, table)
+            rows = self.emit(EMBEDDING({"ids": self.positions, "table": var}))
+            rows = self.emit(relax.op.expand_dims(rows, 0))
+            self.rows[name, interleaved] = self.emit(relax.op.expand_dims(rows, 1))
+        return self.rows[name, interleaved]
+
+    def _logits(self) -> str:
+        """The logits before a last cast: an engine casts them as it likes."""
+        node = self.graph.producers[self.names.logits]
+        return node.inputs[0] if node.op == CAST else self.names.logits
+
+    def _check_operators(self, nodes: list[Node]) -> None:
+        for number, node in enumerate(nodes):
+            if node.op not in CONVERTERS:
+                where = f"{self.graph.file}: {node} ({_place(nodes, number)})"
+                if node.op in QUANTISED:
+                    raise UnsupportedError(
+                        f"{where}: quantised models are not supported; export it in fp32, fp16 or bf16"
+                    )
+                raise UnsupportedError(f"{where}: operator {node.op} is not supported")
+
+    def _convert(self, node: Node, place: str) -> None:
+        try:
+            made = CONVERTERS[node.op](node, self)
+        except Exception as error:  # Relax's operators raise whatever they do of operands that do not fit
+            reason = " ".join(str(error).split())
+            raise UnsupportedError(f"{self.graph.file}: {node} ({place}) cannot be converted: {reason}") from error
+        self.values |= zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False)
+
+
+def _place(nodes: list[Node], number: int) -> str:
+    """Where a node stands: between which attentions, for a graph does not say where a layer begins."""
+    before = sum(node.op in ATTENTION for node in nodes[:number])
+    after = before + any(node.op in ATTENTION for node in nodes[number:])
+    sides = [f"behind the attention of layer {before - 1}"] if before else []
+    return " and ".join([*sides, *([f"before that of layer {before}"] if after > before else [])])

@@ -1,0 +1,257 @@
+"""Operators of ONNX but for attention, each `(node, importer) -> value`.
+
+Norms are written out as Hugging Face's models write them, so that what follows is one way for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tvm import relax
+
+from vllm_compile.errors import UnsupportedError
+from vllm_compile.ops import EMBEDDING, LAYER_NORM, LINEAR
+from vllm_compile.ops.base import arguments_of
+
+from .graph import Node
+from .values import Folded, GraphInput, Weight
+
+if TYPE_CHECKING:
+    from .importer import Importer
+
+Converter = Callable[[Node, "Importer"], Any]
+
+
+def attributes(node: Node, importer: Importer, known: dict[str, Any]) -> dict[str, Any]:
+    """A node's attributes, those left out as in `known`; UnsupportedError for one that is not there."""
+    if unknown := sorted(node.attributes.keys() - known.keys()):
+        raise UnsupportedError(f"attribute {', '.join(unknown)} is not supported")
+    return known | dict(node.attributes)
+
+
+def only_first(node: Node, first: int) -> None:
+    """UnsupportedError if the node has inputs behind the first few."""
+    if any(node.inputs[first:]):
+        raise UnsupportedError(f"input {next(filter(None, node.inputs[first:]))} is not supported")
+
+
+def rms_norm(importer: Importer, x: relax.Expr, weight: relax.Expr, eps: float) -> relax.Var:
+    """RMSNorm over the last axis, with the roundings of Hugging Face's LlamaRMSNorm."""
+    emit, dtype = importer.emit, str(x.ty.dtype)
+    wide = x if dtype == "float32" else emit(relax.op.astype(x, "float32"))
+    mean = emit(relax.op.mean(emit(relax.op.power(wide, relax.const(2.0, "float32"))), axis=[-1], keepdims=True))
+    root = emit(relax.op.rsqrt(emit(relax.op.add(mean, relax.const(eps, "float32")))))
+    normed = emit(relax.op.multiply(wide, root))
+    normed = normed if dtype == "float32" else emit(relax.op.astype(normed, dtype))
+    return emit(relax.op.multiply(weight, normed))
+
+
+def _norm_attributes(node: Node, importer: Importer) -> float:
+    given = attributes(node, importer, {"epsilon": 1e-5, "axis": -1, "stash_type": 1})
+    if given["axis"] != -1 or given["stash_type"] != 1:
+        raise UnsupportedError(f"axis {given['axis']} with stash_type {given['stash_type']} is not supported")
+    return float(given["epsilon"])
+
+
+def _simplified_layer_norm(node: Node, importer: Importer) -> Any:
+    eps = _norm_attributes(node, importer)
+    x, weight = importer.value(node.inputs[0]), importer.operand(node.inputs[1])
+    if isinstance(x, Folded):
+        return Folded(rms_norm(importer, x.rows, weight, eps))
+    return rms_norm(importer, importer.operand(node.inputs[0]), weight, eps)
+
+
+def _skip_simplified_layer_norm(node: Node, importer: Importer) -> tuple[Any, ...]:
+    """The norm of a sum, and the sum: outputs 0 and 3."""
+    only_first(node, 4)
+    eps = float(attributes(node, importer, {"epsilon": 1e-5})["epsilon"])
+    total = _residual_sum(node, importer, node.input(3))
+    return rms_norm(importer, total, importer.operand(node.inputs[2]), eps), None, None, total
+
+
+def _layer_norm(node: Node, importer: Importer) -> relax.Var:
+    eps = _norm_attributes(node, importer)
+    x, weight, bias = (importer.operand(name) if name else None for name in (*node.inputs, "")[:3])
+    return importer.emit(LAYER_NORM({"x": x, "weight": weight, "bias": bias}, eps=eps))
+
+
+def _skip_layer_norm(node: Node, importer: Importer) -> tuple[Any, ...]:
+    eps = float(attributes(node, importer, {"epsilon": 1e-5})["epsilon"])
+    total = _residual_sum(node, importer, node.input(4))
+    inputs = {
+        "x": total,
+        "weight": importer.operand(node.inputs[2]),
+        "bias": importer.operand(node.inputs[3]) if node.input(3) else None,
+    }
+    return importer.emit(LAYER_NORM(inputs, eps=eps)), None, None, total
+
+
+def _residual_sum(node: Node, importer: Importer, bias: str) -> relax.Var:
+    residual, x = (importer.operand(name) for name in node.inputs[:2])
+    return add(importer, residual, add(importer, x, importer.operand(bias)) if bias else x)
+
+
+def _matmul(node: Node, importer: Importer) -> relax.Var:
+    """ONNX has the weight as [K, N], we as [N, K]."""
+    x, weight = importer.operand(node.inputs[0]), importer.value(node.inputs[1])
+    if not isinstance(weight, Weight) or len(weight.shape) != 2:
+        raise UnsupportedError("a product with what is no weight [K, N] is not supported")
+    return importer.emit(LINEAR({"x": x, "weight": importer.parameter(weight.flip())}))
+
+
+def add(importer: Importer, a: relax.Expr, b: relax.Expr) -> relax.Var:
+    """A sum; a vector added to what a linear layer gives is its bias."""
+    for x, bias in ((a, b), (b, a)):
+        linear = importer.builder.lookup_binding(x) if isinstance(x, relax.Var) else None
+        if bias in importer.parameters.values() and bias.ty.ndim == 1 and LINEAR.matches(linear):
+            inputs = arguments_of(linear)
+            if "bias" not in inputs:
+                return importer.emit(LINEAR({**inputs, "bias": bias}))
+    return importer.emit(relax.op.add(a, b))
+
+
+def _add(node: Node, importer: Importer) -> relax.Var:
+    a, b = (importer.operand(name) for name in node.inputs)
+    return add(importer, a, b)
+
+
+def _multiply(node: Node, importer: Importer) -> relax.Var:
+    """A product; that of x and its sigmoid is SiLU."""
+    for name, other in (node.inputs, node.inputs[::-1]):
+        gate = importer.graph.producers.get(other)
+        if gate is not None and gate.op == "Sigmoid" and gate.inputs[0] == name:
+            return importer.emit(relax.op.nn.silu(importer.operand(name)))
+    return _binary(relax.op.multiply)(node, importer)
+
+
+def _binary(operator: Callable[..., relax.Expr]) -> Converter:
+    def convert(node: Node, importer: Importer) -> relax.Var:
+        a, b = (importer.operand(name) for name in node.inputs)
+        return importer.emit(operator(a, b))
+
+    return convert
+
+
+def _unary(operator: Callable[..., relax.Expr]) -> Converter:
+    return lambda node, importer: importer.emit(operator(importer.operand(node.inputs[0])))
+
+
+def _gelu(node: Node, importer: Importer) -> relax.Var:
+    form = attributes(node, importer, {"approximate": "none"})["approximate"]
+    operator = relax.op.nn.gelu_tanh if form == "tanh" else relax.op.nn.gelu
+    return importer.emit(operator(importer.operand(node.inputs[0])))
+
+
+def _cast(node: Node, importer: Importer) -> relax.Expr:
+    x, dtype = importer.operand(node.inputs[0]), importer.float_dtype(node.attributes["to"])
+    return x if str(x.ty.dtype) == dtype else importer.emit(relax.op.astype(x, dtype))
+
+
+def _gather(node: Node, importer: Importer) -> relax.Var:
+    """The embedding; token ids are taken as they come."""
+    table, ids = (importer.value(name) for name in node.inputs)
+    if attributes(node, importer, {"axis": 0})["axis"] != 0 or not isinstance(table, Weight):
+        raise UnsupportedError("only rows of a weight can be gathered")
+    if ids != GraphInput(importer.names.input_ids):
+        raise UnsupportedError(f"only rows for {importer.names.input_ids} can be gathered, not for {node.inputs[1]}")
+    importer.shapes["hidden_size"] = table.shape[1]
+    ids_1T = importer.emit(relax.op.expand_dims(importer.input_ids, 0))
+    return importer.emit(EMBEDDING({"ids": ids_1T, "table": importer.parameter(table)}))
+
+
+def _transpose(node: Node, importer: Importer) -> Any:
+    x = importer.value(node.inputs[0])
+    axes = list(node.attributes.get("perm", []))
+    if isinstance(x, Weight) and axes in ([1, 0], []) and len(x.shape) == 2:
+        return x.flip()
+    if not axes or axes[0] != 0:
+        raise UnsupportedError(f"a transposition by {axes} is not supported")
+    return importer.emit(relax.op.permute_dims(importer.operand(node.inputs[0]), axes))
+
+
+def _reshape(node: Node, importer: Importer) -> Any:
+    """Of the last axis, in two or back into one; heads may be counted with the tokens in between."""
+    x, shape = importer.value(node.inputs[0]), importer.numbers(node.inputs[1])
+    if attributes(node, importer, {"allowzero": 0})["allowzero"]:
+        raise UnsupportedError("allowzero is not supported")
+    rows = x.rows if isinstance(x, Folded) else importer.operand(node.inputs[0])
+    width = int(np.prod([int(dim) for dim in rows.ty.shape.values[2:]]))
+    keeps_tokens = len(shape) >= 2 and shape[0] in (0, 1, -1) and shape[1] in (0, -1)
+    inner = shape[2:]
+    if not keeps_tokens or not inner or any(dim == 0 for dim in inner) or inner.count(-1) > 1:
+        raise UnsupportedError(f"to {shape} is not supported")
+    if -1 in inner:
+        inner[inner.index(-1)] = width // int(-np.prod(inner))
+    folds = len(inner) == 1 and inner[0] != width and width % inner[0] == 0
+    inner = [width // inner[0], *inner] if folds else inner
+    if int(np.prod(inner)) != width:
+        raise UnsupportedError(f"of {width} values for each token to {shape} is not supported")
+    reshaped = importer.emit(relax.op.reshape(rows, [1, importer.tokens, *inner]))
+    return Folded(reshaped) if folds else reshaped
+
+
+def _split(node: Node, importer: Importer) -> tuple[relax.Expr, ...]:
+    x = importer.operand(node.inputs[0])
+    given = attributes(node, importer, {"axis": 0, "num_outputs": len(node.outputs)})
+    axis = _inner_axis(x, given["axis"])
+    width = int(x.ty.shape.values[axis])
+    even = [-(-width // len(node.outputs))] * (len(node.outputs) - 1)  # the last part is smaller where it must be
+    sizes = importer.numbers(node.inputs[1]) if node.input(1) else [*even, width - sum(even)]
+    starts = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+    parts = importer.emit(relax.op.split(x, starts, axis=axis - x.ty.ndim))
+    return tuple(importer.emit(relax.TupleGetItem(parts, i)) for i in range(len(sizes)))
+
+
+def _concat(node: Node, importer: Importer) -> relax.Var:
+    parts = [importer.operand(name) for name in node.inputs]
+    return importer.emit(relax.op.concat(parts, axis=_inner_axis(parts[0], node.attributes["axis"]) - parts[0].ty.ndim))
+
+
+def _slice(node: Node, importer: Importer) -> relax.Var:
+    x = importer.operand(node.inputs[0])
+    starts, ends = (importer.numbers(name) for name in node.inputs[1:3])
+    axes = importer.numbers(node.inputs[3]) if node.input(3) else list(range(len(starts)))
+    steps = importer.numbers(node.inputs[4]) if node.input(4) else [1] * len(starts)
+    axes = [_inner_axis(x, axis) for axis in axes]
+    if min(steps) < 1:
+        raise UnsupportedError(f"in steps of {steps} is not supported")
+    return importer.emit(relax.op.strided_slice(x, axes, starts, ends, steps))
+
+
+def _inner_axis(x: relax.Expr, axis: int) -> int:
+    """An axis counted from the first; UnsupportedError unless it is one behind the tokens'."""
+    counted = axis % x.ty.ndim
+    if counted < 2:
+        raise UnsupportedError(f"along axis {axis} is not supported: tokens are batched as they come")
+    return counted
+
+
+CONVERTERS: dict[str, Converter] = {
+    "Add": _add,
+    "Cast": _cast,
+    "Concat": _concat,
+    "Div": _binary(relax.op.divide),
+    "Exp": _unary(relax.op.exp),
+    "Gather": _gather,
+    "Gelu": _gelu,
+    "Identity": lambda node, importer: importer.value(node.inputs[0]),
+    "LayerNormalization": _layer_norm,
+    "MatMul": _matmul,
+    "Mul": _multiply,
+    "Neg": _unary(relax.op.negative),
+    "Pow": _binary(relax.op.power),
+    "Relu": _unary(relax.op.nn.relu),
+    "Reshape": _reshape,
+    "Sigmoid": _unary(relax.op.sigmoid),
+    "SimplifiedLayerNormalization": _simplified_layer_norm,
+    "SkipLayerNormalization": _skip_layer_norm,
+    "SkipSimplifiedLayerNormalization": _skip_simplified_layer_norm,
+    "Slice": _slice,
+    "Split": _split,
+    "Sqrt": _unary(relax.op.sqrt),
+    "Sub": _binary(relax.op.subtract),
+    "Tanh": _unary(relax.op.tanh),
+    "Transpose": _transpose,
+}
