@@ -148,6 +148,22 @@ def test_sixteen_bits(name, precision, tmp_path, generator):
     assert relative_error(wide, exact) < 1e-2, "but for the angles, which the graph has in 16 bits"
 
 
+@pytest.mark.parametrize("provider", ["cuda", "dml", "webgpu", "NvTensorRtRtx"])
+@pytest.mark.parametrize("name", ["Llama", "Qwen 3"])
+def test_providers(name, provider, tmp_path, ids):
+    """The builder writes the same model in other operators: rotation, norms of q and k, and all norms apart, or not."""
+    model = rounded(MODELS[name](), torch.float16)
+    given = build(tmp_path, model, "fp16", provider)
+    plain = build(tmp_path / "plain", model, "fp16", "webgpu", fuse_qk_norm_gqa="false")
+    expected = opened(plain, "float32")
+    assert torch.equal(ours(opened(given, "float32"), ids), ours(expected, ids))
+    runs = (run_passes(model.module)[1] for model in (opened(given, "float32"), expected))
+    counted, known = ({record.name: record.matches for record in records} for records in runs)
+    same = ("fuse_rms_norm", "fuse_add_rms_norm", "fuse_rope_cache", "fuse_gate_up", "fuse_residual", "outline_layers")
+    assert {n: counted[n] for n in same} == {n: known[n] for n in same}
+    assert relative_error(ours(expected, ids), logits(plain, ids)) < 1e-2, "which computes in float16"
+
+
 def test_float16_is_nearer_than_onnx_runtimes(tmp_path, ids):
     """Computed in float32, from weights and angles in 16 bits; ONNX Runtime has float16 throughout."""
     model = rounded(llama(), torch.float16)

@@ -13,7 +13,7 @@ from vllm_compile.ops import CAUSAL_ATTENTION
 
 from .graph import Node, OnnxGraph
 from .operators import attributes, only_first, rms_norm
-from .values import GraphInput
+from .values import GraphInput, Heads
 
 if TYPE_CHECKING:
     from .importer import Importer
@@ -71,15 +71,8 @@ def _group_query_attention(node: Node, importer: Importer) -> tuple[relax.Expr]:
     past = past_of(importer.graph, node)
     _check_inputs(node, past, importer)
     heads, kv_heads = int(given["num_heads"]), int(given["kv_num_heads"])
-    q, k, v = _heads(node, importer, heads, kv_heads)
-    head_dim = int(q.ty.shape.values[-1])
-    facts = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
-    importer.shapes |= facts
-    for norm, index in ((past.norms[0], 0), (past.norms[1], 1)):
-        if norm:
-            normed = rms_norm(importer, (q, k)[index], importer.operand(norm), float(given["qk_norm_epsilon"]))
-            q, k = (normed, k) if index == 0 else (q, normed)
-    q, k, v = (importer.emit(relax.op.permute_dims(x, ROWS_TO_HEADS)) for x in (q, k, v))
+    q, k, v, head_dim = _heads(node, importer, past, (heads, kv_heads), float(given["qk_norm_epsilon"]))
+    importer.shapes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
     if given["do_rotary"]:
         interleaved = bool(given["rotary_interleaved"])
         q, k = (rotate(importer, x, past.cos, past.sin, interleaved) for x in (q, k))
@@ -116,22 +109,32 @@ def _check_inputs(node: Node, past: Past, importer: Importer) -> None:
         raise UnsupportedError(f"positions {node.input(9)} are not supported")
 
 
-def _heads(node: Node, importer: Importer, heads: int, kv_heads: int) -> list[relax.Expr]:
-    """q, k and v as [1, T, heads, D]; ONNX may give them side by side."""
-    counts = (heads, kv_heads, kv_heads)
+def _heads(
+    node: Node, importer: Importer, past: Past, counts: tuple[int, int], eps: float
+) -> tuple[relax.Expr, relax.Expr, relax.Expr, int]:
+    """q, k and v as [1, heads, T, D], normalised where the node has weights for it, and D."""
+    heads, kv_heads = counts
     if node.input(1):
-        parts = [importer.operand(name) for name in node.inputs[:3]]
-        head_dim = int(parts[0].ty.shape.values[-1]) // heads
+        parts = [importer.value(name) for name in node.inputs[:3]]
+        width = int(importer.operand(node.inputs[2]).ty.shape.values[-1]) // kv_heads
     else:
         packed = importer.operand(node.inputs[0])
-        head_dim = int(packed.ty.shape.values[-1]) // sum(counts)
-        starts = [heads * head_dim, (heads + kv_heads) * head_dim]
-        split = importer.emit(relax.op.split(packed, starts, axis=-1))
+        width = int(packed.ty.shape.values[-1]) // (heads + 2 * kv_heads)
+        split = importer.emit(relax.op.split(packed, [heads * width, (heads + kv_heads) * width], axis=-1))
         parts = [importer.emit(relax.TupleGetItem(split, i)) for i in range(3)]
-    return [
-        importer.emit(relax.op.reshape(part, [1, importer.tokens, count, head_dim]))
-        for part, count in zip(parts, counts, strict=True)
-    ]
+    named = zip(parts, (heads, kv_heads, kv_heads), (*past.norms, ""), strict=True)
+    q, k, v = (_by_head(importer, part, count, width, norm, eps) for part, count, norm in named)
+    return q, k, v, width
+
+
+def _by_head(importer: Importer, part: Any, count: int, width: int, norm: str, eps: float) -> relax.Expr:
+    if isinstance(part, Heads) and not norm:
+        return part.heads
+    if not isinstance(part, relax.Expr):
+        raise UnsupportedError(f"an operand that is no activation [1, T, {count} * {width}] is not supported")
+    rows = importer.emit(relax.op.reshape(part, [1, importer.tokens, count, width]))
+    rows = rms_norm(importer, rows, importer.operand(norm), eps) if norm else rows
+    return importer.emit(relax.op.permute_dims(rows, ROWS_TO_HEADS))
 
 
 def _scale(given: float, head_dim: int) -> float:
@@ -168,8 +171,8 @@ def _quarter_turn(importer: Importer, x: relax.Expr, interleaved: bool) -> relax
     return emit(relax.op.reshape(emit(relax.op.concat(pairs, axis=-1)), x.ty.shape))
 
 
-def _rotary_embedding(node: Node, importer: Importer) -> relax.Expr:
-    """The rotation as an operator of its own, of [1, T, heads * D] or [1, heads, T, D]."""
+def _rotary_embedding(node: Node, importer: Importer) -> Heads:
+    """The rotation as an operator of its own, of [1, T, heads * D]."""
     known = {"interleaved": 0, "num_heads": 0, "rotary_embedding_dim": 0, "is_packed_batching": 0, "scale": 1.0}
     given = attributes(node, importer, known)
     if given["is_packed_batching"] or given["scale"] != 1.0:
@@ -177,17 +180,14 @@ def _rotary_embedding(node: Node, importer: Importer) -> relax.Expr:
     x, positions = importer.operand(node.inputs[0]), importer.value(node.inputs[1])
     if positions != GraphInput(importer.names.position_ids):
         raise UnsupportedError(f"positions {node.inputs[1]} are not supported")
+    if x.ty.ndim != 3:
+        raise UnsupportedError("heads that are an axis of their own are not supported")
     cos, sin = node.inputs[2:4]
     interleaved = bool(given["interleaved"])
-    if x.ty.ndim == 4:
-        return rotate(importer, x, cos, sin, interleaved)
-    half = importer.table_rows(cos, interleaved).ty.shape.values[-1]
+    angles = int(importer.table_rows(cos, interleaved).ty.shape.values[-1])
     width = int(x.ty.shape.values[-1])
-    head_dim = width // int(given["num_heads"]) if given["num_heads"] else int(half)
-    rows = importer.emit(relax.op.reshape(x, [1, importer.tokens, width // head_dim, head_dim]))
-    heads = importer.emit(relax.op.permute_dims(rows, ROWS_TO_HEADS))
-    rotated = importer.emit(relax.op.permute_dims(rotate(importer, heads, cos, sin, interleaved), ROWS_TO_HEADS))
-    return importer.emit(relax.op.reshape(rotated, [1, importer.tokens, width]))
+    count = int(given["num_heads"]) or width // angles
+    return Heads(rotate(importer, _by_head(importer, x, count, width // count, "", 0.0), cos, sin, interleaved))
 
 
 CONVERTERS = {"GroupQueryAttention": _group_query_attention, "RotaryEmbedding": _rotary_embedding}

@@ -31,6 +31,8 @@ CONVERTERS = {**PLAIN_OPERATORS, **ATTENTION_OPERATORS}
 CAST, FLOATS = "Cast", {FLOAT: "float32", FLOAT16: "float16", BFLOAT16: "bfloat16"}
 QUANTISED = ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "QMoE", "DequantizeLinear", "QuantizeLinear",
              "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul")  # fmt: skip
+# What Relax's operators, and ours, raise of operands and attributes that do not fit.
+UNFIT = (UnsupportedError, RuntimeError, ValueError, TypeError, LookupError)
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ class Importer:
     def _convert(self, node: Node, place: str) -> None:
         try:
             made = CONVERTERS[node.op](node, self)
-        except Exception as error:  # Relax's operators raise whatever they do of operands that do not fit
+        except UNFIT as error:
             reason = " ".join(str(error).split())
             raise UnsupportedError(f"{self.graph.file}: {node} ({place}) cannot be converted: {reason}") from error
         self.values |= zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False)

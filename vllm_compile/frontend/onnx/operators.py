@@ -126,6 +126,22 @@ def _multiply(node: Node, importer: Importer) -> relax.Var:
     return _binary(relax.op.multiply)(node, importer)
 
 
+def _divide(node: Node, importer: Importer) -> relax.Var:
+    """A quotient; one over a square root is one operation."""
+    one, root = importer.value(node.inputs[0]), importer.graph.producers.get(node.inputs[1])
+    if isinstance(one, np.ndarray) and one.size == 1 and one.item() == 1 and root is not None and root.op == "Sqrt":
+        return importer.emit(relax.op.rsqrt(importer.operand(root.inputs[0])))
+    return _binary(relax.op.divide)(node, importer)
+
+
+def _reduce_mean(node: Node, importer: Importer) -> relax.Var:
+    x, axes = importer.operand(node.inputs[0]), importer.numbers(node.inputs[1])
+    given = attributes(node, importer, {"keepdims": 1, "noop_with_empty_axes": 0})
+    if axes not in ([-1], [x.ty.ndim - 1]) or not given["keepdims"]:
+        raise UnsupportedError(f"over axes {axes} is not supported")
+    return importer.emit(relax.op.mean(x, axis=[-1], keepdims=True))
+
+
 def _binary(operator: Callable[..., relax.Expr]) -> Converter:
     def convert(node: Node, importer: Importer) -> relax.Var:
         a, b = (importer.operand(name) for name in node.inputs)
@@ -232,7 +248,7 @@ CONVERTERS: dict[str, Converter] = {
     "Add": _add,
     "Cast": _cast,
     "Concat": _concat,
-    "Div": _binary(relax.op.divide),
+    "Div": _divide,
     "Exp": _unary(relax.op.exp),
     "Gather": _gather,
     "Gelu": _gelu,
@@ -242,6 +258,7 @@ CONVERTERS: dict[str, Converter] = {
     "Mul": _multiply,
     "Neg": _unary(relax.op.negative),
     "Pow": _binary(relax.op.power),
+    "ReduceMean": _reduce_mean,
     "Relu": _unary(relax.op.nn.relu),
     "Reshape": _reshape,
     "Sigmoid": _unary(relax.op.sigmoid),

@@ -28,6 +28,13 @@ class Folded:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """What ONNX has as [1, T, H * D], rotated; here [1, H, T, D], as attention takes it."""
+
+    heads: relax.Expr
+
+
+@dataclass(frozen=True)
 class GraphInput:
     """Ids, positions, a mask or a cache."""
 
