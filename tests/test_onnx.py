@@ -22,6 +22,7 @@ from tests.test_families import (
 )
 from vllm_compile import driver
 from vllm_compile.accuracy import relative_error
+from vllm_compile.analysis.analyze import analyze
 from vllm_compile.cli import main
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.runtime.manifest import read_manifest
@@ -150,6 +151,22 @@ def _changed(path: Path) -> bytes:
     if path.suffix == ".data":
         return bytes([content[0] ^ 1]) + content[1:]
     return content.replace(b"onnxruntime-genai", b"onnxruntime-other") if path.name == GRAPH else content + b"\n"
+
+
+def test_analyzed(directory):
+    """Every figure is that of the model that it was built from, up to what is known by names."""
+    paths = (directory, directory / GRAPH, directory.with_name("hf"))
+    graph, same, model = (analyze(path, "cuda", [1], [64], chip="h100", dtype="bfloat16") for path in paths)
+    assert graph.parameters == same.parameters == model.parameters
+    assert graph.blocks == model.blocks
+    times = [[step.predicted_ms for step in analysis.steps] for analysis in (graph, same, model)]
+    assert times[0] == times[1] == times[2]
+
+
+def test_commands_that_need_hugging_face_say_so(artifact, directory, capsys):
+    for model in (directory, directory / GRAPH):
+        assert main(["verify", str(artifact), "--model", str(model)]) == 2
+        assert "an ONNX model, where the Hugging Face one that it was built from is needed" in capsys.readouterr().err
 
 
 def test_quantised_is_one_line_before_any_kernel(tmp_path, monkeypatch, capsys):

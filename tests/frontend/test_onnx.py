@@ -364,6 +364,27 @@ def test_tensors_in_the_graph_itself(plain, ids):
     assert torch.equal(ours(opened(plain), ids), expected)
 
 
+def test_a_file_larger_than_memory(plain, ids):
+    """Tensors are read one by one, each from its place: the last one is moved behind a hole of 4 TiB."""
+    expected = ours(opened(plain), ids)
+    data, hole = plain / f"{GRAPH}.data", 1 << 42
+
+    def change(graph):
+        place = {entry.key: entry for entry in graph.initializer[-1].external_data}
+        offset, length = int(place["offset"].value), int(place["length"].value)
+        with data.open("r+b") as file:
+            file.seek(offset)
+            content = file.read(length)
+            file.seek(hole)
+            file.write(content)
+            file.seek(offset)
+            file.write(bytes(length))
+        place["offset"].value = str(hole)
+
+    edit(plain, change)
+    assert torch.equal(ours(opened(plain), ids), expected)
+
+
 def test_dummy_weights(plain, ids):
     one, same, other = (ours(opened(plain, dummy_seed=seed), ids) for seed in (1, 1, 2))
     assert torch.equal(one, same)

@@ -16,6 +16,7 @@ from transformers.core_model_loading import WeightTransform
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vllm_compile.errors import ModelError, UnsupportedError
+from vllm_compile.model_files import find_files
 
 from .conversion import weight_conversions
 from .families import GROWING_ROPE, OWN_CODE, SUPPORTED, TORCH_ATTENTION, check_family, older_name
@@ -61,8 +62,12 @@ def read_config(directory: Path) -> Any:
 
     Raises:
         ModelError: no directory, no config.json, or one that cannot be read.
-        UnsupportedError: the architecture is not a causal language model that transformers has.
+        UnsupportedError: an ONNX model, or no causal language model that transformers has.
     """
+    if find_files(directory).graph is not None:
+        raise UnsupportedError(
+            f"{directory}: an ONNX model, where the Hugging Face one that it was built from is needed"
+        )
     if not directory.is_dir():
         raise ModelError(f"{directory}: no such model directory")
     return read_config_file(directory / "config.json")
