@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from vllm_compile import driver
 from vllm_compile.accuracy import relative_error
 from vllm_compile.analysis.analyze import analyze
 from vllm_compile.cli import main
+from vllm_compile.driver import lower_model
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.runtime.manifest import read_manifest
+from vllm_compile.targets import resolve
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +79,18 @@ def test_the_same_kernels_as_from_hugging_face(artifact, directory, cache):
     assert torch.equal(compiled_logits(artifact, ids), compiled_logits(result.artifact, ids))
     first, second = (read_manifest(a)["files"]["kernels.so"] for a in (artifact, result.artifact))
     assert first == second
+
+
+def test_verified_by_what_it_was_built_from(artifact, directory, tmp_path, capsys):
+    """Each layer on Hugging Face's input for it; another model's weights are seen."""
+    assert main(["verify", str(artifact), "--model", str(directory.with_name("hf")), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(report["layers"]) == 2, "the last with the final norm"
+    assert max(report["layers"]) < 1e-5
+    other = llama()
+    other.model.layers[1].mlp.down_proj.weight.data.neg_()
+    other.save_pretrained(tmp_path)
+    assert main(["verify", str(artifact), "--model", str(tmp_path)]) == 1
 
 
 def test_windows_and_caps(tmp_path):
@@ -151,6 +166,15 @@ def _changed(path: Path) -> bytes:
     if path.suffix == ".data":
         return bytes([content[0] ^ 1]) + content[1:]
     return content.replace(b"onnxruntime-genai", b"onnxruntime-other") if path.name == GRAPH else content + b"\n"
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda", "rocm"])
+def test_the_same_calls_on_every_target(target, tmp_path):
+    """Of kernels, chosen in the same way."""
+    directory = build(tmp_path, llama(hidden_size=256, head_dim=128, intermediate_size=512))
+    lowered = [lower_model(path, resolve(target), "bfloat16") for path in (directory, tmp_path / "hf")]
+    ours, theirs = ({symbol: kernels.spec for symbol, kernels in one.kernels.items()} for one in lowered)
+    assert ours == theirs
 
 
 def test_analyzed(directory):

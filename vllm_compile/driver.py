@@ -207,7 +207,7 @@ def _verification(
     if options.weightless:
         return not_run("compiled without weights")
     if source.graph is not None:
-        return not_run("made from an ONNX graph: there is no model of Hugging Face to compare with")
+        return not_run("made from an ONNX graph; `vllm-compile verify` takes the model that the graph was built from")
     try:
         check_target(machine.name, machine.features, directory)
     except TargetError as error:

@@ -221,6 +221,20 @@ class TestConfiguration:
         with pytest.raises(ModelError, match="not a configuration of ONNX Runtime GenAI"):
             opened(plain)
 
+    @pytest.mark.parametrize("content", [{}, {"model": 3}, {"model": {"decoder": {"filename": "../model.onnx"}}}])
+    def test_that_names_no_graph(self, content, plain):
+        (plain / "genai_config.json").write_text(json.dumps(content))
+        with pytest.raises(ModelError, match=r"genai_config\.json: "):
+            opened(plain)
+
+    @pytest.mark.parametrize("field", ["context_length", "bos_token_id"])
+    def test_that_has_words_for_numbers(self, field, plain):
+        genai = json.loads((plain / "genai_config.json").read_text())
+        genai["model"][field] = "many"
+        (plain / "genai_config.json").write_text(json.dumps(genai))
+        with pytest.raises(ModelError, match=rf"genai_config\.json.*{field}"):
+            opened(plain)
+
     def test_unknown_kind(self, plain):
         genai = json.loads((plain / "genai_config.json").read_text())
         genai["model"]["type"] = "decoder"
@@ -257,6 +271,10 @@ ATTENTION = "/model/layers.0/attn/GroupQueryAttention"
         (partial(set_attribute, op="GroupQueryAttention", name="smooth_softmax", value=1), "smooth_softmax 1"),
         (partial(set_attribute, op="GroupQueryAttention", name="k_quant_type", value="PER_TENSOR"), "PER_TENSOR"),
         (partial(set_attribute, op="GroupQueryAttention", name="novelty", value=1), "novelty"),
+        (
+            partial(set_attribute, op="GroupQueryAttention", name="kv_num_heads", value=3),
+            "values for each token are not",
+        ),
         (partial(set_input, op="GroupQueryAttention", index=9, name="attention_mask"), "positions attention_mask"),
         (partial(set_input, op="GroupQueryAttention", index=10, name="attention_mask"), "attention_bias"),
         (partial(set_input, op="GroupQueryAttention", index=11, name="attention_mask"), "head_sink"),
@@ -280,6 +298,36 @@ def test_an_operator_that_is_not_known_is_named(plain):
     where = "HardSigmoid /model/layers.1/mlp/act_fn/Sigmoid (behind the attention of layer 1)"
     with pytest.raises(UnsupportedError, match=re.escape(where)):
         opened(plain)
+
+
+def test_an_operator_of_another_domain_is_another(tmp_path):
+    """ONNX has a RotaryEmbedding of its own, whose inputs are in another order."""
+    directory = build(tmp_path, llama(), "fp16", "dml")
+
+    def change(graph):
+        next(node for node in graph.node if node.op_type == "RotaryEmbedding").domain = ""
+
+    edit(directory, change)
+    with pytest.raises(UnsupportedError, match=r"RotaryEmbedding /model/layers\.0/.*of ONNX is not supported"):
+        opened(directory, "float32")
+
+
+def test_names_that_the_compiler_gives(plain, ids):
+    """Weights may be called like parameters of ours, and be told apart by a punctuation mark alone."""
+    expected = ours(opened(plain), ids)
+    others = {"model.layers.0.attn.o_proj.MatMul.weight": "kv_0", "model.layers.1.attn.o_proj.MatMul.weight": "kv.0"}
+    others |= {"model.layers.0.mlp.up_proj.MatMul.weight": "position_table_0", "lm_head.MatMul.weight": "positions"}
+
+    def change(graph):
+        for tensor in graph.initializer:
+            tensor.name = others.get(tensor.name, tensor.name)
+        for node in graph.node:
+            node.input[:] = [others.get(name, name) for name in node.input]
+
+    edit(plain, change)
+    model = opened(plain)
+    assert torch.equal(ours(model, ids), expected)
+    run_passes(model.module)
 
 
 def test_a_mask_that_is_read_elsewhere(plain):

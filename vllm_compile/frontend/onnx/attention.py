@@ -132,6 +132,8 @@ def _by_head(importer: Importer, part: Any, count: int, width: int, norm: str, e
         return part.heads
     if not isinstance(part, relax.Expr):
         raise UnsupportedError(f"an operand that is no activation [1, T, {count} * {width}] is not supported")
+    if (given := int(part.ty.shape.values[-1])) != count * width:
+        raise UnsupportedError(f"{given} values for each token are not {count} heads of {width}")
     rows = importer.emit(relax.op.reshape(part, [1, importer.tokens, count, width]))
     rows = rms_norm(importer, rows, importer.operand(norm), eps) if norm else rows
     return importer.emit(relax.op.permute_dims(rows, ROWS_TO_HEADS))

@@ -21,6 +21,7 @@ OLDEST_OPSET = 13  # since when Split takes its sizes, and Squeeze its axes, as 
 class Node:
     """One operator of the graph; an input or output that is left out is called ""."""
 
+    domain: str
     op: str
     name: str
     inputs: tuple[str, ...]
@@ -91,11 +92,13 @@ def read_graph(file: Path) -> OnnxGraph:
     nodes, constants = [], {}
     for proto in model.graph.node:
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in proto.attribute}
-        if proto.op_type == "Constant" and "value" in attributes:
-            constants[proto.output[0]] = numpy_helper.to_array(attributes["value"])
+        if proto.op_type == "Constant" and len(attributes) == 1:
+            (value,) = attributes.values()
+            is_tensor = "value" in attributes
+            constants[proto.output[0]] = numpy_helper.to_array(value) if is_tensor else np.asarray(value)
             continue
         plain = {name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()}
-        nodes.append(Node(proto.op_type, proto.name, tuple(proto.input), tuple(proto.output), plain))
+        nodes.append(Node(proto.domain, proto.op_type, proto.name, tuple(proto.input), tuple(proto.output), plain))
     initializers = Initializers(file, model)
     inputs = {
         value.name: value.type.tensor_type.elem_type for value in model.graph.input if value.name not in initializers

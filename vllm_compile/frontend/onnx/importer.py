@@ -6,6 +6,7 @@ its mask and its past keys and values, to know where each sequence ends, is left
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +29,15 @@ from .tensors import BFLOAT16, FLOAT, FLOAT16
 from .values import GraphInput, Weight
 
 CONVERTERS = {**PLAIN_OPERATORS, **ATTENTION_OPERATORS}
+# ONNX's own RotaryEmbedding is another operator.
+STANDARD, MICROSOFT = frozenset({"", "ai.onnx"}), frozenset({"com.microsoft"})
 CAST, FLOATS = "Cast", {FLOAT: "float32", FLOAT16: "float16", BFLOAT16: "bfloat16"}
 QUANTISED = ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "QMoE", "DequantizeLinear", "QuantizeLinear",
              "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul")  # fmt: skip
+# Parameters that the passes, and we, give the model.
+RESERVED = re.compile(
+    r"input_ids|positions|position_table_\d+|kv_\d+|block_table|seq_lens|query_start_loc|slot_mapping|hidden|x"
+)
 # What Relax's operators, and ours, raise of operands and attributes that do not fit.
 UNFIT = (UnsupportedError, RuntimeError, ValueError, TypeError, LookupError)
 
@@ -190,10 +197,8 @@ class Importer:
         """The parameter that holds a weight."""
         if weight not in self.parameters:
             taken = {var.name for var in self.parameters.values()}
-            name = "".join(c if c.isalnum() else "_" for c in weight.name) + (
-                "_transposed" if weight.transposed and weight.flip() in self.parameters else ""
-            )
-            while name in taken:
+            name = "".join(c if c.isalnum() else "_" for c in weight.name)
+            while name in taken or RESERVED.fullmatch(name):
                 name += "_"
             kind = self.float_dtype(self.graph.initializers.element_type(weight.name))
             self.parameters[weight] = relax.Var(name, relax.TensorType(list(weight.shape), kind))
@@ -237,13 +242,14 @@ class Importer:
 
     def _check_operators(self, nodes: list[Node]) -> None:
         for number, node in enumerate(nodes):
-            if node.op not in CONVERTERS:
+            ours = MICROSOFT if node.op in ATTENTION_OPERATORS else STANDARD | MICROSOFT
+            if node.op not in CONVERTERS or node.domain not in ours:
                 where = f"{self.graph.file}: {node} ({_place(nodes, number)})"
                 if node.op in QUANTISED:
                     raise UnsupportedError(
                         f"{where}: quantised models are not supported; export it in fp32, fp16 or bf16"
                     )
-                raise UnsupportedError(f"{where}: operator {node.op} is not supported")
+                raise UnsupportedError(f"{where}: operator {node.op} of {node.domain or 'ONNX'} is not supported")
 
     def _convert(self, node: Node, place: str) -> None:
         try:

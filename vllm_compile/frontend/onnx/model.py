@@ -38,14 +38,14 @@ def read_onnx(files: ModelFiles, dtype: str | None, dummy_seed: int | None) -> M
     if not genai and not beside.is_file():
         raise ModelError(f"{files.directory}: neither {GENAI_CONFIG} nor {CONFIG}, which say what {files.graph} is")
     config = read_config_file(beside) if beside.is_file() else None
-    limits = [genai["context_length"]] if "context_length" in genai else []
-    limits += [max_positions(config)] if config is not None else []
-    if not limits:
-        raise ModelError(f"{files.directory / GENAI_CONFIG}: model.context_length is missing")
-    imported = import_graph(graph, _names(genai), kind, min(map(int, limits)))
+    context = genai.get("context_length", None if config is None else max_positions(config))
+    if not isinstance(context, int):
+        raise ModelError(f"{files.directory / GENAI_CONFIG}: model.context_length is no number")
+    limit = context if config is None else min(context, max_positions(config))
+    imported = import_graph(graph, _names(genai), kind, limit)
     if config is None:
         fields = _fields(files.directory / GENAI_CONFIG, genai, imported)
-        config = AutoConfig.for_model(**fields)
+        config = _configuration(files.directory / GENAI_CONFIG, fields)
     else:
         fields = json.loads(beside.read_text())
         _check_shapes(beside, config, imported.shapes)
@@ -55,9 +55,8 @@ def read_onnx(files: ModelFiles, dtype: str | None, dummy_seed: int | None) -> M
 
 def _names(genai: dict[str, Any]) -> Names:
     """What the graph calls its inputs and its output: as the builder does, unless it is written down otherwise."""
-    decoder = genai.get("decoder", {})
-    inputs, outputs = decoder.get("inputs", {}), decoder.get("outputs", {})
-    plain = Names()
+    decoder, plain = genai.get("decoder") or {}, Names()
+    inputs, outputs = decoder.get("inputs") or {}, decoder.get("outputs") or {}
     return Names(
         inputs.get("input_ids", plain.input_ids),
         inputs.get("position_ids", plain.position_ids),
@@ -79,6 +78,13 @@ def _fields(file: Path, genai: dict[str, Any], imported: ImportedGraph) -> dict[
         "max_position_embeddings": imported.max_positions,
         **special,
     }
+
+
+def _configuration(file: Path, fields: dict[str, Any]) -> Any:
+    try:
+        return AutoConfig.for_model(**fields)
+    except Exception as error:  # transformers raises whatever its validators do
+        raise ModelError(f"{file}: {' '.join(str(error).split())}") from error
 
 
 def _check_shapes(file: Path, config: Any, shapes: dict[str, int]) -> None:

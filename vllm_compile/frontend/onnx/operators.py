@@ -105,9 +105,9 @@ def add(importer: Importer, a: relax.Expr, b: relax.Expr) -> relax.Var:
     """A sum; a vector added to what a linear layer gives is its bias."""
     for x, bias in ((a, b), (b, a)):
         linear = importer.builder.lookup_binding(x) if isinstance(x, relax.Var) else None
-        if bias in importer.parameters.values() and bias.ty.ndim == 1 and LINEAR.matches(linear):
+        if bias in importer.parameters.values() and LINEAR.matches(linear):
             inputs = arguments_of(linear)
-            if "bias" not in inputs:
+            if "bias" not in inputs and list(bias.ty.shape.values) == [x.ty.shape.values[-1]]:
                 return importer.emit(LINEAR({**inputs, "bias": bias}))
     return importer.emit(relax.op.add(a, b))
 
