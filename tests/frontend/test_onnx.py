@@ -242,11 +242,13 @@ class TestConfiguration:
         with pytest.raises(UnsupportedError, match=r"type decoder.*config\.json"):
             opened(plain)
 
-    def test_no_more_positions_than_angles(self, plain):
+    @pytest.mark.parametrize("provider", ["cuda", "dml"])
+    def test_no_more_positions_than_angles(self, provider, tmp_path):
+        plain = build(tmp_path, llama(), "fp16", provider)
         genai = json.loads((plain / "genai_config.json").read_text())
         genai["model"]["context_length"] = 4096
         (plain / "genai_config.json").write_text(json.dumps(genai))
-        assert opened(plain).max_positions == 96
+        assert opened(plain, "float32").max_positions == 96
 
 
 def test_the_file_or_its_directory(plain):
@@ -333,6 +335,18 @@ def test_names_that_the_compiler_gives(plain, ids):
 def test_a_mask_that_is_read_elsewhere(plain):
     edit(plain, partial(set_input, op="Mul", index=1, name="attention_mask"))
     with pytest.raises(UnsupportedError, match=r"act_fn/Mul .*attention_mask cannot be an operand"):
+        opened(plain)
+
+
+def test_layers_that_are_not_one_behind_the_other(plain):
+    """The last norm reads the embedding too: nothing between the layers is all that what follows depends on."""
+
+    def change(graph):
+        norm = next(node for node in graph.node if "final_norm" in node.name)
+        norm.input[0] = "/model/embed_tokens/Gather/output_0"
+
+    edit(plain, change)
+    with pytest.raises(UnsupportedError, match=rf"{GRAPH}: no hidden states before the attention of layer 1"):
         opened(plain)
 
 

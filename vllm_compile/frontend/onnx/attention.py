@@ -11,7 +11,7 @@ from tvm import relax
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.ops import CAUSAL_ATTENTION
 
-from .graph import Node, OnnxGraph
+from .graph import Node
 from .operators import attributes, only_first, rms_norm
 from .values import GraphInput, Heads
 
@@ -55,7 +55,7 @@ class Past:
     norms: tuple[str, str]
 
 
-def past_of(graph: OnnxGraph, node: Node) -> Past:
+def past_of(node: Node) -> Past:
     """The inputs of a GroupQueryAttention by their places."""
     qkv = tuple(filter(None, node.inputs[:3]))
     norms = (node.input(14), node.input(15))
@@ -63,12 +63,18 @@ def past_of(graph: OnnxGraph, node: Node) -> Past:
     return Past(operands, node.input(3), node.input(4), node.inputs[5:7], node.input(7), node.input(8), norms)
 
 
+def angles_of(node: Node) -> tuple[str, ...]:
+    """Names of the caches of cosines and sines [P, D / 2] that a node reads by position."""
+    places = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}.get(node.op, ())
+    return tuple(filter(None, map(node.input, places)))
+
+
 def _group_query_attention(node: Node, importer: Importer) -> tuple[relax.Expr]:
-    given = attributes(node, importer, GIVEN | {name: values[0] for name, values in OFF.items()})
+    given = attributes(node, GIVEN | {name: values[0] for name, values in OFF.items()})
     for name, values in OFF.items():
         if given[name] not in values:
             raise UnsupportedError(f"{name} {given[name]} is not supported")
-    past = past_of(importer.graph, node)
+    past = past_of(node)
     _check_inputs(node, past, importer)
     heads, kv_heads = int(given["num_heads"]), int(given["kv_num_heads"])
     q, k, v, head_dim = _heads(node, importer, past, (heads, kv_heads), float(given["qk_norm_epsilon"]))
@@ -176,7 +182,7 @@ def _quarter_turn(importer: Importer, x: relax.Expr, interleaved: bool) -> relax
 def _rotary_embedding(node: Node, importer: Importer) -> Heads:
     """The rotation as an operator of its own, of [1, T, heads * D]."""
     known = {"interleaved": 0, "num_heads": 0, "rotary_embedding_dim": 0, "is_packed_batching": 0, "scale": 1.0}
-    given = attributes(node, importer, known)
+    given = attributes(node, known)
     if given["is_packed_batching"] or given["scale"] != 1.0:
         raise UnsupportedError("is_packed_batching, or a scale, is not supported")
     x, positions = importer.operand(node.inputs[0]), importer.value(node.inputs[1])

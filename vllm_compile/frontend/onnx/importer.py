@@ -20,7 +20,7 @@ from vllm_compile.ops import EMBEDDING
 from vllm_compile.relax_passes.base import clean
 from vllm_compile.spec import Sym
 
-from .attention import ATTENTION, Past, past_of
+from .attention import ATTENTION, angles_of, past_of
 from .attention import CONVERTERS as ATTENTION_OPERATORS
 from .graph import Node, OnnxGraph
 from .layers import mark_layers
@@ -78,7 +78,7 @@ def native_dtype(graph: OnnxGraph) -> str:
     """
     for node in graph.nodes:
         if node.op in ATTENTION:
-            element = graph.inputs.get(past_of(graph, node).key)
+            element = graph.inputs.get(past_of(node).key)
             if element not in FLOATS:
                 raise UnsupportedError(f"{graph.file}: {node}: a quantised KV cache is not supported")
             return FLOATS[element]
@@ -98,12 +98,9 @@ def import_graph(graph: OnnxGraph, names: Names, dtype: str, max_positions: int)
         raise UnsupportedError(f"{graph.file}: no output named {names.logits}: {', '.join(graph.outputs)}")
     if names.input_ids not in graph.inputs:
         raise UnsupportedError(f"{graph.file}: no input named {names.input_ids}: {', '.join(graph.inputs)}")
-    rows = (graph.initializers.shape(past.cos)[0] for past in _pasts(graph) if past.cos in graph.initializers)
+    caches = {name for node in graph.nodes for name in angles_of(node) if name in graph.initializers}
+    rows = (graph.initializers.shape(name)[0] for name in caches)
     return Importer(graph, names, dtype, min([max_positions, *rows])).run()
-
-
-def _pasts(graph: OnnxGraph) -> list[Past]:
-    return [past_of(graph, node) for node in graph.nodes if node.op in ATTENTION]
 
 
 @dataclass
@@ -135,9 +132,7 @@ class Importer:
         self.native = native_dtype(self.graph)
 
     def run(self) -> ImportedGraph:
-        nodes = self.graph.needed(
-            [self.names.logits], lambda n: past_of(self.graph, n).operands if n.op in ATTENTION else n.inputs
-        )
+        nodes = self.graph.needed([self.names.logits], lambda n: past_of(n).operands if n.op in ATTENTION else n.inputs)
         self._check_operators(nodes)
         with self.builder.function("main"):
             with self.builder.dataflow():
@@ -147,7 +142,10 @@ class Importer:
             weights = list(self.parameters.values())
             tables = [var for var, _ in self.tables.values()]
             self.builder.emit_func_output(logits, params=[self.input_ids, self.positions, *weights, *tables])
-        module = mark_layers(clean(self.builder.finalize()))
+        try:
+            module = mark_layers(clean(self.builder.finalize()))
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{self.graph.file}: {error}") from error
         self.shapes |= {"num_hidden_layers": self.layers, "vocab_size": int(logits.ty.shape.values[-1])}
         named = {var.name: weight for weight, var in self.parameters.items()}
         tensors = {var.name: tensor for var, tensor in self.tables.values()}
@@ -183,7 +181,7 @@ class Importer:
         if numbers is not None:
             return numbers
         if not stored.shape(name):
-            return np.asarray(float(stored.read(name)))
+            return np.asarray(stored.read(name).item(), "float32" if stored.element_type(name) == FLOAT else "float16")
         return Weight(name, stored.shape(name))
 
     def numbers(self, name: str) -> list[int]:
@@ -215,7 +213,7 @@ class Importer:
 
     def constant_dtype(self, value: np.ndarray) -> str:
         """Of a number in the graph; a whole one is an exponent."""
-        return self.dtype if str(value.dtype) != "float32" or self.native == "float32" else "float32"
+        return self.float_dtype(FLOAT) if str(value.dtype) == "float32" else self.dtype
 
     def table_rows(self, name: str, interleaved: bool) -> relax.Expr:
         """Row of each token's position in a cache of cosines or sines [P, D / 2], as [1, 1, T, D].
@@ -237,8 +235,8 @@ class Importer:
 
     def _logits(self) -> str:
         """The logits before a last cast: an engine casts them as it likes."""
-        node = self.graph.producers[self.names.logits]
-        return node.inputs[0] if node.op == CAST else self.names.logits
+        node = self.graph.producers.get(self.names.logits)
+        return node.inputs[0] if node is not None and node.op == CAST else self.names.logits
 
     def _check_operators(self, nodes: list[Node]) -> None:
         for number, node in enumerate(nodes):

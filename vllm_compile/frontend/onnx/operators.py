@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Converter = Callable[[Node, "Importer"], Any]
 
 
-def attributes(node: Node, importer: Importer, known: dict[str, Any]) -> dict[str, Any]:
+def attributes(node: Node, known: dict[str, Any]) -> dict[str, Any]:
     """A node's attributes, those left out as in `known`; UnsupportedError for one that is not there."""
     if unknown := sorted(node.attributes.keys() - known.keys()):
         raise UnsupportedError(f"attribute {', '.join(unknown)} is not supported")
@@ -48,15 +48,15 @@ def rms_norm(importer: Importer, x: relax.Expr, weight: relax.Expr, eps: float) 
     return emit(relax.op.multiply(weight, normed))
 
 
-def _norm_attributes(node: Node, importer: Importer) -> float:
-    given = attributes(node, importer, {"epsilon": 1e-5, "axis": -1, "stash_type": 1})
+def _norm_attributes(node: Node) -> float:
+    given = attributes(node, {"epsilon": 1e-5, "axis": -1, "stash_type": 1})
     if given["axis"] != -1 or given["stash_type"] != 1:
         raise UnsupportedError(f"axis {given['axis']} with stash_type {given['stash_type']} is not supported")
     return float(given["epsilon"])
 
 
 def _simplified_layer_norm(node: Node, importer: Importer) -> Any:
-    eps = _norm_attributes(node, importer)
+    eps = _norm_attributes(node)
     x, weight = importer.value(node.inputs[0]), importer.operand(node.inputs[1])
     if isinstance(x, Folded):
         return Folded(rms_norm(importer, x.rows, weight, eps))
@@ -66,19 +66,19 @@ def _simplified_layer_norm(node: Node, importer: Importer) -> Any:
 def _skip_simplified_layer_norm(node: Node, importer: Importer) -> tuple[Any, ...]:
     """The norm of a sum, and the sum: outputs 0 and 3."""
     only_first(node, 4)
-    eps = float(attributes(node, importer, {"epsilon": 1e-5})["epsilon"])
+    eps = float(attributes(node, {"epsilon": 1e-5})["epsilon"])
     total = _residual_sum(node, importer, node.input(3))
     return rms_norm(importer, total, importer.operand(node.inputs[2]), eps), None, None, total
 
 
 def _layer_norm(node: Node, importer: Importer) -> relax.Var:
-    eps = _norm_attributes(node, importer)
+    eps = _norm_attributes(node)
     x, weight, bias = (importer.operand(name) if name else None for name in (*node.inputs, "")[:3])
     return importer.emit(LAYER_NORM({"x": x, "weight": weight, "bias": bias}, eps=eps))
 
 
 def _skip_layer_norm(node: Node, importer: Importer) -> tuple[Any, ...]:
-    eps = float(attributes(node, importer, {"epsilon": 1e-5})["epsilon"])
+    eps = float(attributes(node, {"epsilon": 1e-5})["epsilon"])
     total = _residual_sum(node, importer, node.input(4))
     inputs = {
         "x": total,
@@ -136,7 +136,7 @@ def _divide(node: Node, importer: Importer) -> relax.Var:
 
 def _reduce_mean(node: Node, importer: Importer) -> relax.Var:
     x, axes = importer.operand(node.inputs[0]), importer.numbers(node.inputs[1])
-    given = attributes(node, importer, {"keepdims": 1, "noop_with_empty_axes": 0})
+    given = attributes(node, {"keepdims": 1, "noop_with_empty_axes": 0})
     if axes not in ([-1], [x.ty.ndim - 1]) or not given["keepdims"]:
         raise UnsupportedError(f"over axes {axes} is not supported")
     return importer.emit(relax.op.mean(x, axis=[-1], keepdims=True))
@@ -155,7 +155,7 @@ def _unary(operator: Callable[..., relax.Expr]) -> Converter:
 
 
 def _gelu(node: Node, importer: Importer) -> relax.Var:
-    form = attributes(node, importer, {"approximate": "none"})["approximate"]
+    form = attributes(node, {"approximate": "none"})["approximate"]
     operator = relax.op.nn.gelu_tanh if form == "tanh" else relax.op.nn.gelu
     return importer.emit(operator(importer.operand(node.inputs[0])))
 
@@ -168,7 +168,7 @@ def _cast(node: Node, importer: Importer) -> relax.Expr:
 def _gather(node: Node, importer: Importer) -> relax.Var:
     """The embedding; token ids are taken as they come."""
     table, ids = (importer.value(name) for name in node.inputs)
-    if attributes(node, importer, {"axis": 0})["axis"] != 0 or not isinstance(table, Weight):
+    if attributes(node, {"axis": 0})["axis"] != 0 or not isinstance(table, Weight):
         raise UnsupportedError("only rows of a weight can be gathered")
     if ids != GraphInput(importer.names.input_ids):
         raise UnsupportedError(f"only rows for {importer.names.input_ids} can be gathered, not for {node.inputs[1]}")
@@ -190,7 +190,7 @@ def _transpose(node: Node, importer: Importer) -> Any:
 def _reshape(node: Node, importer: Importer) -> Any:
     """Of the last axis, in two or back into one; heads may be counted with the tokens in between."""
     x, shape = importer.value(node.inputs[0]), importer.numbers(node.inputs[1])
-    if attributes(node, importer, {"allowzero": 0})["allowzero"]:
+    if attributes(node, {"allowzero": 0})["allowzero"]:
         raise UnsupportedError("allowzero is not supported")
     rows = x.rows if isinstance(x, Folded) else importer.operand(node.inputs[0])
     width = int(np.prod([int(dim) for dim in rows.ty.shape.values[2:]]))
@@ -210,7 +210,7 @@ def _reshape(node: Node, importer: Importer) -> Any:
 
 def _split(node: Node, importer: Importer) -> tuple[relax.Expr, ...]:
     x = importer.operand(node.inputs[0])
-    given = attributes(node, importer, {"axis": 0, "num_outputs": len(node.outputs)})
+    given = attributes(node, {"axis": 0, "num_outputs": len(node.outputs)})
     axis = _inner_axis(x, given["axis"])
     width = int(x.ty.shape.values[axis])
     even = [-(-width // len(node.outputs))] * (len(node.outputs) - 1)  # the last part is smaller where it must be
