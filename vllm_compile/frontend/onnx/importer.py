@@ -25,15 +25,13 @@ from .attention import CONVERTERS as ATTENTION_OPERATORS
 from .graph import Node, OnnxGraph
 from .layers import mark_layers
 from .operators import CONVERTERS as PLAIN_OPERATORS
-from .tensors import BFLOAT16, FLOAT, FLOAT16
+from .refusals import FLOATS, check_operators, native_dtype, place
+from .shapes import CONVERTERS as SHAPE_OPERATORS
+from .tensors import FLOAT
 from .values import GraphInput, Weight
 
-CONVERTERS = {**PLAIN_OPERATORS, **ATTENTION_OPERATORS}
-# ONNX's own RotaryEmbedding is another operator.
-STANDARD, MICROSOFT = frozenset({"", "ai.onnx"}), frozenset({"com.microsoft"})
-CAST, FLOATS = "Cast", {FLOAT: "float32", FLOAT16: "float16", BFLOAT16: "bfloat16"}
-QUANTISED = ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "QMoE", "DequantizeLinear", "QuantizeLinear",
-             "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul")  # fmt: skip
+CONVERTERS = {**PLAIN_OPERATORS, **SHAPE_OPERATORS, **ATTENTION_OPERATORS}
+CAST = "Cast"
 # Parameters that the passes, and we, give the model.
 RESERVED = re.compile(
     r"input_ids|positions|position_table_\d+|kv_\d+|block_table|seq_lens|query_start_loc|slot_mapping|hidden|x"
@@ -68,23 +66,6 @@ class ImportedGraph:
     tables: dict[str, torch.Tensor]
     max_positions: int
     shapes: dict[str, int]
-
-
-def native_dtype(graph: OnnxGraph) -> str:
-    """What a graph computes in: the dtype of the keys and values that it is given.
-
-    Raises:
-        UnsupportedError: it has no attention that we know, or a quantised cache.
-    """
-    for node in graph.nodes:
-        if node.op in ATTENTION:
-            element = graph.inputs.get(past_of(node).key)
-            if element not in FLOATS:
-                raise UnsupportedError(f"{graph.file}: {node}: a quantised KV cache is not supported")
-            return FLOATS[element]
-    named = sorted({node.op for node in graph.nodes if "Attention" in node.op})
-    found = f"its attention is {', '.join(named)}" if named else "it has no attention"
-    raise UnsupportedError(f"{graph.file}: {found}; {', '.join(ATTENTION)} is supported (docs/models.md)")
 
 
 def import_graph(graph: OnnxGraph, names: Names, dtype: str, max_positions: int) -> ImportedGraph:
@@ -133,15 +114,12 @@ class Importer:
 
     def run(self) -> ImportedGraph:
         nodes = self.graph.needed([self.names.logits], lambda n: past_of(n).operands if n.op in ATTENTION else n.inputs)
-        self._check_operators(nodes)
-        with self.builder.function("main"):
-            with self.builder.dataflow():
-                for number, node in enumerate(nodes):
-                    self._convert(node, _place(nodes, number))
-                logits = self.builder.emit_output(self.operand(self._logits()))
-            weights = list(self.parameters.values())
-            tables = [var for var, _ in self.tables.values()]
-            self.builder.emit_func_output(logits, params=[self.input_ids, self.positions, *weights, *tables])
+        check_operators(self.graph, nodes, CONVERTERS.keys())
+        try:
+            logits = self._emit_main(nodes)
+        except Exception:
+            self.builder._end_block()  # the one left open, of which TVM would warn beside the error
+            raise
         try:
             module = mark_layers(clean(self.builder.finalize()))
         except UnsupportedError as error:
@@ -150,6 +128,18 @@ class Importer:
         named = {var.name: weight for weight, var in self.parameters.items()}
         tensors = {var.name: tensor for var, tensor in self.tables.values()}
         return ImportedGraph(module, named, tensors, self.max_positions, self.shapes)
+
+    def _emit_main(self, nodes: list[Node]) -> relax.Var:
+        """The function itself; what it returns."""
+        with self.builder.function("main"):
+            with self.builder.dataflow():
+                for number, node in enumerate(nodes):
+                    self._convert(node, place(nodes, number))
+                logits = self.builder.emit_output(self.operand(self._logits()))
+            weights = list(self.parameters.values())
+            tables = [var for var, _ in self.tables.values()]
+            self.builder.emit_func_output(logits, params=[self.input_ids, self.positions, *weights, *tables])
+        return logits
 
     def emit(self, expr: relax.Expr) -> relax.Var:
         return self.builder.emit(expr)
@@ -238,29 +228,10 @@ class Importer:
         node = self.graph.producers.get(self.names.logits)
         return node.inputs[0] if node is not None and node.op == CAST else self.names.logits
 
-    def _check_operators(self, nodes: list[Node]) -> None:
-        for number, node in enumerate(nodes):
-            ours = MICROSOFT if node.op in ATTENTION_OPERATORS else STANDARD | MICROSOFT
-            if node.op not in CONVERTERS or node.domain not in ours:
-                where = f"{self.graph.file}: {node} ({_place(nodes, number)})"
-                if node.op in QUANTISED:
-                    raise UnsupportedError(
-                        f"{where}: quantised models are not supported; export it in fp32, fp16 or bf16"
-                    )
-                raise UnsupportedError(f"{where}: operator {node.op} of {node.domain or 'ONNX'} is not supported")
-
-    def _convert(self, node: Node, place: str) -> None:
+    def _convert(self, node: Node, where: str) -> None:
         try:
             made = CONVERTERS[node.op](node, self)
         except UNFIT as error:
             reason = " ".join(str(error).split())
-            raise UnsupportedError(f"{self.graph.file}: {node} ({place}) cannot be converted: {reason}") from error
+            raise UnsupportedError(f"{self.graph.file}: {node} ({where}) cannot be converted: {reason}") from error
         self.values |= zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False)
-
-
-def _place(nodes: list[Node], number: int) -> str:
-    """Where a node stands: between which attentions, for a graph does not say where a layer begins."""
-    before = sum(node.op in ATTENTION for node in nodes[:number])
-    after = before + any(node.op in ATTENTION for node in nodes[number:])
-    sides = [f"behind the attention of layer {before - 1}"] if before else []
-    return " and ".join([*sides, *([f"before that of layer {before}"] if after > before else [])])
