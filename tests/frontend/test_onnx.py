@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +18,7 @@ from tests import interpreter, models
 from tests.conftest import SEED
 from tests.onnx_models import GRAPH, VOCABULARY, build, edit, logits, onnx, set_attribute, set_input
 from tests.relax_passes.harness import operators
-from tests.test_families import random_model
+from tests.test_families import FAMILIES, random_model
 from vllm_compile.accuracy import relative_error
 from vllm_compile.errors import ModelError, UnsupportedError, VllmCompileError
 from vllm_compile.frontend.model import Model, read_model
@@ -36,6 +37,13 @@ def family(name: str, **changes) -> PreTrainedModel:
     return random_model(name, **EOS | changes)
 
 
+def another(kind: str, **changes) -> PreTrainedModel:
+    """Of a family that tests/test_families.py has not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, kind, (kind, {}))
+        return family(kind, **changes)
+
+
 MODELS = {
     "Llama": llama,
     "Llama, one layer": partial(llama, num_hidden_layers=1),
@@ -44,6 +52,8 @@ MODELS = {
     "Llama, biases": partial(llama, attention_bias=True, mlp_bias=True),
     "Gemma 2": partial(family, "Gemma 2"),
     "Granite": partial(family, "Granite"),
+    "Nemotron": lambda: another("nemotron", hidden_size=128),
+    "Phi": lambda: another("phi", hidden_size=128),
     "Phi-4-mini": partial(family, "Phi-4-mini", hidden_size=128, original_max_position_embeddings=96),
     "Qwen 2": partial(family, "Qwen 2"),
     "Qwen 3": partial(family, "Qwen 3"),
@@ -108,6 +118,42 @@ def test_attributes(name, change, tmp_path, ids):
     theirs = logits(directory, ids)
     assert relative_error(before, theirs) > 1e-4
     assert relative_error(ours(opened(directory), ids), theirs) < 1e-5
+
+
+def test_operators_that_no_builders_model_here_has(plain, ids):
+    """In front of the second layer's product of gate and up; the graph before is the negative control."""
+    before = ours(opened(plain), ids)
+
+    def change(graph):
+        place = next(i for i, node in enumerate(graph.node) if node.name == "/model/layers.1/mlp/Mul")
+        x, node = graph.node[place].input[0], onnx.helper.make_node
+        numbers = {"zero": [0], "middle": [36], "end": [2**31 - 1], "last": [2]}
+        graph.initializer.extend(
+            onnx.numpy_helper.from_array(np.asarray(values), name) for name, values in numbers.items()
+        )
+        chain = [
+            node("Slice", [x, "zero", "middle", "last"], ["first"]),
+            node("Slice", [x, "middle", "end", "last"], ["second"]),
+            node("Concat", ["second", "first"], ["swapped"], axis=-1),
+            node("Split", ["swapped"], ["one", "two", "three", "four"], axis=2, num_outputs=4),
+            node("Sub", ["one", "two"], ["difference"]),
+            node("Concat", ["difference", "two", "four", "three"], ["moved"], axis=2),
+            node("Relu", ["moved"], ["positive"]),
+            node("Neg", ["positive"], ["negative"]),
+            node("Exp", ["negative"], ["shrunk"]),
+            node("Sigmoid", ["shrunk"], ["gate"]),
+            node("Sqrt", ["gate"], ["root"]),
+            node("Identity", ["root"], ["result"]),
+        ]
+        graph.node[place].input[0] = "result"
+        nodes = [*graph.node[:place], *chain, *graph.node[place:]]
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+    edit(plain, change)
+    theirs = logits(plain, ids)
+    assert relative_error(before, theirs) > 1e-2
+    assert relative_error(ours(opened(plain), ids), theirs) < 1e-5
 
 
 def test_a_broken_weight_is_noticed(plain, ids):
