@@ -26,6 +26,7 @@ from vllm_compile.spec import Sym
 
 from .hf import TracedModel
 from .position_tables import tabulate_positions
+from .recorded_types import difference
 
 
 @dataclass(frozen=True)
@@ -142,19 +143,24 @@ def _place(node: fx.Node) -> str:
 
 
 def _named(convert: Callable[..., Any]) -> Callable[..., Any]:
-    """The converter, whose errors say which operator of which module could not be converted."""
+    """The converter, whose result is of the type recorded for the node.
+
+    Its errors say which operator of which module could not be converted.
+    """
     if hasattr(convert, "names_errors"):
         return convert
 
     @wraps(convert)
     def converted(node: fx.Node, *importer: _Importer) -> Any:
+        what = f"operator {cast(Callable, node.target).__name__} ({_place(node)}) cannot be converted"
         try:
-            return convert(node, *importer)
+            value = convert(node, *importer)
         except Exception as error:  # TVM's converters raise whatever the operators they call do
-            reason = " ".join(str(error).split())
-            raise UnsupportedError(
-                f"operator {cast(Callable, node.target).__name__} ({_place(node)}) cannot be converted: {reason}"
-            ) from error
+            raise UnsupportedError(f"{what}: {' '.join(str(error).split())}") from error
+        stands_for_rows = importer and value in importer[0].tables
+        if not stands_for_rows and (reason := difference(node, value)):
+            raise UnsupportedError(f"{what}: {reason}")
+        return value
 
     converted.__dict__["names_errors"] = True
     return converted
