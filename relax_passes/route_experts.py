@@ -17,11 +17,12 @@ from .base import Definitions, Rewrite, counted_pass, rewrite_functions
 
 @dataclass(frozen=True)
 class _Router:
-    """What a router computes: the logits it chooses by, how many experts, and whether scores add up to one."""
+    """What a router computes: the logits it chooses by, how many experts; if scores add up to one, and their factor."""
 
     logits: relax.Expr
     top_k: int
     normalise: bool
+    scale: float
 
 
 @counted_pass("route_experts")
@@ -35,8 +36,8 @@ def route_experts(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
         experts, scores, order, ends = route(logits, top_k=k, normalise=True)
         h = expert_gate_up_silu(x, experts, order, ends, gate_up)
         y = sum over j of expert_linear(h, experts, order, ends, down)[:, j] * scores[:, j]
-    A model that does not divide by the sum has `normalise=False`; a router of another kind, or one whose softmax is not
-    float32, stays as it is.
+    A model that does not divide by the sum has `normalise=False`; a constant that scores are multiplied by at last
+    stays an operator of its own.  A router of another kind, or one whose softmax is not float32, stays as it is.
     """
     return rewrite_functions(module, _find)
 
@@ -60,7 +61,7 @@ def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
 def _router(d: Definitions, experts: relax.Expr, scores: relax.Expr) -> _Router | None:
     """The router whose choice `experts` and `scores` are."""
     chosen = d.value(_uncast(d, experts))
-    values = d.value(_uncast(d, scores))
+    values, scale = _unscaled(d, d.value(_uncast(d, scores)))
     divided = d.call(values, "relax.divide")
     if divided is not None:
         total = d.call(divided.args[1], "relax.sum")
@@ -82,7 +83,14 @@ def _router(d: Definitions, experts: relax.Expr, scores: relax.Expr) -> _Router 
         or {int(top.attrs.axis) % 2, int(softmax.attrs.axis) % 2} != {1}
     ):
         return None
-    return _Router(_uncast(d, softmax.args[0]), int(top.ty.fields[0].shape.values[-1]), divided is not None)
+    return _Router(_uncast(d, softmax.args[0]), int(top.ty.fields[0].shape.values[-1]), divided is not None, scale)
+
+
+def _unscaled(d: Definitions, scores: relax.Expr) -> tuple[relax.Expr, float]:
+    """What is multiplied by a constant, and the constant."""
+    product = d.call(scores, "relax.multiply")
+    scale = None if product is None else d.constant(product.args[1])
+    return (scores, 1.0) if scale is None else (d.value(product.args[0]), scale)
 
 
 def _uncast(d: Definitions, expr: relax.Expr) -> relax.Expr:
@@ -98,6 +106,8 @@ def _is_over_last(total: relax.Call) -> bool:
 def _routed(emit: Any, inputs: dict[str, relax.Expr], router: _Router) -> relax.Expr:
     route = emit(ROUTE({"logits": router.logits}, top_k=router.top_k, normalise=router.normalise))
     experts, scores, order, ends = (emit(relax.TupleGetItem(route, i)) for i in range(4))
+    if router.scale != 1:
+        scores = emit(relax.op.multiply(scores, relax.const(router.scale, "float32")))
     groups = {"experts": experts, "order": order, "ends": ends}
     h_TkI = emit(EXPERT_GATE_UP_SILU({"x": inputs["x"], **groups, "weight": inputs["gate_up"]}))
     y_TkD = emit(EXPERT_LINEAR({"x": h_TkI, **groups, "weight": inputs["down"]}))

@@ -162,7 +162,7 @@ def size_cache(vllm_config: Any, program: Program) -> None:
         return
     weights = sum(file.stat().st_size for file in Path(model.model).glob("*.safetensors"))
     free = max(get_memory_node_info(get_visible_memory_node()[0]).available_memory - weights, 0)
-    token = 2 * program.num_layers * program.num_kv_heads * program.head_dim * program.dtype.itemsize
+    token = program.num_layers * program.num_kv_heads * program.cache_width * program.dtype.itemsize
     wanted = max(free // 32, 16384 * token)
     if model.original_max_model_len is None:
         model.original_max_model_len = -1  # vLLM's word for "as long a context as the cache can hold"

@@ -19,9 +19,19 @@ ROUTED = {"route": 1, "expert_gate_up_silu": 1, "expert_linear": 1}
 
 
 def mixture(
-    emit, x, logits, gate_up, down, normalise=True, scores_dtype="float32", largest=True, other=None, wide="float32"
+    emit,
+    x,
+    logits,
+    gate_up,
+    down,
+    normalise=True,
+    scores_dtype="float32",
+    largest=True,
+    other=None,
+    wide="float32",
+    scale=None,
 ):
-    """As Mixtral writes it."""
+    """As Mixtral writes it; DeepSeek-V2 multiplies scores by a constant."""
 
     def cast(value, dtype):
         return value if str(value.ty.dtype) == dtype else emit(relax.op.astype(value, dtype))
@@ -32,6 +42,8 @@ def mixture(
     if normalise:
         summed = values if other is None else cast(other, "float32")
         values = emit(relax.op.divide(values, emit(relax.op.sum(summed, axis=[-1], keepdims=True))))
+    if scale is not None:
+        values = emit(relax.op.multiply(values, relax.const(scale, "float32")))
     inputs = {"x": x, "experts": experts, "scores": cast(values, scores_dtype), "gate_up": gate_up, "down": down}
     return emit(MOE(inputs))
 
@@ -39,10 +51,10 @@ def mixture(
 @pytest.mark.parametrize(
     ("dtype", "scores_dtype"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
 )
-@pytest.mark.parametrize("normalise", [True, False])
-def test_routed(dtype, scores_dtype, normalise, generator):
+@pytest.mark.parametrize(("normalise", "scale"), [(True, None), (False, None), (False, 16.0), (True, 2.5)])
+def test_routed(dtype, scores_dtype, normalise, scale, generator):
     def build(emit, *inputs):
-        return mixture(emit, *inputs, normalise=normalise, scores_dtype=scores_dtype)
+        return mixture(emit, *inputs, normalise=normalise, scores_dtype=scores_dtype, scale=scale)
 
     # No two alike: which of equal logits torch.topk takes is not defined.
     logits = torch.stack([torch.randperm(EXPERTS, generator=generator) for _ in range(TOKENS)]).to(

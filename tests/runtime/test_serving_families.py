@@ -16,7 +16,7 @@ from tests.test_families import NEW_TOKENS, continued, prompts, random_model
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("family", ["Falcon", "Gemma 2", "GPT-2", "Mixtral"])
+@pytest.mark.parametrize("family", ["DeepSeek-V2-Lite", "Falcon", "Gemma 2", "GPT-2", "Mixtral"])
 def test_same_tokens(family, tmp_path):
     """Prefilled in chunks, all requests at once."""
     model, requests = random_model(family), prompts()

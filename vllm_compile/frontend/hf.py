@@ -17,8 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from vllm_compile.errors import ModelError, UnsupportedError
 
+from .complex_parts import split_complex
 from .conversion import weight_conversions
 from .families import GROWING_ROPE, OWN_CODE, SUPPORTED, TORCH_ATTENTION, check_family, older_name
+from .filled_buffers import join_filled
 from .repeats import expand_repeats, find_repeats, without_repeats
 from .torch_ops import ATTENTION, EXPERTS, ListIndices, check_experts, mark_layers, torch_attention
 
@@ -115,6 +117,8 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
             program = torch.export.export(
                 flat, (ids, positions), dynamic_shapes=({0: tokens}, {0: tokens}), strict=False
             )
+        split_complex(program.graph)
+        join_filled(program.graph)
         expand_repeats(program, layers, dict(flat.named_parameters(remove_duplicate=False)))
     except UnsupportedError:
         raise

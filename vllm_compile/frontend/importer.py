@@ -21,10 +21,11 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.ops import CAUSAL_ATTENTION, EMBEDDING, LAYER_BOUNDARY, LAYER_NORM, LINEAR, MOE
-from vllm_compile.relax_passes.base import substitute
+from vllm_compile.relax_passes.base import same_type, substitute
 from vllm_compile.spec import Sym
 
 from .hf import TracedModel
+from .nodes import name, place
 from .position_tables import tabulate_positions
 from .recorded_types import difference
 
@@ -53,9 +54,6 @@ def import_model(traced: TracedModel, max_positions: int) -> ImportedModel:
     program = traced.program
     positions = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == "positions")
     tables = tabulate_positions(program, positions, max_positions)
-    if complex_tables := sum(table.is_complex() for table in tables):
-        kind = traced.config.model_type
-        raise UnsupportedError(f"{kind}: RoPE in complex numbers ({complex_tables} tables) is not supported")
     importer = _Importer(
         [relax.Var(f"position_table_{i}", _table_type(t)) for i, t in enumerate(tables)], max_positions
     )
@@ -105,9 +103,9 @@ class _Importer(ExportedProgramImporter):
         """Refuse operators that nothing converts; from here on those that are converted say where they stand."""
         for node in nodes:
             if node.op == "call_function":
-                if node.target.__name__ not in self.convert_map:
-                    raise UnsupportedError(f"operator {node.target.__name__} ({_place(node)}) is not supported")
-                self.convert_map[node.target.__name__] = _named(self.convert_map[node.target.__name__])
+                if name(node) not in self.convert_map:
+                    raise UnsupportedError(f"operator {name(node)} ({place(node)}) is not supported")
+                self.convert_map[name(node)] = _named(self.convert_map[name(node)])
 
     @staticmethod
     def _convert_pytorch_tensor_to_tvm(tensor_value):
@@ -128,18 +126,15 @@ class _Importer(ExportedProgramImporter):
             "causal_attention.default": _causal_attention,
             "layer_boundary.default": _layer_boundary,
             "moe.default": _moe,
+            "view.default": _reshape,
+            "reshape.default": _reshape,
             "select.int": _select,
             "div_.Tensor": _divide_in_place,
             "to.dtype": _cast,
             "softmax.int": _softmax,
+            "topk.default": _topk,
             "position_table.default": _position_table,
         }
-
-
-def _place(node: fx.Node) -> str:
-    """The module of the model that a node comes from."""
-    modules = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(modules[-1][0]).removeprefix("model.") if modules else "outside all modules"
 
 
 def _named(convert: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,7 +147,7 @@ def _named(convert: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(convert)
     def converted(node: fx.Node, *importer: _Importer) -> Any:
-        what = f"operator {cast(Callable, node.target).__name__} ({_place(node)}) cannot be converted"
+        what = f"operator {name(node)} ({place(node)}) cannot be converted"
         try:
             value = convert(node, *importer)
         except Exception as error:  # TVM's converters raise whatever the operators they call do
@@ -175,6 +170,13 @@ def _select(node: fx.Node, importer: _Importer) -> relax.Var:
         index += int(shape[axis])
     part = importer.block_builder.emit(relax.op.strided_slice(x, [axis], [index], [index + 1], [1]))
     return importer.block_builder.emit(relax.op.squeeze(part, [axis]))
+
+
+def _reshape(node: fx.Node, importer: _Importer) -> relax.Var:
+    """TVM's own fails on a shape that has the same axes as its operand's, tokens among them, in another order."""
+    x, shape = importer.retrieve_args(node)
+    reshaped = importer._emit_torch_reshape(x, shape)
+    return x if same_type(reshaped, x) else reshaped
 
 
 def _linear(node: fx.Node, importer: _Importer) -> relax.Var:
@@ -237,6 +239,12 @@ def _softmax(node: fx.Node, importer: _Importer) -> relax.Var:
     if str(values.ty.dtype) != name:
         values = importer.block_builder.emit(relax.op.astype(values, name))
     return importer.block_builder.emit(relax.op.nn.softmax(values, cast(int, axis)))
+
+
+def _topk(node: fx.Node, importer: _Importer) -> relax.Var:
+    """In falling order, which is one of those that a caller who wants none gets."""
+    x, k, axis, largest = (*importer.retrieve_args(node), -1, True)[:4]
+    return importer.block_builder.emit(relax.op.topk(x, k, axis, "both", largest, "int64"))
 
 
 def _causal_attention(node: fx.Node, importer: _Importer) -> relax.Var:
