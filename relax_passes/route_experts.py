@@ -9,8 +9,8 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from vllm_compile.ops import EXPERT_GATE_UP_SILU, EXPERT_LINEAR, MOE, ROUTE
-from vllm_compile.ops.base import arguments_of
+from vllm_compile.ops import EXPERT_GATE_UP_SILU, EXPERT_LINEAR, LIMIT_GROUPS, MOE, ROUTE
+from vllm_compile.ops.base import arguments_of, attributes_of
 
 from .base import Definitions, Rewrite, counted_pass, rewrite_functions
 
@@ -23,6 +23,7 @@ class _Router:
     top_k: int
     normalise: bool
     scale: float
+    groups: dict[str, int]  # which of them it keeps first, if it does
 
 
 @counted_pass("route_experts")
@@ -37,7 +38,8 @@ def route_experts(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
         h = expert_gate_up_silu(x, experts, order, ends, gate_up)
         y = sum over j of expert_linear(h, experts, order, ends, down)[:, j] * scores[:, j]
     A model that does not divide by the sum has `normalise=False`; a constant that scores are multiplied by at last
-    stays an operator of its own.  A router of another kind, or one whose softmax is not float32, stays as it is.
+    stays an operator of its own; groups of experts that are kept (`limit_groups`) are options of `route`.  A router of
+    another kind, or one whose softmax is not float32, stays as it is.
     """
     return rewrite_functions(module, _find)
 
@@ -74,7 +76,9 @@ def _router(d: Definitions, experts: relax.Expr, scores: relax.Expr) -> _Router 
     top, same = (d.call(part.tuple_value, "relax.topk") for part in both)
     if top is None or not top.same_as(same) or not top.attrs.largest or str(top.attrs.ret_type) != "both":
         return None
-    softmax = d.call(top.args[0], "relax.nn.softmax")
+    limit = d.value(top.args[0])
+    groups = attributes_of(limit) if LIMIT_GROUPS.matches(limit) else {}
+    softmax = d.call(limit.args[0] if groups else limit, "relax.nn.softmax")
     rank = len(top.ty.fields[0].shape.values)
     if (
         softmax is None
@@ -83,7 +87,10 @@ def _router(d: Definitions, experts: relax.Expr, scores: relax.Expr) -> _Router 
         or {int(top.attrs.axis) % 2, int(softmax.attrs.axis) % 2} != {1}
     ):
         return None
-    return _Router(_uncast(d, softmax.args[0]), int(top.ty.fields[0].shape.values[-1]), divided is not None, scale)
+    top_k, experts_in_all = (int(type_.shape.values[-1]) for type_ in (top.ty.fields[0], softmax.ty))
+    if groups and top_k > groups["kept"] * (experts_in_all // groups["groups"]):
+        return None  # some of those chosen have a score of zero, whichever they are
+    return _Router(_uncast(d, softmax.args[0]), top_k, divided is not None, scale, groups)
 
 
 def _unscaled(d: Definitions, scores: relax.Expr) -> tuple[relax.Expr, float]:
@@ -104,7 +111,7 @@ def _is_over_last(total: relax.Call) -> bool:
 
 
 def _routed(emit: Any, inputs: dict[str, relax.Expr], router: _Router) -> relax.Expr:
-    route = emit(ROUTE({"logits": router.logits}, top_k=router.top_k, normalise=router.normalise))
+    route = emit(ROUTE({"logits": router.logits}, top_k=router.top_k, normalise=router.normalise, **router.groups))
     experts, scores, order, ends = (emit(relax.TupleGetItem(route, i)) for i in range(4))
     if router.scale != 1:
         scores = emit(relax.op.multiply(scores, relax.const(router.scale, "float32")))

@@ -67,6 +67,10 @@ DEEPSEEK = {
 }
 FAMILIES: dict[str, tuple[str, dict]] = {
     "Cohere": ("cohere", {"logit_scale": 0.25}),
+    "DeepSeek-V2": (
+        "deepseek_v2",
+        DEEPSEEK | {"q_lora_rank": 24, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    ),
     "DeepSeek-V2-Lite": ("deepseek_v2", DEEPSEEK | {"q_lora_rank": None, "topk_method": "greedy"}),
     "Falcon": ("falcon", {"multi_query": True, "parallel_attn": True, "bias": False, "alibi": False}),
     "Falcon 2": (
@@ -273,6 +277,8 @@ def logits_error(artifact: Path, model: PreTrainedModel) -> float:
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
+        ("DeepSeek-V2", {"topk_group": 3}),
+        ("DeepSeek-V2-Lite", {"routed_scaling_factor": 1.6}),
         ("Mistral", {"sliding_window": WINDOW + 1}),
         ("Gemma 2", {"attn_logit_softcapping": 5.0}),
         ("Gemma 3", {"rope_parameters": ROPES | {"sliding_attention": ROPES["full_attention"]}}),

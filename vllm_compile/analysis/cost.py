@@ -272,6 +272,7 @@ COSTS: dict[str, Callable[[_Step], Cost]] = {
     "moe": _expert_products,
     "expert_gate_up_silu": _expert_products,
     "expert_linear": _expert_products,
+    "limit_groups": _reduction,
     "route": _reduction,
     "paged_attention": _paged_attention,
     "qkv_rope_cache": _kv_write(3),

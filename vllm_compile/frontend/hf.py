@@ -20,7 +20,8 @@ from vllm_compile.errors import ModelError, UnsupportedError
 from .complex_parts import split_complex
 from .conversion import weight_conversions
 from .families import GROWING_ROPE, OWN_CODE, SUPPORTED, TORCH_ATTENTION, check_family, older_name
-from .filled_buffers import join_filled
+from .group_limit import name_group_limits
+from .in_place import replace_writes
 from .repeats import expand_repeats, find_repeats, without_repeats
 from .torch_ops import ATTENTION, EXPERTS, ListIndices, check_experts, mark_layers, torch_attention
 
@@ -118,7 +119,8 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
                 flat, (ids, positions), dynamic_shapes=({0: tokens}, {0: tokens}), strict=False
             )
         split_complex(program.graph)
-        join_filled(program.graph)
+        replace_writes(program.graph)
+        name_group_limits(program.graph)
         expand_repeats(program, layers, dict(flat.named_parameters(remove_duplicate=False)))
     except UnsupportedError:
         raise

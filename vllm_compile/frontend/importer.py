@@ -20,7 +20,7 @@ from tvm import relax, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from vllm_compile.errors import UnsupportedError
-from vllm_compile.ops import CAUSAL_ATTENTION, EMBEDDING, LAYER_BOUNDARY, LAYER_NORM, LINEAR, MOE
+from vllm_compile.ops import CAUSAL_ATTENTION, EMBEDDING, LAYER_BOUNDARY, LAYER_NORM, LIMIT_GROUPS, LINEAR, MOE
 from vllm_compile.relax_passes.base import same_type, substitute
 from vllm_compile.spec import Sym
 
@@ -125,6 +125,7 @@ class _Importer(ExportedProgramImporter):
             "embedding.default": _embedding,
             "causal_attention.default": _causal_attention,
             "layer_boundary.default": _layer_boundary,
+            "limit_groups.default": _limit_groups,
             "moe.default": _moe,
             "view.default": _reshape,
             "reshape.default": _reshape,
@@ -258,6 +259,11 @@ def _causal_attention(node: fx.Node, importer: _Importer) -> relax.Var:
 def _layer_boundary(node: fx.Node, importer: _Importer) -> relax.Var:
     x, index = importer.retrieve_args(node)
     return importer.block_builder.emit(LAYER_BOUNDARY({"x": x}, index=index))
+
+
+def _limit_groups(node: fx.Node, importer: _Importer) -> relax.Var:
+    scores, groups, kept = importer.retrieve_args(node)
+    return importer.block_builder.emit(LIMIT_GROUPS({"scores": scores}, groups=groups, kept=kept))
 
 
 def _moe(node: fx.Node, importer: _Importer) -> relax.Var:

@@ -12,6 +12,7 @@ from .head_linear import HEAD_LINEAR
 from .kv_cache_write import KV_CACHE_WRITE
 from .layer_boundary import LAYER_BOUNDARY
 from .layer_norm import LAYER_NORM
+from .limit_groups import LIMIT_GROUPS
 from .linear import LINEAR
 from .moe import MOE
 from .paged_attention import PAGED_ATTENTION
@@ -34,6 +35,7 @@ OPS: dict[str, OwnOp] = {
         KV_CACHE_WRITE,
         LAYER_BOUNDARY,
         LAYER_NORM,
+        LIMIT_GROUPS,
         LINEAR,
         MOE,
         PAGED_ATTENTION,

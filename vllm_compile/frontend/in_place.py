@@ -1,4 +1,4 @@
-"""A tensor that is made empty and filled part by part becomes a concatenation."""
+"""Writes into tensors become values: what is filled part by part a concatenation, what is scattered a new tensor."""
 
 from __future__ import annotations
 
@@ -15,21 +15,38 @@ aten = torch.ops.aten
 EMPTY = {aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default}
 
 
-def join_filled(graph: fx.Graph) -> None:
-    """Rewrite, in place, buffers whose parts along one axis are each written once.
+def replace_writes(graph: fx.Graph) -> None:
+    """Rewrite, in place, buffers whose parts along one axis are each written once, and what is scattered into zeros.
 
     Before:
         y = new_empty(...); copy_(slice(y, axis, 0, n), a); copy_(slice(y, axis, n), b)
+        z = zeros_like(...); scatter_(z, axis, index, 1)
     After:
         y = cat([a, b], axis)
+        z = scatter(zeros_like(...), axis, index, 1)
 
     Raises:
         UnsupportedError: another copy in place is left, which would be lost; its module is named.
     """
     for buffer in [node for node in graph.nodes if node.target in EMPTY]:
         _join(buffer)
+    for write in [node for node in graph.nodes if node.target is aten.scatter_.value]:
+        _scatter(write)
     if left := next((node for node in graph.nodes if node.target is aten.copy_.default), None):
         raise UnsupportedError(f"operator {name(left)} ({place(left)}) is not supported: it writes in place")
+
+
+def _scatter(write: fx.Node) -> None:
+    """Of a tensor that nothing else is a view of: whoever reads it behind the write reads the result."""
+    zeros = args(write)[0]
+    if zeros.target is not aten.zeros_like.default:
+        return
+    order = {node: number for number, node in enumerate(write.graph.nodes)}
+    scattered = insert_before(write, aten.scatter.value, *args(write))
+    write.replace_all_uses_with(scattered)
+    for reader in [user for user in zeros.users if order.get(user, 0) > order[write]]:
+        reader.replace_input_with(zeros, scattered)
+    write.graph.erase_node(write)
 
 
 def _join(buffer: fx.Node) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_compile.errors import UnsupportedError
-from vllm_compile.frontend.filled_buffers import join_filled
+from vllm_compile.frontend.in_place import replace_writes
 
 
 class Filled(torch.nn.Module):
@@ -46,7 +46,7 @@ def repeated(y, a, b):
 def test_same_values(fill, generator):
     program, inputs = traced(fill, generator)
     expected = program.module()(*inputs)
-    join_filled(program.graph)
+    replace_writes(program.graph)
     program.graph.lint()
     operators = [str(node.target) for node in program.graph.nodes]
     assert "aten.cat.default" in operators
@@ -91,4 +91,4 @@ def test_other_writes_are_refused(fill, generator):
     """They would be lost: nobody uses what they return."""
     program, _ = traced(fill, generator)
     with pytest.raises(UnsupportedError, match=r"operator copy_\.default .* writes in place"):
-        join_filled(program.graph)
+        replace_writes(program.graph)
