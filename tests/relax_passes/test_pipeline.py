@@ -68,6 +68,7 @@ def test_a_pass_without_a_match_is_counted(pairs):
     _, records = run_passes(pairs("mlp bias").imported.module)
     assert [record.name for record in records] == [transform.info.name for transform in PIPELINE]
     assert [record.name for record in records if record.matches == 0] == [
+        "absorb_latent",
         "fuse_layer_norm",
         "fuse_gate_up",
         "route_experts",
