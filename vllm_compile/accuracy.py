@@ -34,7 +34,7 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
 def token_errors(ours_TD: torch.Tensor, reference_TD: torch.Tensor) -> torch.Tensor:
     """[T] fp64: the error of each token, |ours - reference| / |reference|; NaN where ours has a NaN.
 
-    A padding token's embedding is zero, and so is all that a model without biases makes of it: no error of nothing is 0.
+    A padding token's embedding is zero, and so is what a model without biases makes of it: no error there is 0.
     """
     return _quotient((ours_TD.double() - reference_TD.double()).norm(dim=-1), reference_TD.double().norm(dim=-1))
 
