@@ -107,6 +107,8 @@ class ModelShape:
 
     A cached token takes `cache_width` columns of each KV head: `head_dim` of the key, then `value_dim` of the value (as
     many as of the key where None; 0 where values are a part of the key).
+    Sequences have up to `max_positions` tokens; where they may have more, up to `long_positions`, position p of every
+    sequence is given as max_positions + p.
     """
 
     num_layers: int
@@ -118,6 +120,7 @@ class ModelShape:
     max_positions: int
     dtype: str
     value_dim: int | None = None
+    long_positions: int = 0
 
     @property
     def cache_width(self) -> int:

@@ -33,7 +33,7 @@ class Program:
     Attributes:
         num_layers, num_heads, num_kv_heads, head_dim, hidden_size, vocab_size: shape of the model.
         cache_width: columns that a cached token takes in each KV head.
-        max_positions: positions are below this.
+        max_positions, long_positions: of a sequence; see `ModelShape`.
         dtype: of weights, activations and KV cache.
         device: where they are, and all arguments of a call must be.
     """
@@ -48,7 +48,7 @@ class Program:
         )
         self.head_dim, self.hidden_size, self.vocab_size = model.head_dim, model.hidden_size, model.vocab_size
         self.cache_width = model.cache_width
-        self.max_positions = model.max_positions
+        self.max_positions, self.long_positions = model.max_positions, model.long_positions
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.device = device_of(manifest["target"]["name"])
         self._executor = Executor(plan, self.kernels(), self.device)

@@ -72,15 +72,18 @@ def limit_length(model_config: Any) -> None:
     plan = Path(model_config.model) / PLAN
     if not plan.is_file():
         return  # whatever is wrong with the artifact is said where it is loaded
-    longest = from_json(plan.read_text()).model.max_positions
-    if model_config.max_model_len <= longest:
+    model = from_json(plan.read_text()).model
+    longest = max(model.max_positions, model.long_positions)
+    if model_config.max_model_len <= model.max_positions:
         return
     if model_config.original_max_model_len not in (None, -1):
+        if model_config.max_model_len <= longest:
+            return
         raise UnsupportedError(
             f"{model_config.model} is compiled for up to {longest} tokens, not {model_config.max_model_len}: "
             "take a smaller --max-model-len"
         )
-    model_config.max_model_len = longest
+    model_config.max_model_len = model.max_positions
 
 
 def refuse_unsupported(vllm_config: Any) -> None:

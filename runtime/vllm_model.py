@@ -53,6 +53,9 @@ class VllmCompileForCausalLM(nn.Module):
         scheduler = vllm_config.scheduler_config
         program.prepare(max_tokens=scheduler.max_num_batched_tokens, max_requests=scheduler.max_num_seqs)
         self.program = program
+        longest = vllm_config.model_config.max_model_len
+        # Which angles serve a request must not change while it grows: it is the longest that could come that counts.
+        self.first_position = program.max_positions if longest > program.max_positions else 0
         sizes = program.num_heads, program.num_kv_heads, program.head_dim, program.cache_width - program.head_dim
         self.layers = [KVLayer(f"model.layers.{i}.attn", *sizes, program.dtype) for i in range(program.num_layers)]
         layers = {layer.layer_name: layer for layer in self.layers}
@@ -78,7 +81,7 @@ class VllmCompileForCausalLM(nn.Module):
         step = metadata[self.layers[0].layer_name]
         return self.program.forward(
             input_ids,
-            positions,
+            positions + self.first_position if self.first_position else positions,
             [layer.kv_cache for layer in self.layers],
             step.block_table,
             step.seq_lens,

@@ -140,6 +140,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "StarCoder 2": ("starcoder2", {"sliding_window": WINDOW}),
 }
 PROMPTS, NEW_TOKENS = (55, 31, 1), 6
+LONG_PROMPTS = (97, 150)  # longer than the tests' longrope is trained for
 
 
 def random_model(family: str, **changes) -> PreTrainedModel:
@@ -157,9 +158,9 @@ def random_model(family: str, **changes) -> PreTrainedModel:
     return model
 
 
-def prompts() -> list[torch.Tensor]:
+def prompts(lengths: Sequence[int] = PROMPTS) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(SEED)
-    return [torch.randint(3, 160, (length,), generator=generator) for length in PROMPTS]
+    return [torch.randint(3, 160, (length,), generator=generator) for length in lengths]
 
 
 def continued(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
@@ -172,7 +173,7 @@ def continued(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
     return text[0, len(ids) :].tolist()
 
 
-def served(artifact: Path, requests: Sequence[torch.Tensor]) -> list[list[int]]:
+def served(artifact: Path, requests: Sequence[torch.Tensor], first_position: int = 0) -> list[list[int]]:
     """Ours: one prefill of all requests, then one token each at a time."""
     program = vllm_compile.load(artifact)
     lengths = [len(ids) for ids in requests]
@@ -180,7 +181,7 @@ def served(artifact: Path, requests: Sequence[torch.Tensor]) -> list[list[int]]:
 
     def step(ids, begin, end):
         arguments = batch.step(begin, end)
-        return program(ids.int(), arguments.pop("positions"), batch.kv, **arguments)
+        return program(ids.int(), arguments.pop("positions") + first_position, batch.kv, **arguments)
 
     hidden = step(torch.cat(list(requests)), [0] * len(lengths), lengths)
     ids = program.logits(hidden[torch.tensor(lengths).cumsum(0) - 1]).argmax(-1)
@@ -234,8 +235,16 @@ def test_dynamic_rope_within_the_trained_length(artifacts, tmp_path):
     assert all(torch.equal(tables[name], plain[name]) for name in plain)
 
 
-def test_longrope_serves_what_it_was_trained_for(artifacts):
-    assert vllm_compile.load(artifacts("Phi-3 longrope")).max_positions == 96
+def test_longrope_beyond_what_it_was_trained_for(artifacts):
+    """Sequences that may outgrow it are served with the long factors from the start, as vLLM does."""
+    artifact = artifacts("Phi-3 longrope")
+    program = vllm_compile.load(artifact)
+    assert (program.max_positions, program.long_positions) == (96, 384)
+    model, requests = random_model("Phi-3 longrope"), prompts(LONG_PROMPTS)
+    expected = [continued(model, ids) for ids in requests]
+    assert served(artifact, requests, first_position=96) == expected
+    short = random_model("Phi-3 longrope", original_max_position_embeddings=200)  # negative control: they matter
+    assert [continued(short, ids) for ids in requests] != expected
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "Phi-3 longrope"])  # its kernels are Phi-3's

@@ -22,7 +22,7 @@ from .errors import ArtifactError, DatabaseError, ModelError, TargetError, Unsup
 from .file_digests import FileDigests, status_of
 from .frontend.checkpoint import Checkpoint, DummyCheckpoint
 from .frontend.conversion import open_checkpoint
-from .frontend.families import max_positions
+from .frontend.families import long_positions, max_positions
 from .frontend.hf import TracedModel, read_config, trace
 from .frontend.importer import ImportedModel, import_model
 from .kernel_cache import KernelCache
@@ -331,5 +331,6 @@ def _model_shape(config: Any, module: tvm.IRModule, dtype: str) -> ModelShape:
         vocab_size=int(logits.ret_ty.shape.values[-1]),
         max_positions=max_positions(config),
         dtype=dtype,
+        long_positions=long_positions(config),
         value_dim=None if width == 2 * head_dim else int(width) - head_dim,
     )

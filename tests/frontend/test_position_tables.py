@@ -43,7 +43,7 @@ def test_bit_for_bit(rope, dtype):
 
 
 def long_config(kind):
-    """Of 256K positions, trained for 8K; with longrope, whose short factors alone are served, for half of them."""
+    """Of 256K positions, trained for 8K; with longrope, whose short factors serve that alone, for half of them."""
     trained = LONG // 2 if kind == "longrope" else 8192
     rope = {"rope_type": kind, "rope_theta": 5e5, "original_max_position_embeddings": trained, **LONG_ROPES[kind]}
     return config(num_hidden_layers=1, max_position_embeddings=LONG, rope_parameters=rope)
@@ -59,16 +59,21 @@ def test_long_contexts_in_float64(kind):
     served = max_positions(long)
     assert served == (LONG // 2 if kind == "longrope" else LONG)
     tables = list(import_model(trace(long, torch.float32), served).tables.values())
-    frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](long, torch.device("cpu"))
-    positions = torch.cat([torch.arange(at - 64, at) for at in (64, LONG // 2, served)])
-    angles = torch.outer(positions.double(), frequencies.double()).repeat(1, 2)
-    bound = scaling * (angles * 2**-24 + 2**-22)
-    for table, function in zip(tables, (torch.cos, torch.sin), strict=True):
-        assert table.shape == (served, 12)
-        assert ((table[positions] - function(angles) * scaling).abs() <= bound).all()
-        # Negative control: neither the next position nor another scaling is within the bound.
-        assert ((table[positions - 1] - function(angles) * scaling).abs() > bound).any(dim=1).all()
-        assert ((table[positions] - function(angles * 1.001) * scaling).abs() > bound)[1:].any(dim=1).all()
+    parts = [(0, served, None)]
+    if kind == "longrope":
+        parts.append((served, LONG, LONG))
+    for first, count, length in parts:
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](long, torch.device("cpu"), length)
+        positions = torch.cat([torch.arange(at - 64, at) for at in (64, LONG // 2, count)])
+        angles = torch.outer(positions.double(), frequencies.double()).repeat(1, 2)
+        bound = scaling * (angles * 2**-24 + 2**-22)
+        for table, function in zip(tables, (torch.cos, torch.sin), strict=True):
+            rows = table[first:]
+            assert table.shape == (sum(size for _, size, _ in parts), 12)
+            assert ((rows[positions] - function(angles) * scaling).abs() <= bound).all()
+            # Negative control: neither the next position nor another scaling is within the bound.
+            assert ((rows[positions - 1] - function(angles) * scaling).abs() > bound).any(dim=1).all()
+            assert ((rows[positions] - function(angles * 1.001) * scaling).abs() > bound)[1:].any(dim=1).all()
 
 
 def test_a_position_off_by_one_is_noticed(pairs):

@@ -46,16 +46,17 @@ class ImportedModel:
 
 
 def import_model(traced: TracedModel, max_positions: int) -> ImportedModel:
-    """Convert a traced model; position tables cover positions below `max_positions`.
+    """Convert a traced model; position tables cover positions below `max_positions`, and the model's long sequences.
 
     Raises:
         UnsupportedError: the graph has an operator that cannot be converted; it is named.
     """
     program = traced.program
     positions = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == "positions")
-    tables = tabulate_positions(program, positions, max_positions)
+    tables = tabulate_positions(program, positions, max_positions, traced.long)
     importer = _Importer(
-        [relax.Var(f"position_table_{i}", _table_type(t)) for i, t in enumerate(tables)], max_positions
+        [relax.Var(f"position_table_{i}", _table_type(t)) for i, t in enumerate(tables)],
+        max(max_positions, traced.long.positions),
     )
     try:
         module = importer.from_exported_program(program, True, True, False, importer.converters())
