@@ -42,6 +42,23 @@ def repeated(y, a, b):
     return y + y
 
 
+def scattered(y, a, b):
+    """Ones where the largest of each row are."""
+    z = torch.zeros_like(a)
+    z.scatter_(1, a.topk(2, dim=-1)[1], 1)
+    return torch.cat([z, b], dim=1)
+
+
+def test_what_is_scattered(generator):
+    program, inputs = traced(scattered, generator)
+    expected = program.module()(*inputs)
+    replace_writes(program.graph)
+    program.graph.lint()
+    assert "aten.scatter.value" in {str(node.target) for node in program.graph.nodes}
+    program.graph_module.recompile()
+    assert torch.equal(program.module()(*inputs), expected)
+
+
 @pytest.mark.parametrize("fill", [in_order, backwards, repeated])
 def test_same_values(fill, generator):
     program, inputs = traced(fill, generator)
@@ -86,9 +103,25 @@ def over_a_value(y, a, b):
     return z
 
 
-@pytest.mark.parametrize("fill", [with_a_gap, twice, read_before, every_other, over_a_value])
+def added(y, a, b):
+    z = a * 1
+    z[:, :2].add_(1)
+    return z
+
+
+def scattered_under_a_view(y, a, b):
+    z = torch.zeros_like(a)
+    view = z[:, :2]
+    z.scatter_(1, a.topk(2, dim=-1)[1], 1)
+    return view
+
+
+REFUSED = [with_a_gap, twice, read_before, every_other, over_a_value, added, scattered_under_a_view]
+
+
+@pytest.mark.parametrize("fill", REFUSED)
 def test_other_writes_are_refused(fill, generator):
     """They would be lost: nobody uses what they return."""
     program, _ = traced(fill, generator)
-    with pytest.raises(UnsupportedError, match=r"operator copy_\.default .* writes in place"):
+    with pytest.raises(UnsupportedError, match=r"operator (copy_|add_|scatter_)\..* writes in place"):
         replace_writes(program.graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -26,25 +27,32 @@ def replace_writes(graph: fx.Graph) -> None:
         z = scatter(zeros_like(...), axis, index, 1)
 
     Raises:
-        UnsupportedError: another copy in place is left, which would be lost; its module is named.
+        UnsupportedError: another write is left whose result nobody takes, so that it would be lost; operator and
+            module are named.
     """
     for buffer in [node for node in graph.nodes if node.target in EMPTY]:
         _join(buffer)
     for write in [node for node in graph.nodes if node.target is aten.scatter_.value]:
         _scatter(write)
-    if left := next((node for node in graph.nodes if node.target is aten.copy_.default), None):
+    if left := next((node for node in graph.nodes if _writes(node) and not node.users), None):
         raise UnsupportedError(f"operator {name(left)} ({place(left)}) is not supported: it writes in place")
 
 
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
 def _scatter(write: fx.Node) -> None:
-    """Of a tensor that nothing else is a view of: whoever reads it behind the write reads the result."""
+    """Of a tensor that nothing has looked at before: whoever does reads the result."""
     zeros = args(write)[0]
-    if zeros.target is not aten.zeros_like.default:
-        return
     order = {node: number for number, node in enumerate(write.graph.nodes)}
+    readers = [user for user in zeros.users if user is not write]
+    if zeros.target is not aten.zeros_like.default or any(order[reader] < order[write] for reader in readers):
+        return
     scattered = insert_before(write, aten.scatter.value, *args(write))
     write.replace_all_uses_with(scattered)
-    for reader in [user for user in zeros.users if order.get(user, 0) > order[write]]:
+    for reader in readers:
         reader.replace_input_with(zeros, scattered)
     write.graph.erase_node(write)
 
@@ -58,7 +66,7 @@ def _join(buffer: fx.Node) -> None:
     readers = [user for user in buffer.users if user not in copies]
     if not copies or not readers or max(order[c] for c in copies.values()) > min(order[r] for r in readers):
         return
-    begins = sorted((_begin(part), part) for part in copies)
+    begins = sorted(((_begin(part), part) for part in copies), key=operator.itemgetter(0))
     axis = args(begins[0][1])[1]
     extent, filled = buffer.meta["val"].shape[axis], 0
     for begin, part in begins:
