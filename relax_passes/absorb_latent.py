@@ -107,7 +107,7 @@ def _match(d: Definitions, queries: relax.Expr, written: dict[str, relax.Expr]) 
     parts = [_part(d, part) for part in (k[0], v)]
     if rotated is None or [index for _, index in parts] != [0, 1] or not parts[0][0].same_as(parts[1][0]):
         return None
-    heads = d.operand(parts[0][0], "relax.permute_dims")
+    heads = _by_head(d, parts[0][0])
     product = d.value(d.operand(heads, "relax.reshape"))
     if not LINEAR.matches(product) or set(arguments_of(product)) != {"x", "weight"}:
         return None
@@ -121,7 +121,7 @@ def _match(d: Definitions, queries: relax.Expr, written: dict[str, relax.Expr]) 
 
 
 def _by_head(d: Definitions, rows: Any) -> Any:
-    """[1, H, T, D] that is permuted to rows [1, T, H, D], else None."""
+    """[1, H, T, D] that is permuted to rows [1, T, H, D] (or the other way round), else None."""
     permuted = d.call(rows, "relax.permute_dims")
     return permuted.args[0] if permuted is not None and list(map(int, permuted.attrs.axes)) == HEADS_TO_ROWS else None
 

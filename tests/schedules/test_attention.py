@@ -68,6 +68,7 @@ def test_mixed_batch_matches(block_size, dtype, target, generator):
         (20, 1, 96, torch.bfloat16),
         (4, 2, 128, torch.bfloat16),
         (3, 1, 256, torch.float32),
+        (128, 1, 48, torch.bfloat16),
     ],
 )
 def test_head_shapes(num_heads, num_kv_heads, head_dim, dtype, generator):
