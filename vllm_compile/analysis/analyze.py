@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_compile.driver import dtype_of, fuse_model
 from vllm_compile.errors import TargetError
-from vllm_compile.frontend.families import max_positions
+from vllm_compile.frontend.families import long_positions, max_positions
 from vllm_compile.frontend.hf import read_config, read_config_file
 from vllm_compile.relax_passes.outline_layers import FORWARD, LOGITS
 from vllm_compile.spec import TensorSpec
@@ -172,7 +172,7 @@ def analyze(
     figures = partial(_figures, stages, chooser, weights.stored + weights.copies)
     steps = [figures(phase, context, Step(workload, dtype, where)) for phase, context, workload in workloads]
     warnings = [f"compiling for {target} would be refused: {line}" for line in chooser.refused]
-    most = max_positions(config)
+    most = max(max_positions(config), long_positions(config))
     if longer := sorted({c for c in contexts if c > most}):
         asked = ", ".join(f"{c:,}" for c in longer)
         warnings.append(f"the model has {most:,} positions; a context of {asked} needs another rope scaling")
