@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import tvm
-from tvm import tirx
+from tvm import relax, tirx
 
 from .artifact import source_digest, write_config, write_manifest
 from .cache import Cache
@@ -27,7 +27,10 @@ from .frontend.model import DTYPES, Model, read_model
 from .kernel_cache import KernelCache
 from .lowering import Lowered, dimension, lower
 from .model_files import ModelFiles, find_files
+from .ops import PAGED_ATTENTION
+from .ops.base import arguments_of
 from .quick_verification import Verdict, not_run, quick_verification
+from .relax_passes.base import Definitions
 from .relax_passes.outline_layers import FORWARD, LOGITS
 from .relax_passes.pipeline import OPTIONAL, run_passes
 from .relax_passes.record import PassRecord
@@ -265,7 +268,7 @@ def _kernel_records(lowered: Lowered) -> list[dict[str, Any]]:
 
 
 def _model_shape(model: Model, module: tvm.IRModule) -> ModelShape:
-    """Shapes as the compiled functions have them; heads of queries as the configuration says."""
+    """Shapes as the compiled functions have them."""
     forward, logits = module[FORWARD], module[LOGITS]
     caches = {tuple(map(dimension, p.ty.shape.values)) for p in forward.params if p.name.startswith("kv_")}
     if len(caches) != 1:
@@ -273,13 +276,19 @@ def _model_shape(model: Model, module: tvm.IRModule) -> ModelShape:
             f"{model.config.model_type}: layers whose KV caches have different shapes are not supported"
         )
     (_, num_kv_heads, _, width) = caches.pop()
+    functions = (function for _, function in module.functions_items() if isinstance(function, relax.Function))
+    calls = (b.value for function in functions for b in Definitions(function).bindings)
+    queries = next(arguments_of(call)["q"] for call in calls if PAGED_ATTENTION.matches(call))
+    num_heads, head_dim = map(int, queries.ty.shape.values[-2:])
     return ModelShape(
         num_layers=sum(p.name.startswith("kv_") for p in forward.params),
-        num_heads=model.config.num_attention_heads,
+        num_heads=num_heads,
         num_kv_heads=int(num_kv_heads),
-        head_dim=int(width) // 2,
+        head_dim=head_dim,
         hidden_size=int(forward.ret_ty.shape.values[-1]),
         vocab_size=int(logits.ret_ty.shape.values[-1]),
         max_positions=model.max_positions,
         dtype=model.dtype,
+        long_positions=model.long_positions,
+        value_dim=None if width == 2 * head_dim else int(width) - head_dim,
     )

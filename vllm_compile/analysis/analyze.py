@@ -13,7 +13,7 @@ import tvm
 
 from vllm_compile.driver import fuse_model
 from vllm_compile.errors import TargetError
-from vllm_compile.frontend.families import max_positions
+from vllm_compile.frontend.families import long_positions, max_positions
 from vllm_compile.frontend.hf import read_config, read_config_file
 from vllm_compile.frontend.model import dtype_of, read_model
 from vllm_compile.model_files import find_files
@@ -176,7 +176,7 @@ def analyze(
     figures = partial(_figures, stages, chooser, weights.stored + weights.copies)
     steps = [figures(phase, context, Step(workload, dtype, where)) for phase, context, workload in workloads]
     warnings = [f"compiling for {target} would be refused: {line}" for line in chooser.refused]
-    most = max_positions(config)
+    most = max(max_positions(config), long_positions(config))
     if longer := sorted({c for c in contexts if c > most}):
         asked = ", ".join(f"{c:,}" for c in longer)
         warnings.append(f"the model has {most:,} positions; a context of {asked} needs another rope scaling")

@@ -16,7 +16,7 @@ from vllm_compile.model_files import CONFIG, ModelFiles
 
 from .checkpoint import Checkpoint, DummyCheckpoint
 from .conversion import open_checkpoint
-from .families import max_positions
+from .families import long_positions, max_positions
 from .hf import TracedModel, read_config, trace
 from .importer import ImportedModel, import_model
 
@@ -32,6 +32,7 @@ class Model:
         fields: content of its config.json.
         dtype: bfloat16 or float32.
         max_positions: positions that are served are below this.
+        long_positions: see `long_positions` of `families.py`.
         module: `main(input_ids, positions, weights...) -> logits [1, T, V]`.
         read: gives the tensor of a parameter of `module`: a weight, or a position table.
     """
@@ -40,6 +41,7 @@ class Model:
     fields: dict[str, Any]
     dtype: str
     max_positions: int
+    long_positions: int
     module: tvm.IRModule
     read: Callable[[str], torch.Tensor]
 
@@ -63,7 +65,8 @@ def read_model(files: ModelFiles, dtype: str | None, dummy_seed: int | None) -> 
     _check_tensors(files.directory, traced, imported, checkpoint)
     fields = json.loads((files.directory / CONFIG).read_text())
     read = _reader(traced, imported, checkpoint)
-    return Model(config, fields, dtype, max_positions(config), imported.module, read)
+    positions = max_positions(config), long_positions(config)
+    return Model(config, fields, dtype, *positions, imported.module, read)
 
 
 def dtype_of(config: Any, asked: str | None) -> str:

@@ -51,7 +51,7 @@ def read_onnx(files: ModelFiles, dtype: str | None, dummy_seed: int | None) -> M
         fields = json.loads(beside.read_text())
         _check_shapes(beside, config, imported.shapes)
     read = _reader(graph, imported, DTYPES[kind], dummy_seed)
-    return Model(config, fields, kind, imported.max_positions, imported.module, read)
+    return Model(config, fields, kind, imported.max_positions, 0, imported.module, read)
 
 
 def _names(genai: dict[str, Any]) -> Names:
