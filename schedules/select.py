@@ -12,10 +12,17 @@ from vllm_compile.targets import Target
 from .cpu import FAMILIES as CPU_FAMILIES
 from .cuda import FAMILIES as CUDA_FAMILIES
 from .family import KernelFamily, Tuned, Variant, Vendor
+from .gaudi import FAMILIES as GAUDI_FAMILIES
 from .layouts import Layout
 from .rocm import FAMILIES as ROCM_FAMILIES
 
-FAMILIES: Mapping[str, Sequence[KernelFamily]] = {"cpu": CPU_FAMILIES, "cuda": CUDA_FAMILIES, "rocm": ROCM_FAMILIES}
+FAMILIES: Mapping[str, Sequence[KernelFamily]] = {
+    "cpu": CPU_FAMILIES,
+    "cuda": CUDA_FAMILIES,
+    "rocm": ROCM_FAMILIES,
+    "gaudi2": GAUDI_FAMILIES,
+    "gaudi3": GAUDI_FAMILIES,
+}
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,9 @@ def _add_compile(commands: Any) -> None:
         "--weightless", action="store_true", help="leave the weights out; serve with vLLM's --load-format dummy"
     )
     parser.add_argument("--db", metavar="URL", help="tuning database to take configurations of kernels from")
+    parser.add_argument(
+        "--buckets", type=Path, metavar="FILE", help="shapes to have graphs of (targets gaudi2, gaudi3)"
+    )
     add_cache_options(parser)
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write the module after each pass as TVMScript")
     parser.add_argument("--json", action="store_true", help="a summary as the last line of stdout")
@@ -98,6 +101,7 @@ def _compile(options: argparse.Namespace) -> int:
         options.pack,
         options.weightless,
         options.db,
+        options.buckets,
     )
     with console.status("starting") as status:
         result = compile_if_changed(

@@ -26,7 +26,7 @@ from .frontend.conversion import open_checkpoint, weight_conversions
 from .frontend.hf import read_config
 from .paged_batch import PagedBatch
 from .reference import Reference
-from .runtime.manifest import LIBRARY, PLAN
+from .runtime.manifest import PLAN, library_of
 from .runtime.plan import Plan, from_json, kernel_steps
 from .runtime.program import device_of
 from .streamed import StreamedProgram
@@ -192,7 +192,7 @@ def _layer_outputs(
 def main(arguments: list[str]) -> int:
     """`python -m vllm_compile.verify ARTIFACT MODEL TARGET [DUMMY_SEED]`: prints the quick report as JSON."""
     artifact, model, target, *seed = arguments
-    if not (Path(artifact) / LIBRARY).exists():
+    if not (Path(artifact) / library_of(target)).exists():
         raise ModelError(f"{artifact}: no compiled kernels here")
     report = verify(Path(artifact), Path(model), target, int(seed[0]) if seed else None, quick=True)
     print(json.dumps(asdict(report)))
