@@ -10,7 +10,9 @@ import torch
 from safetensors import safe_open
 
 from vllm_compile import lossless
+from vllm_compile.cache import Cache, default_directory
 from vllm_compile.errors import ArtifactError
+from vllm_compile.file_digests import FileDigests
 from vllm_compile.spec import DUMMY_STD, TensorSpec
 from vllm_compile.targets import cuda, gaudi, rocm
 
@@ -72,7 +74,9 @@ class Program:
                 or a file of the artifact's is damaged.
         """
         if weights is None:
-            artifact.check_files(self.directory, self.manifest, artifact.is_weights)
+            # Their digests are remembered: to read 12 GB once more takes longer than to load them.
+            digests = FileDigests(Cache(default_directory()))
+            artifact.check_files(self.directory, self.manifest, artifact.is_weights, digests.sha256)
         wanted = self._weight_specs()
         loaded = dict(weights if weights is not None else read_weights(self.directory))
         for name, spec in wanted.items():

@@ -20,8 +20,8 @@ from tests import models
 from tests.conftest import SEED
 from vllm_compile import driver
 from vllm_compile.errors import ArtifactError, ModelError, UnsupportedError
+from vllm_compile.quick_verification import not_run, quick_verification
 from vllm_compile.runtime.manifest import check_files, read_manifest
-from vllm_compile.verify import verify_quick
 
 
 def manifest_of(artifact: Path) -> dict:
@@ -79,7 +79,7 @@ def _tensors(directory: Path) -> dict[str, torch.Tensor]:
 def no_kernels(monkeypatch):
     """Compile without building kernels, which comes before the weights and takes long, nor running them."""
     monkeypatch.setattr(driver, "build_library", lambda kernels, target, path: path.write_bytes(b"none"))
-    monkeypatch.setattr(driver, "verify_quick", lambda *_: {"outcome": "not-run", "reason": "no kernels"})
+    monkeypatch.setattr(driver, "quick_verification", lambda *_: not_run("no kernels"))
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ class TestWithoutKernels:
 
     def test_not_run_is_a_verdict(self, tiny, tmp_path, monkeypatch):
         """The library is no library: that is what the verdict says."""
-        monkeypatch.setattr(driver, "verify_quick", verify_quick)
+        monkeypatch.setattr(driver, "quick_verification", quick_verification)
         result = vllm_compile.compile(tiny, out=tmp_path / "out")
         assert result.verdict["outcome"] == "not-run"
         assert manifest_of(result.artifact)["verdict"] == result.verdict

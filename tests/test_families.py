@@ -22,6 +22,7 @@ from vllm_compile.errors import UnsupportedError
 from vllm_compile.frontend.hf import read_config, trace
 from vllm_compile.frontend.importer import import_model
 from vllm_compile.paged_batch import PagedBatch
+from vllm_compile.quick_verification import not_run
 from vllm_compile.relax_passes.pipeline import run_passes
 from vllm_compile.schedules.cpu import gate_up, linear
 from vllm_compile.verify import verify
@@ -185,7 +186,7 @@ def artifacts(tmp_path_factory):
         directory = tmp_path_factory.mktemp("family")
         random_model(family).save_pretrained(directory / "model")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(driver, "verify_quick", lambda *_: {"outcome": "not-run", "reason": "tests do"})
+            patch.setattr(driver, "quick_verification", lambda *_: not_run("tests do"))
             return vllm_compile.compile(directory / "model", out=directory / "artifact", dtype=dtype).artifact
 
     return compiled

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from vllm_compile.cache import Cache
 from vllm_compile.compilation import CompileOptions, request_key
 from vllm_compile.errors import ModelError
 from vllm_compile.file_digests import FileDigests
+from vllm_compile.quick_verification import not_run
 from vllm_compile.runtime.manifest import check_files, read_manifest
 from vllm_compile.targets import resolve
 from vllm_compile.unchanged import find_unchanged
@@ -128,7 +130,7 @@ def no_kernels(monkeypatch):
         path.write_bytes(b"kernels")
 
     monkeypatch.setattr(driver, "build_library", build)
-    monkeypatch.setattr(driver, "verify_quick", lambda *_: {"outcome": "pass"})
+    monkeypatch.setattr(driver, "quick_verification", lambda *_: nullcontext(lambda: {"outcome": "pass"}))
     return built
 
 
@@ -190,7 +192,7 @@ class TestWhatChanges:
         assert compile().unchanged
 
     def test_not_verified_where_it_could_be(self, compile, monkeypatch):
-        monkeypatch.setattr(driver, "verify_quick", lambda *_: {"outcome": "not-run", "reason": "no GPU"})
+        monkeypatch.setattr(driver, "quick_verification", lambda *_: not_run("no GPU"))
         compile()
         assert not compile().unchanged
         monkeypatch.setattr(unchanged, "_runs_here", lambda *_: False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from .frontend.hf import TracedModel, read_config, trace
 from .frontend.importer import ImportedModel, import_model
 from .kernel_cache import KernelCache
 from .lowering import Lowered, dimension, lower
+from .quick_verification import Verdict, not_run, quick_verification
 from .relax_passes.outline_layers import FORWARD, LOGITS
 from .relax_passes.pipeline import OPTIONAL, run_passes
 from .relax_passes.record import PassRecord
@@ -40,7 +41,6 @@ from .schedules.select import choose
 from .spec import OpSpec
 from .staging import staged
 from .targets import Target, gaudi, resolve
-from .verify import verify_quick
 from .weights import UnfitWeightError, WeightProgram, write_shards
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -107,6 +107,11 @@ def compile_model(
         with stage("lowering"):
             lowered = lower(module, lambda spec: choose(spec, machine, lossless and spec not in unpacked, tuned))
         with staged(final) as directory:
+            plan = Plan(_model_shape(config, module, dtype), lowered.functions, lowered.restored)
+            (directory / files.PLAN).write_text(plan.to_json())
+            write_config(source, dtype, directory)
+            if buckets is not None:
+                buckets.write(directory / files.BUCKETS)
             library = directory / files.library_of(machine.name)
             known = KernelCache(cache, lowered, machine) if cache is not None else None
             # Kernels are compiled by one thread, which weights leave free while they are read and written.
@@ -120,18 +125,14 @@ def compile_model(
                         write_shards(
                             lowered.weights.values(), partial(_unless_failed, built, weights.evaluate), directory
                         )
-                with stage("kernels"):
-                    built.result()
-            if known is not None and not restored:
-                known.keep(library)
-            plan = Plan(_model_shape(config, module, dtype), lowered.functions, lowered.restored)
-            (directory / files.PLAN).write_text(plan.to_json())
-            write_config(source, dtype, directory)
-            if buckets is not None:
-                buckets.write(directory / files.BUCKETS)
-            with stage("verify"):
-                verdict = _verdict(directory, source, machine, options)
-                microseconds = verdict.pop("microseconds", {})
+                with _verification(directory, source, machine, options) as verify:
+                    with stage("kernels"):
+                        built.result()
+                    if known is not None and not restored:
+                        known.keep(library)
+                    with stage("verify"):
+                        verdict = verify()
+            microseconds = verdict.pop("microseconds", {})
             with stage("manifest"):
                 made_from = source_digest(source, options.seed, digests)
                 # What a tuning database has to say is not in the key, nor are buckets.
@@ -223,15 +224,17 @@ def _tuned(url: str | None, machine: Target) -> Tuned | None:
     return open_tuned(url, machine)
 
 
-def _verdict(directory: Path, source: Path, machine: Target, options: CompileOptions) -> dict[str, Any]:
-    """What the quick verification says, or why it was not run."""
+def _verification(
+    directory: Path, source: Path, machine: Target, options: CompileOptions
+) -> AbstractContextManager[Callable[[], Verdict]]:
+    """The quick verification, or why it is not run; what it yields gives the verdict once the kernels are there."""
     if options.weightless:
-        return {"outcome": "not-run", "reason": "compiled without weights"}
+        return not_run("compiled without weights")
     try:
         check_target(machine.name, machine.features, directory)
     except TargetError as error:
-        return {"outcome": "not-run", "reason": str(error)}
-    return verify_quick(directory, source, machine.name, options.dummy_weights)
+        return not_run(str(error))
+    return quick_verification(directory, source, machine.name, options.dummy_weights)
 
 
 def dtype_of(config: Any, asked: str | None) -> str:

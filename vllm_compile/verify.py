@@ -6,12 +6,9 @@ imports TVM: the kernels run as they will when serving.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -20,13 +17,12 @@ from typing import Any
 import torch
 
 from .accuracy import FP32_ERROR, as_accurate, as_accurate_by_token, mean_kl, relative_error
-from .errors import ModelError
 from .frontend.checkpoint import Checkpoint, DummyCheckpoint
 from .frontend.conversion import open_checkpoint, weight_conversions
 from .frontend.hf import read_config
 from .paged_batch import PagedBatch
 from .reference import Reference
-from .runtime.manifest import PLAN, library_of
+from .runtime.manifest import PLAN
 from .runtime.plan import Plan, from_json, kernel_steps
 from .runtime.program import device_of
 from .streamed import StreamedProgram
@@ -66,6 +62,22 @@ class Report:
     microseconds: dict[str, float]
 
 
+@dataclass(frozen=True)
+class References:
+    """What Hugging Face makes of prompts, in the plan's dtype and in float32; see `Reference.run`.
+
+    Attributes:
+        prompts: token ids, each [T].
+        same, wide: what `Reference.run` gives in either dtype, for each batch of prompts of one length.
+    """
+
+    plan: Plan
+    device: torch.device
+    prompts: list[torch.Tensor]
+    same: list[tuple]
+    wide: list[tuple]
+
+
 def verify(
     artifact: Path,
     model: Path,
@@ -84,6 +96,19 @@ def verify(
         dummy_seed: seed of the dummy weights, if it was compiled with such.
         lengths: tokens of each prompt, drawn at random from `seed`; None: those of the quick or the full form.
     """
+    return compare(artifact, run_references(artifact, model, target, dummy_seed, seed, lengths, quick))
+
+
+def run_references(
+    artifact: Path,
+    model: Path,
+    target: str,
+    dummy_seed: int | None = None,
+    seed: int = 0,
+    lengths: Sequence[int] | None = None,
+    quick: bool = False,
+) -> References:
+    """The half of `verify` that needs nothing of the artifact but its plan."""
     plan = from_json((artifact / PLAN).read_text())
     dtype: torch.dtype = getattr(torch, plan.model.dtype)
     lengths = lengths or prompt_lengths(plan, quick)
@@ -98,14 +123,19 @@ def verify(
     models = {d: Reference(config, checkpoint, d, device) for d in (dtype, torch.float32)}
     with ThreadPoolExecutor() as pool:
         runs = {d: pool.submit(lambda m: [m.run(ids) for ids in batches], m) for d, m in models.items()}
-        same, wide = runs[dtype].result(), runs[torch.float32].result()
-    program = StreamedProgram(artifact, plan, device)
+        return References(plan, device, prompts, runs[dtype].result(), runs[torch.float32].result())
+
+
+def compare(artifact: Path, references: References) -> Report:
+    """The other half: the artifact's kernels and weights beside the references."""
+    plan, prompts, same, wide = references.plan, references.prompts, references.same, references.wide
+    program = StreamedProgram(artifact, plan, references.device)
     logits = torch.cat(_run(program, plan, prompts))
     layers = _layer_outputs(program, plan, prompts, same)
     reference, exact = torch.cat([r[2] for r in same]), torch.cat([r[2] for r in wide])
     error, reference_error = relative_error(logits, exact), relative_error(reference, exact)
     kl, reference_kl = mean_kl(exact, logits), mean_kl(exact, reference)
-    if dtype == torch.float32:
+    if plan.model.dtype == "float32":
         passed = error <= FP32_ERROR
     elif _routes(plan):
         passed = as_accurate_by_token(logits, reference, exact, layers)
@@ -114,7 +144,8 @@ def verify(
     agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
     times = {symbol: round(median(seconds) * 1e6, 1) for symbol, seconds in program.timings.items()}
     by_layer = [relative_error(*outputs) for outputs in layers]
-    return Report(sum(lengths), by_layer, error, reference_error, kl, reference_kl, agreement, passed, times)
+    tokens = sum(map(len, prompts))
+    return Report(tokens, by_layer, error, reference_error, kl, reference_kl, agreement, passed, times)
 
 
 def prompt_lengths(plan: Plan, quick: bool) -> tuple[int, ...]:
@@ -122,24 +153,6 @@ def prompt_lengths(plan: Plan, quick: bool) -> tuple[int, ...]:
     if _routes(plan):
         return QUICK_ROUTED_PROMPTS if quick else FULL_ROUTED_PROMPTS
     return QUICK_PROMPTS if quick else FULL_PROMPTS
-
-
-def verify_quick(artifact: Path, model: Path, target: str, dummy_seed: int | None) -> dict[str, Any]:
-    """The quick form, in a process of its own: a kernel that crashes must not take the compiler along.
-
-    Returns {"outcome": "pass" | "fail", ...the report} or {"outcome": "not-run", "reason": ...}.
-    """
-    command = [sys.executable, "-m", "vllm_compile.verify", str(artifact), str(model), target]
-    if dummy_seed is not None:
-        command.append(str(dummy_seed))
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode < 0:
-        return {"outcome": "fail", "reason": f"a kernel crashed (signal {-done.returncode})"}
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        return {"outcome": "not-run", "reason": lines[-1] if lines else f"exit code {done.returncode}"}
-    report = json.loads(done.stdout.splitlines()[-1])
-    return {"outcome": "pass" if report.pop("passed") else "fail", **report}
 
 
 def _routes(plan: Plan) -> bool:
@@ -187,17 +200,3 @@ def _layer_outputs(
     step = batch.step([0] * len(prompts), lengths)
     outputs.append(program.forward(torch.cat(prompts).int(), batch.kv, step, observe))
     return list(zip(outputs, [*inputs[1:], torch.cat([r[1] for r in references])], strict=True))
-
-
-def main(arguments: list[str]) -> int:
-    """`python -m vllm_compile.verify ARTIFACT MODEL TARGET [DUMMY_SEED]`: prints the quick report as JSON."""
-    artifact, model, target, *seed = arguments
-    if not (Path(artifact) / library_of(target)).exists():
-        raise ModelError(f"{artifact}: no compiled kernels here")
-    report = verify(Path(artifact), Path(model), target, int(seed[0]) if seed else None, quick=True)
-    print(json.dumps(asdict(report)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

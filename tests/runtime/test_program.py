@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from vllm_compile import file_digests
 from vllm_compile.accuracy import relative_error
 from vllm_compile.errors import ArtifactError
 from vllm_compile.paged_batch import PagedBatch
@@ -267,6 +268,20 @@ class TestDamage:
         content[len(content) // 2] ^= 1
         (copy / name).write_bytes(content)
         with pytest.raises(ArtifactError, match=rf"{name} differs from what was compiled \(SHA-256\)"):
+            load(copy)
+
+    def test_weights_are_read_once_as_long_as_they_are_the_same(self, copy, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(file_digests, "GRANULARITY_NS", 0)
+        read = []
+        monkeypatch.setattr(file_digests, "sha256", lambda path: read.append(path.name) or sha256(path))
+        weights = [name for name in FILES if name.endswith(".safetensors")]
+        for _ in range(2):
+            load(copy)
+            assert sorted(read) == sorted(weights)
+        content = (copy / weights[0]).read_bytes()
+        (copy / weights[0]).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ArtifactError, match=rf"{weights[0]} differs from what was compiled \(SHA-256\)"):
             load(copy)
 
     @pytest.mark.parametrize("name", FILES)
