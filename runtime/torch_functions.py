@@ -7,7 +7,7 @@ of the batch) whose it is, and the position of its first token; rows of padding 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -83,42 +83,49 @@ def paged_attention(
 
     Queries of a request are T / R rows, of which the first query_start_loc[r + 1] - query_start_loc[r] are real.
     """
-    requests = seq_lens.shape[0]
-    attend = _decode if q.shape[0] == requests else _prefill
-    return attend(q, kv, block_table, seq_lens, query_start_loc.diff(), scale, window, soft_cap)
+    call = _Attention(q, kv, block_table, seq_lens.long(), query_start_loc.diff(), scale, window, soft_cap)
+    return _decode(call) if q.shape[0] == seq_lens.shape[0] else _prefill(call)
 
 
-def _scores(product: torch.Tensor, visible: torch.Tensor, scale: float, soft_cap: float) -> torch.Tensor:
-    scores = product.float() * scale
-    if soft_cap:
-        scores = torch.tanh(scores / soft_cap) * soft_cap
-    return scores.masked_fill(~visible, float("-inf"))
+class _Attention(NamedTuple):
+    """The arguments of `paged_attention`, int64; `counts` [R] are the real queries of each request."""
+
+    q: torch.Tensor
+    kv: torch.Tensor
+    table: torch.Tensor
+    lengths: torch.Tensor
+    counts: torch.Tensor
+    scale: float
+    window: int
+    soft_cap: float
+
+    def positions(self) -> torch.Tensor:
+        """[L, N]: of each token of each block, in its request."""
+        offset_N = torch.arange(self.kv.shape[2], device=self.q.device)
+        return self.table[:, 2, None] + offset_N
+
+    def scores(self, product: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Products of queries and keys as float32 scores, minus infinity where a query does not see."""
+        scores = product.float() * self.scale
+        if self.soft_cap:
+            scores = torch.tanh(scores / self.soft_cap) * self.soft_cap
+        return scores.masked_fill(~visible, float("-inf"))
 
 
-def _decode(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    counts: torch.Tensor,
-    scale: float,
-    window: int,
-    soft_cap: float,
-) -> torch.Tensor:
+def _decode(a: _Attention) -> torch.Tensor:
     """One query a request: each block by itself, then the blocks of each request together (a softmax in two parts)."""
-    blocks_L, rows_L, first_L = table.unbind(1)
-    requests, heads, head_dim = q.shape
-    kv_heads, block_size = kv.shape[1], kv.shape[2]
-    position_LN = first_L[:, None] + torch.arange(block_size, device=q.device)
-    length_L1 = seq_lens.long()[rows_L, None]
+    requests, heads, head_dim = a.q.shape
+    kv_heads = a.kv.shape[1]
+    rows_L, position_LN = a.table[:, 1], a.positions()
+    length_L1 = a.lengths[rows_L, None]
     visible_LN = position_LN < length_L1
-    if window:
-        visible_LN = visible_LN & (position_LN >= length_L1 - window)
-    k_LKND, v_LKND = kv[blocks_L].chunk(2, dim=-1)
+    if a.window:
+        visible_LN = visible_LN & (position_LN >= length_L1 - a.window)
+    k_LKND, v_LKND = a.kv[a.table[:, 0]].chunk(2, dim=-1)
     v_LKND = v_LKND.masked_fill(~visible_LN[:, None, :, None], 0)  # what nobody wrote may be no number
-    q_LKGD = q.view(requests, kv_heads, heads // kv_heads, head_dim)[rows_L]
-    scores_LKGN = _scores(q_LKGD @ k_LKND.transpose(-1, -2), visible_LN[:, None, None], scale, soft_cap)
-    mine_LR = rows_L[:, None] == torch.arange(requests, device=q.device)
+    q_LKGD = a.q.view(requests, kv_heads, heads // kv_heads, head_dim)[rows_L]
+    scores_LKGN = a.scores(q_LKGD @ k_LKND.transpose(-1, -2), visible_LN[:, None, None])
+    mine_LR = rows_L[:, None] == torch.arange(requests, device=rows_L.device)
     top_LKG = scores_LKGN.amax(-1)
     top_RKG = torch.where(mine_LR[:, :, None, None], top_LKG[:, None], float("-inf")).amax(0)
     top_RKG = top_RKG.masked_fill(top_RKG == float("-inf"), 0.0)
@@ -127,41 +134,30 @@ def _decode(
     total_RKG = (gather_RL @ weights_LKGN.sum(-1).flatten(1)).view(top_RKG.shape)
     mixed_LKGD = (weights_LKGN.to(v_LKND.dtype) @ v_LKND).float()
     out_RKGD = (gather_RL @ mixed_LKGD.flatten(1)).view(*top_RKG.shape, head_dim)
-    return (out_RKGD / total_RKG.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).to(q.dtype).view(q.shape)
+    least = torch.finfo(torch.float32).tiny  # a request of padding sees nothing
+    return (out_RKGD / total_RKG.clamp(min=least)[..., None]).to(a.q.dtype).view(a.q.shape)
 
 
-def _prefill(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    counts: torch.Tensor,
-    scale: float,
-    window: int,
-    soft_cap: float,
-) -> torch.Tensor:
+def _prefill(a: _Attention) -> torch.Tensor:
     """Several queries a request: all queries with all blocks, and a mask."""
-    blocks_L, rows_L, first_L = table.unbind(1)
-    tokens, heads, head_dim = q.shape
-    kv_heads, block_size = kv.shape[1], kv.shape[2]
-    requests = seq_lens.shape[0]
+    tokens, heads, head_dim = a.q.shape
+    kv_heads, requests = a.kv.shape[1], a.lengths.shape[0]
     queries = tokens // requests
-    row_T = torch.arange(requests, device=q.device).repeat_interleave(queries)
-    start_R = seq_lens.long() - counts
-    at_T = start_R[row_T] + torch.arange(tokens, device=q.device) % queries
-    position_S = (first_L[:, None] + torch.arange(block_size, device=q.device)).flatten()
-    row_S = rows_L.repeat_interleave(block_size)
-    written_S = position_S < seq_lens.long()[row_S]
+    row_T = torch.arange(requests, device=a.q.device).repeat_interleave(queries)
+    at_T = (a.lengths - a.counts)[row_T] + torch.arange(tokens, device=row_T.device) % queries
+    position_S = a.positions().flatten()
+    row_S = a.table[:, 1].repeat_interleave(a.kv.shape[2])
+    written_S = position_S < a.lengths[row_S]
     visible_TS = written_S & (row_T[:, None] == row_S) & (position_S <= at_T[:, None])
-    if window:
-        visible_TS = visible_TS & (position_S > at_T[:, None] - window)
-    pages_KSC = kv[blocks_L].transpose(0, 1).flatten(1, 2)
+    if a.window:
+        visible_TS = visible_TS & (position_S > at_T[:, None] - a.window)
+    pages_KSC = a.kv[a.table[:, 0]].transpose(0, 1).flatten(1, 2)
     k_KSD, v_KSD = pages_KSC.masked_fill(~written_S[:, None], 0).chunk(2, dim=-1)
-    q_KGTD = q.view(tokens, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
-    scores_KGTS = _scores(q_KGTD @ k_KSD[:, None].transpose(-1, -2), visible_TS, scale, soft_cap)
+    q_KGTD = a.q.view(tokens, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
+    scores_KGTS = a.scores(q_KGTD @ k_KSD[:, None].transpose(-1, -2), visible_TS)
     # A query of padding may see nothing: its weights are made zeros, not what 0 / 0 is.
     weights_KGTS = scores_KGTS.softmax(-1).nan_to_num(0.0).to(v_KSD.dtype)
-    return (weights_KGTS @ v_KSD[:, None]).permute(2, 0, 1, 3).reshape(q.shape)
+    return (weights_KGTS @ v_KSD[:, None]).permute(2, 0, 1, 3).reshape(a.q.shape)
 
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {

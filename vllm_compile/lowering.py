@@ -223,8 +223,8 @@ class _FunctionLowering:
             self._tuples[var] = results
         else:
             self._names[var] = results[0]
-        if calls := kernels.choice.family.torch_calls(spec):
-            self._torch(calls, [a.buffer for a in arguments], spec, outputs, kernels.symbols[0])
+        if kernels.choice.calls:
+            self._torch(kernels.choice.calls, [a.buffer for a in arguments], spec, outputs, kernels.symbols[0])
             return
         minimums = [variant.min_tokens for variant in kernels.choice.variants]
         variants = tuple(zip(minimums, kernels.symbols, strict=True))

@@ -12,7 +12,7 @@ from pathlib import Path
 from vllm_compile.targets import Target
 
 from . import glue
-from .tpc import Kernel
+from .kernel import Kernel
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of all files, so that equal kernels make equal archives
 

@@ -17,6 +17,7 @@ from vllm_compile.targets import Target
 from ..family import Config, KernelFamily, TorchCall
 from . import expressions, tpc
 from .expressions import Fused
+from .kernel import Kernel
 
 Calls = Callable[[OpSpec], Sequence[TorchCall]]
 
@@ -40,7 +41,7 @@ class Torch(KernelFamily):
     def torch_calls(self, spec: OpSpec) -> Sequence[TorchCall]:
         return self.calls(spec)
 
-    def build(self, spec: OpSpec, config: Config, target: Target) -> tpc.Kernel | None:
+    def build(self, spec: OpSpec, config: Config, target: Target) -> Kernel | None:
         """The kernel for the TPCs, None where torch does all of the call."""
         return tpc.generate(self.fused(spec)) if self.fused is not None else None
 

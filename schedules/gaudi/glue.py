@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from vllm_compile.spec import Dim, Sym
 
-from .tpc import Access, Kernel
+from .kernel import Access, Kernel
 
 ELEMENT = {"float32": ("DATA_F32", "Float"), "bfloat16": ("DATA_BF16", "BFloat16")}
 INTERFACE = '#include "tpc_kernel_lib_interface.h"'

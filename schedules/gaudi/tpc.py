@@ -15,7 +15,6 @@ intrinsics, special functions).  Where it leaves open which lanes hold a reducti
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -23,6 +22,8 @@ from vllm_compile.expression import Node
 from vllm_compile.spec import Dim, Sym
 
 from .expressions import Fused
+from .kernel import Access, At, Kernel
+from .templates import BINARY, UNARY
 
 LANES = {"float32": 64, "bfloat16": 128}
 MOST_DIMENSIONS = 5  # of a tensor
@@ -33,75 +34,10 @@ EXACT = frozenset({"input", "constant", "slice", "concat", "permute", "negative"
 KEEPS_ZERO = frozenset(
     {"slice", "concat", "permute", "cast", "negative", "abs", "relu", "square", "sqrt", "tanh", "silu"}
 )
-UNARY = {
-    "abs": "v_f32_abs_b({0})",
-    "exp": "v_exp_f32({0})",
-    "negative": "-{0}",
-    "relu": "v_f32_max_b({0}, (float64)0.0f)",
-    "rsqrt": "v_rsqrt_f32({0})",
-    "sigmoid": "v_reciprocal_f32((float64)1.0f + v_exp_f32(-{0}))",
-    "silu": "{0} * v_reciprocal_f32((float64)1.0f + v_exp_f32(-{0}))",
-    "sqrt": "v_sqrt_f32({0})",
-    "square": "{0} * {0}",
-    "tanh": "v_tanh_f32({0})",
-    # Hendrycks & Gimpel 2016; the constant is sqrt(2 / pi)
-    "gelu_tanh": "{0} * (float64)0.5f * ((float64)1.0f + v_tanh_f32((float64)0.7978845608f * "
-    "({0} + (float64)0.044715f * {0} * {0} * {0})))",
-}
-BINARY = {
-    "add": "{0} + {1}",
-    "divide": "v_div_f32({0}, {1})",
-    "maximum": "v_f32_max_b({0}, {1})",
-    "minimum": "v_f32_min_b({0}, {1})",
-    "multiply": "{0} * {1}",
-    "subtract": "{0} - {1}",
-}
 
 
 class NoKernelError(Exception):
     """An expression that no kernel is generated for."""
-
-
-class At(NamedTuple):
-    """A place on an axis: `scale * (place on dimension `dim` of the index space) + offset`, fixed where dim is None."""
-
-    dim: int | None
-    scale: int
-    offset: int
-
-    def text(self) -> str:
-        if self.dim is None:
-            return str(self.offset)
-        scaled = f"i{self.dim}" if self.scale == 1 else f"{self.scale} * i{self.dim}"
-        return f"{scaled} + {self.offset}" if self.offset else scaled
-
-
-@dataclass(frozen=True)
-class Access:
-    """What a piece of work at i touches on each TPC dimension of a tensor: from a * i + start to a * i + end."""
-
-    name: str
-    shape: tuple[Dim, ...]
-    spans: tuple[tuple[int, int, int, int], ...]  # (dimension of the index space, a, start, end)
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel: `body` is its source behind the includes.
-
-    Attributes:
-        geometry: places on each dimension of the index space; `Sym.TOKENS` where there is one a token.
-    """
-
-    dtype: str
-    body: str
-    inputs: tuple[Access, ...]
-    outputs: tuple[Access, ...]
-    geometry: tuple[Dim, ...]
-
-    @property
-    def tensors(self) -> tuple[Access, ...]:
-        return (*self.inputs, *self.outputs)
 
 
 def generate(fused: Fused) -> Kernel | None:

@@ -11,7 +11,7 @@ import torch
 
 from vllm_compile.schedules.gaudi.build import sources
 from vllm_compile.schedules.gaudi.glue import guid
-from vllm_compile.schedules.gaudi.tpc import Kernel
+from vllm_compile.schedules.gaudi.kernel import Kernel
 from vllm_compile.spec import Sym
 
 HERE = Path(__file__).parent

@@ -57,8 +57,8 @@ class Chooser:
         choice = self.choice(call.spec)
         if choice is None:
             return plain(call, workload)
-        if parts := choice.family.torch_calls(call.spec):
-            return in_torch(call, workload, parts)
+        if choice.calls:
+            return in_torch(call, workload, choice.calls)
         vendor = choice.vendor
         prefill = workload.queries > 1
         if vendor is None or rows_of(call, workload) < vendor.min_tokens or (vendor.prefill and not prefill):
