@@ -3,6 +3,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 STAMP := $(VENV)/.installed
+WORKERS ?= 2
 CHECKED := vllm_compile relax_passes schedules targets runtime scripts examples
 export OMP_NUM_THREADS ?= $(shell nproc)
 
@@ -17,8 +18,9 @@ venv: $(STAMP)  ## virtual environment in .venv (PYTHON=python3.11)
 demo: $(STAMP)  ## train, compile, serve a small Llama, compare it with Hugging Face (MODEL=DIR or hub id)
 	@$(VENV)/bin/python examples/demo.py $(if $(MODEL),--model "$(MODEL)")
 
-test: $(STAMP)  ## all tests
-	@$(VENV)/bin/python -m pytest
+test: $(STAMP)  ## all tests, WORKERS=2 at a time
+	@OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "not timed"
+	@$(VENV)/bin/python -m pytest -m timed
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(VENV)/bin/ruff check .

@@ -86,7 +86,7 @@ def build(folder: Path, models: Sequence[str]) -> None:
     configs = {}
     for _, _, spec in calls(models):
         for kind, packed in KINDS.items():
-            for variant in family_of(spec, packed).variants(spec, cuda.detect()):
+            for variant in family_of(spec, packed).variants(spec, cuda.for_chip()):
                 configs[symbol(spec, kind, variant.min_tokens)] = (spec, variant.config)
     build_configs(folder / "kernels.so", configs)
 
@@ -96,7 +96,7 @@ def build_configs(path: Path, configs: Mapping[str, tuple[OpSpec, Mapping[str, A
     from vllm_compile.schedules.cuda.build import build_library
     from vllm_compile.targets import cuda
 
-    target = cuda.detect()
+    target = cuda.for_chip()
     kernels = {
         name: family_of(spec, config["lossless"]).build(spec, config, target)
         for name, (spec, config) in configs.items()

@@ -31,6 +31,7 @@ from vllm_compile.runtime.manifest import PLAN, read_manifest
 from vllm_compile.runtime.plan import KernelStep, Plan, VendorCall, from_json, kernel_steps
 from vllm_compile.runtime.program import Program
 from vllm_compile.spec import OpSpec
+from vllm_compile.targets import cuda
 
 CONTEXT = 128  # cached tokens of each request
 BATCHES = {1: (1, 8), 9: (16,), 17: (32,), 33: (64,)}  # by least tokens of a variant: the steps that are timed
@@ -71,9 +72,8 @@ def linear_calls(plan: Plan) -> list[LinearCall]:
 def build(plan: Plan, folder: Path, buckets: Sequence[int]) -> None:
     """A library for each call with every promising configuration."""
     from vllm_compile.schedules.cuda import matmul
-    from vllm_compile.targets import cuda
 
-    target = cuda.detect()
+    target = cuda.for_chip()
     pending = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for call in linear_calls(plan):
@@ -162,6 +162,7 @@ def search(program: Candidates, call: LinearCall, least: int, names: Sequence[st
     print(f"{call.name} {least}: {len(names)} configs, cuBLAS {gain:+.1f}: {shown}", flush=True)
     N, K = call.spec.input("weight").shape
     return {
+        "chip": chip(),
         "op": call.spec.op,
         "N": N,
         "K": K,
@@ -173,9 +174,15 @@ def search(program: Candidates, call: LinearCall, least: int, names: Sequence[st
     }
 
 
+def chip() -> str:
+    """Which of the target's chips this machine has, by the size of its memory."""
+    _, total = torch.cuda.mem_get_info()
+    return min(cuda.CHIPS, key=lambda name: abs(cuda.CHIPS[name].memory_bytes - total))
+
+
 def write_records(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
     """Records, one a line; those of other calls stay."""
-    names = ("op", "N", "K", "residual", "lossless", "min_tokens")
+    names = ("chip", "op", "N", "K", "residual", "lossless", "min_tokens")
     old = json.loads(path.read_text()) if path.exists() else []
     merged = {tuple(record[name] for name in names): record for record in (*old, *found)}
     lines = ",\n".join(json.dumps(merged[key]) for key in sorted(merged))

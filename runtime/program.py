@@ -23,6 +23,7 @@ from .buckets import BucketPlan, read_buckets
 from .executor import Executor, load_kernels
 from .plan import KernelStep, Plan, TorchStep, from_json
 from .torch_executor import TorchExecutor
+from .upload import upload
 
 Observer = Callable[[int, torch.Tensor], None]
 
@@ -87,7 +88,7 @@ class Program:
                 raise ArtifactError(f"{self.directory}: weight {name!r} is not as plan.json says; compile again")
         if unknown := loaded.keys() - wanted.keys():
             raise ArtifactError(f"{self.directory}: {min(unknown)!r} is no weight of this program")
-        placed = {name: tensor.to(self.device) for name, tensor in loaded.items()}
+        placed = upload(loaded, self.device)
         self._executor.set_weights(placed | self._restored(placed))
 
     def load_dummy_weights(self, seed: int = 0) -> None:

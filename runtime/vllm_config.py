@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packaging.specifiers import SpecifierSet
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_compile.errors import ArtifactError, TargetError, UnsupportedError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 LOAD_FORMAT, DUMMY_FORMAT = "vllm_compile", "vllm_compile_dummy"
 UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+SERVED_BY = ">=0.26,<0.34"  # 0.26 (CUDA) and 0.32 (CPU) are tested, the rest has the same interfaces by its source
 SPARE_TOKENS = 1024  # room for the null block and a part-filled one, at any block size
 
 
@@ -31,7 +33,9 @@ class ServingConfig(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: Any) -> None:
         """Serves in the dtype, and up to the length, that the kernels were compiled for."""
         import torch
+        from vllm import __version__
 
+        refuse_unknown_version(__version__)
         compiled = model_config.hf_config.dtype
         # For a float32 model vLLM itself chooses bfloat16, which cannot be told from the user's choosing it.
         chosen_by_vllm = torch.bfloat16 if compiled == torch.float32 else compiled
@@ -65,6 +69,12 @@ class ServingConfig(VerifyAndUpdateConfig):
         if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_piecewise_cudagraphs():
             # Said aloud: vLLM 0.26 drops graphs without a word where torch compiles nothing.
             compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+
+
+def refuse_unknown_version(version: str) -> None:
+    """UnsupportedError where vLLM is older or newer than the interfaces that this package implements."""
+    if not SpecifierSet(SERVED_BY).contains(version, prereleases=True):
+        raise UnsupportedError(f"vLLM {version} does not serve compiled artifacts: install vLLM {SERVED_BY}")
 
 
 def limit_length(model_config: Any) -> None:

@@ -11,7 +11,8 @@ from .chip import Chip
 
 DETECT: dict[str, Callable[[], Target]] = {
     "cpu": cpu.detect,
-    cuda.NAME: cuda.detect,
+    cuda.NAME: cuda.for_chip,
+    **{chip: partial(cuda.for_chip, chip) for chip in cuda.CHIPS},
     rocm.NAME: rocm.for_arch,
     **{arch: partial(rocm.for_arch, arch) for arch in rocm.ARCHS},
     **gaudi.DETECT,

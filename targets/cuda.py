@@ -48,6 +48,7 @@ H100 = replace(
     ),
 )
 CHIPS = {"h200": H200, "h100": H100}
+DEFAULT_CHIP = "h200"
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,19 @@ class CudaTarget(Target):
 
     Attributes:
         arch: machine code that nvcc makes.
+        chip: of `CHIPS`, for which configurations of kernels are chosen.  They run on the others too.
         multiprocessors: of the whole chip.
         shared_bytes: shared memory that one thread block can have; it is taken from L1.
     """
 
     arch: str
+    chip: str
     multiprocessors: int
     shared_bytes: int
 
 
-def detect() -> CudaTarget:
-    """The Hopper GPU, present or not: kernels for it are the same on every machine."""
+def for_chip(chip: str = DEFAULT_CHIP) -> CudaTarget:
+    """A Hopper GPU, present or not: kernels for it are the same on every machine."""
     return CudaTarget(
         name=NAME,
         tvm=(("kind", "cuda"), ("arch", ARCH), ("max_threads_per_block", 1024), ("thread_warp_size", 32)),
@@ -75,6 +78,7 @@ def detect() -> CudaTarget:
         l1_bytes=256 << 10,
         l2_bytes=50 << 20,
         arch=ARCH,
+        chip=chip,
         multiprocessors=132,
         shared_bytes=227 << 10,
     )

@@ -13,10 +13,20 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 SEED = int(os.environ.get("TEST_SEED") or secrets.randbits(31))
+os.environ["TEST_SEED"] = str(SEED)  # one seed for all workers of a run
+TRAINED = {"trained_llama", "compiled_fp32", "compiled_bf16"}
 
 
 def pytest_report_header(config):
     return f"TEST_SEED={SEED}"
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that share what is built go to one worker: those of a file, of a family, of the trained model."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        group = f"{item.nodeid.partition('::')[0]} {parameters.get('family', '')}"
+        item.add_marker(pytest.mark.xdist_group("trained" if TRAINED & set(item.fixturenames) else group))
 
 
 @pytest.fixture

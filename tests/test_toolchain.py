@@ -17,7 +17,7 @@ from vllm_compile.cache import key_of
 from vllm_compile.errors import TargetError
 from vllm_compile.targets import cpu, cuda, rocm
 
-TARGETS = {"cpu": cpu.for_features(cpu.AVX2), "cuda": cuda.detect(), "rocm": rocm.for_arch()}
+TARGETS = {"cpu": cpu.for_features(cpu.AVX2), "cuda": cuda.for_chip(), "rocm": rocm.for_arch()}
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 BOTH = ["cpu", pytest.param("cuda", marks=needs_nvcc)]
 NO_PYTHON = {"cpu": {"parallel.c"}, "cuda": {"norm.cuh", "wgmma.cuh", "records.json"}, "rocm": {"hip.c"}}

@@ -82,7 +82,7 @@ def default_variants(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool
     """
     variants: list[Variant] = []
     for min_tokens, tokens in BUCKETS.items():
-        record = records.find(spec, packed, min_tokens)
+        record = records.find(spec, packed, min_tokens, target.chip)
         if variants and record is not None and record.gain_us < 0:
             break
         config = record.config if record is not None else None

@@ -1,9 +1,8 @@
 """Configurations that a search on a GPU found to be the fastest (benchmarks/search_cuda_linear.py).
 
-Those in records.json were found on an H100 (benchmarks/baseline.md): no other Hopper GPU has been searched on yet.
-
-A record: the call (op, N, K, residual, lossless), the least number of tokens that its variant serves, the
-configuration, and how many microseconds sooner than with cuBLAS's product a decode step ends, for each call in it.
+A record: the chip it was found on (`targets.cuda.CHIPS`), the call (op, N, K, residual, lossless), the least number of
+tokens that its variant serves, the configuration, and how many microseconds sooner than with cuBLAS's product a decode
+step ends, for each call in it.  What the searches found is told in benchmarks/baseline.md.
 """
 
 from __future__ import annotations
@@ -31,18 +30,23 @@ class Record:
 
 
 def key(spec: OpSpec, packed: bool, min_tokens: int) -> tuple[Any, ...]:
-    """What a record is found by."""
+    """What a record is found by, besides its chip."""
     N, K = spec.input("weight").size(0), spec.input("weight").size(1)
     return spec.op, N, K, spec.has_input("residual"), packed, min_tokens
 
 
-def find(spec: OpSpec, packed: bool, min_tokens: int) -> Record | None:
-    """What is recorded for exactly this call, if anything."""
-    return _load(PATH).get(key(spec, packed, min_tokens))
+def find(spec: OpSpec, packed: bool, min_tokens: int, chip: str) -> Record | None:
+    """What is recorded for exactly this call: on this chip, else on another, whose multiprocessors are the same."""
+    found = _load(PATH).get(key(spec, packed, min_tokens), {})
+    return found.get(chip) or next(iter(found.values()), None)
 
 
 @cache
-def _load(path: Path) -> Mapping[tuple[Any, ...], Record]:
-    records = json.loads(path.read_text()) if path.exists() else []
+def _load(path: Path) -> Mapping[tuple[Any, ...], dict[str, Record]]:
+    """Records by call, then by chip."""
     names = ("op", "N", "K", "residual", "lossless", "min_tokens")
-    return {tuple(r[name] for name in names): Record(r["config"], r["gain_us"]) for r in records}
+    found: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for record in json.loads(path.read_text()) if path.exists() else []:
+        by_chip = found.setdefault(tuple(record[name] for name in names), {})
+        by_chip[record["chip"]] = Record(record["config"], record["gain_us"])
+    return found

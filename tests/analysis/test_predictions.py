@@ -64,6 +64,7 @@ def test_launches_are_those_of_linear_layers_alone(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_steps_on_this_cpu(config_directory, tmp_path):
     """A decode step and a prefill that really run, on one thread; up to three tries, as others may be at work."""
     sizes = {

@@ -7,6 +7,7 @@ vLLM means otherwise than we do.  The engine runs in this process.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from tests.runtime import torch_program
 from tests.runtime.tiny_llama import TEXT, as_artifact, save_model
 from vllm_compile.errors import ArtifactError, UnsupportedError
 from vllm_compile.runtime import program as programs
+from vllm_compile.runtime.vllm_config import refuse_unknown_version
 
 NEW_TOKENS = 24
 OPTIONS = {
@@ -214,6 +216,18 @@ def test_ngram_speculation(artifact, model, prompts, expected):
 def test_refusals(artifact, options, words):
     with pytest.raises(UnsupportedError, match=words):
         LLM(artifact, **OPTIONS | options)
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "0.34.0.dev3+g1234567", "1.0.0"])
+def test_untested_version(artifact, version, monkeypatch):
+    monkeypatch.setattr("vllm.__version__", version)
+    with pytest.raises(UnsupportedError, match=rf"vLLM {re.escape(version)} .*: install vLLM >=0.26,<0.34"):
+        LLM(artifact, **OPTIONS)
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.1rc1", "0.33.2.dev5+gabc"])
+def test_tested_versions(version):
+    refuse_unknown_version(version)
 
 
 def test_damage_is_reported_before_an_engine_starts(artifact, monkeypatch):

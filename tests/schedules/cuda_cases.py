@@ -86,7 +86,7 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
 
 def build(folder: Path, seed: int) -> None:
     """One kernel for each distinct call."""
-    target = cuda.detect()
+    target = cuda.for_chip()
     kernels = {}
     for spec, symbol in symbols(list(cases(torch.Generator().manual_seed(seed)))).items():
         family = next(f for f in FAMILIES if f.op == spec.op and f.serves(spec, target))

@@ -24,11 +24,11 @@ from vllm_compile.schedules.cuda import matmul, records
 from vllm_compile.schedules.cuda.gate_up import GateUpSilu
 from vllm_compile.schedules.cuda.linear import Linear
 from vllm_compile.spec import OpSpec, Sym, TensorSpec
-from vllm_compile.targets import cuda
+from vllm_compile.targets import cuda, resolve
 
 from . import harness
 
-TARGET = cuda.detect()
+TARGET = cuda.for_chip()
 N, K = 512, 576  # 9 blocks of 64: no multiple of the warps
 FORMS = {
     "linear": (LINEAR, Linear, ()),
@@ -183,13 +183,31 @@ def test_records_come_first(tmp_path, monkeypatch):
     names = ("op", "N", "K", "residual", "lossless", "min_tokens")
     record = dict(zip(names, records.key(spec, True, 9), strict=True))
     path = tmp_path / "records.json"
-    path.write_text(json.dumps([{**record, "config": wanted, "gain_us": 1.0}]))
+    path.write_text(json.dumps([{"chip": TARGET.chip, **record, "config": wanted, "gain_us": 1.0}]))
     usual = {packed: Linear(packed).variants(spec, TARGET) for packed in (False, True)}
     monkeypatch.setattr(records, "PATH", path)
     found = Linear(packed=True).variants(spec, TARGET)
     assert found[1].config == wanted != usual[True][1].config
     assert found[:1] == usual[True][:1]
     assert Linear(packed=False).variants(spec, TARGET) == usual[False]
+
+
+def test_a_chip_has_its_own_records_and_else_another_chips(tmp_path, monkeypatch):
+    spec = spec_of("linear")
+    names = ("op", "N", "K", "residual", "lossless", "min_tokens")
+    first, second = Linear(packed=True).space(spec, TARGET)[:2]
+    path = tmp_path / "records.json"
+    own = [("h100", 9, first), ("h200", 9, second), ("h100", 33, first)]
+    keys = [dict(zip(names, records.key(spec, True, least), strict=True)) for _, least, _ in own]
+    made = [{"chip": c, **k, "config": x, "gain_us": 1.0} for (c, _, x), k in zip(own, keys, strict=True)]
+    path.write_text(json.dumps(made))
+    monkeypatch.setattr(records, "PATH", path)
+    assert records.find(spec, True, 9, "h100").config == first
+    assert records.find(spec, True, 9, "h200").config == second
+    assert records.find(spec, True, 33, "h200").config == first
+    assert records.find(spec, True, 17, "h200") is None
+    by_name = {chip: Linear(packed=True).variants(spec, resolve(chip))[1].config for chip in ("cuda", "h200", "h100")}
+    assert by_name == {"cuda": second, "h200": second, "h100": first}
 
 
 def test_what_a_record_prefetches_is_admitted():
@@ -210,7 +228,7 @@ def test_the_vendor_takes_over_where_a_record_says_it_is_faster(tmp_path, monkey
     config = Linear(packed=True).variants(spec, TARGET)[1].config
     path = tmp_path / "records.json"
     record = dict(zip(names, records.key(spec, True, 9), strict=True))
-    path.write_text(json.dumps([{**record, "config": config, "gain_us": gain_us}]))
+    path.write_text(json.dumps([{"chip": TARGET.chip, **record, "config": config, "gain_us": gain_us}]))
     monkeypatch.setattr(records, "PATH", path)
     family = Linear(packed=True)
     found = [variant.min_tokens for variant in family.variants(spec, TARGET)]

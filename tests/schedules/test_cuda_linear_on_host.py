@@ -20,7 +20,7 @@ from . import harness
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux")
 
-TARGET = cuda.detect()
+TARGET = cuda.for_chip()
 K = 576  # 9 blocks of 64: no multiple of the warps
 FORMS = {
     "linear": (LINEAR, Linear, ()),

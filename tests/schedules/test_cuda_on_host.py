@@ -14,7 +14,7 @@ from .cuda_cases import mismatch, owned_rows
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux")
 
-TARGET = cuda.detect()
+TARGET = cuda.for_chip()
 # What may be read while the kernels before still run: weights, arguments of the whole program, tokens cached earlier.
 EARLY = {"weight", "slot_mapping", "kv", "block_table", "seq_lens", "query_start_loc"}
 CASES = {  # operator, arguments of its samples, the input that the negative control changes

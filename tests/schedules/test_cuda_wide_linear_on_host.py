@@ -21,7 +21,7 @@ from . import harness
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux")
 
-TARGET = cuda.detect()
+TARGET = cuda.for_chip()
 
 
 @dataclasses.dataclass(frozen=True)

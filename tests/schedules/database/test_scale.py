@@ -27,6 +27,7 @@ def bundle(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_scale(bundle, url):
     with open_database(url) as database:
         start = time.perf_counter()
