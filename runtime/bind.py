@@ -16,7 +16,7 @@ import tvm_ffi
 from vllm_compile.spec import TensorSpec
 
 from . import vendor
-from .plan import CallStep, Function, KernelStep, Plan, VendorCall
+from .plan import CallStep, Function, KernelStep, Plan, TorchStep, VendorCall
 
 Kernel = Callable[..., None]
 
@@ -132,6 +132,8 @@ class Binder:
         for step in function.steps:
             if isinstance(step, CallStep):
                 self._layer(step, memory)
+            elif isinstance(step, TorchStep):
+                raise TypeError(f"{step.function} is a step of a torch program, which has an executor of its own")
             elif (large := step.large) is not None and _is_large(step, self._batch):
                 self._steps += [self._step(part, memory) for part in large.steps]
             else:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_compile.errors import ArtifactError
-from vllm_compile.targets import cpu, cuda, rocm
+from vllm_compile.targets import cpu, cuda, gaudi, rocm
 
 from . import gpu, kfd
 
 SCHEMA = 1
 MANIFEST, PLAN, LIBRARY, CONFIG = "manifest.json", "plan.json", "kernels.so", "config.json"
+TPC_SOURCES = "tpc.zip"  # instead of a library, where kernels are compiled by the chip's own tools
+BUCKETS = "buckets.json"
 CHUNK = 1 << 22
 
 
@@ -55,6 +57,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+def library_of(target: str) -> str:
+    """Name of the file that holds the kernels of an artifact for a target."""
+    return TPC_SOURCES if target in gaudi.TARGETS else LIBRARY
+
+
 def check_machine(directory: Path, manifest: dict[str, Any]) -> None:
     """Check that this machine can run the artifact's kernels; see `check_target`."""
     check_target(manifest["target"]["name"], manifest["target"]["features"], directory)
@@ -67,6 +74,8 @@ def check_target(name: str, features: Iterable[str], directory: Path) -> None:
         ArtifactError: it is a CPU without the instruction sets they use.
         TargetError: there is no GPU, or another one, or its driver is too old.
     """
+    if name in gaudi.TARGETS:
+        return  # without a Gaudi, its program runs on the CPU
     if name == cuda.NAME:
         card = gpu.detect()
         cuda.require(card.capability, card.driver, card.name)

@@ -59,6 +59,19 @@ class Large:
 
 
 @dataclass(frozen=True)
+class TorchStep:
+    """Calls a function of `torch_functions.py` with tensors and plain values by name; it returns its results.
+
+    Programs of such steps are for chips whose graphs torch makes.
+    """
+
+    function: str
+    inputs: tuple[tuple[str, Argument], ...]
+    results: tuple[Argument, ...]
+    attributes: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class CallStep:
     """Calls a function of the plan; `arguments` are its inputs, weights and results, in order."""
 
@@ -91,7 +104,7 @@ class Function:
     weights: tuple[Argument, ...]
     results: tuple[Argument, ...]
     buffers: tuple[Buffer, ...]
-    steps: tuple[KernelStep | CallStep, ...]
+    steps: tuple[KernelStep | TorchStep | CallStep, ...]
 
     def slot_bytes_per_token(self) -> list[int]:
         """Size of each slot: that of its largest buffer."""
@@ -139,6 +152,11 @@ class Plan:
     restored: dict[str, str] = field(default_factory=dict)
     schema: int = field(default=SCHEMA)
 
+    @property
+    def runs_in_torch(self) -> bool:
+        """True if its steps are functions of torch: there are no kernels to load."""
+        return any(isinstance(step, TorchStep) for function in self.functions.values() for step in function.steps)
+
     def to_json(self) -> str:
         """Deterministic: the same plan gives the same bytes."""
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
@@ -151,7 +169,7 @@ def kernel_steps(functions: Mapping[str, Function]) -> Iterator[tuple[Function, 
         for step in function.steps:
             if isinstance(step, KernelStep):
                 yield function, step
-            else:
+            elif isinstance(step, CallStep):
                 yield from inside(functions[step.function])
 
     for entry in ("forward", "logits"):
@@ -177,10 +195,18 @@ def _function(raw: dict[str, Any]) -> Function:
     return Function(raw["name"], inputs, weights, results, buffers, tuple(_step(s) for s in raw["steps"]))
 
 
-def _step(raw: dict[str, Any]) -> KernelStep | CallStep:
+def _step(raw: dict[str, Any]) -> KernelStep | TorchStep | CallStep:
+    if "results" in raw:
+        return _torch_step(raw)
     if "function" in raw:
         return CallStep(raw["function"], tuple(raw["arguments"]))
     return _kernel_step(raw)
+
+
+def _torch_step(raw: dict[str, Any]) -> TorchStep:
+    inputs = tuple((name, _argument(a)) for name, a in raw["inputs"])
+    results = tuple(_argument(a) for a in raw["results"])
+    return TorchStep(raw["function"], inputs, results, tuple((name, value) for name, value in raw["attributes"]))
 
 
 def _kernel_step(raw: dict[str, Any]) -> KernelStep:

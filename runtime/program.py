@@ -14,12 +14,15 @@ from vllm_compile.cache import Cache, default_directory
 from vllm_compile.errors import ArtifactError
 from vllm_compile.file_digests import FileDigests
 from vllm_compile.spec import DUMMY_STD, TensorSpec
-from vllm_compile.targets import cuda, rocm
+from vllm_compile.targets import cuda, gaudi, rocm
 
 from . import manifest as artifact
+from . import tpc_kernels
 from .bind import Kernel
+from .buckets import BucketPlan, read_buckets
 from .executor import Executor, load_kernels
-from .plan import KernelStep, Plan, from_json
+from .plan import KernelStep, Plan, TorchStep, from_json
+from .torch_executor import TorchExecutor
 from .upload import upload
 
 Observer = Callable[[int, torch.Tensor], None]
@@ -27,6 +30,8 @@ Observer = Callable[[int, torch.Tensor], None]
 
 def device_of(target: str) -> torch.device:
     """Where programs for a target run."""
+    if target in gaudi.TARGETS:
+        return tpc_kernels.device()
     return torch.device("cuda" if target in (cuda.NAME, rocm.NAME) else "cpu")  # torch calls HIP devices so too
 
 
@@ -54,7 +59,11 @@ class Program:
         self.max_positions, self.long_positions = model.max_positions, model.long_positions
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.device = device_of(manifest["target"]["name"])
-        self._executor = Executor(plan, self.kernels(), self.device)
+        self._executor: Executor | TorchExecutor = (
+            TorchExecutor(plan, self.device, _buckets(directory))
+            if plan.runs_in_torch
+            else Executor(plan, self.kernels(), self.device)
+        )
         self._caches = [f"kv_{layer}" for layer in range(model.num_layers)]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> None:
@@ -166,8 +175,13 @@ class Program:
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings: int [T] -> [T, D]."""
         steps = self.plan.functions["forward"].steps
-        lookups = [s for s in steps if isinstance(s, KernelStep) and s.arguments[0].buffer == "input_ids"]
-        return self._executor.weight(lookups[0].arguments[1].buffer)[input_ids.long()]
+        arguments = (
+            [argument for _, argument in s.inputs] if isinstance(s, TorchStep) else list(s.arguments)
+            for s in steps
+            if isinstance(s, KernelStep | TorchStep)
+        )
+        table = next(given[1].buffer for given in arguments if given[0].buffer == "input_ids")
+        return self._executor.weight(table)[input_ids.long()]
 
     def kernels(self) -> Callable[[str], Kernel]:
         """The kernels of the artifact by symbol."""
@@ -218,6 +232,12 @@ def load(directory: str | Path, weights: bool = True) -> Program:
     if weights:
         program.load_weights()
     return program
+
+
+def _buckets(directory: Path) -> BucketPlan | None:
+    """The bucket plan of an artifact, if it was compiled with one."""
+    path = directory / artifact.BUCKETS
+    return read_buckets(path) if path.exists() else None
 
 
 def read_weights(directory: Path) -> Iterable[tuple[str, torch.Tensor]]:

@@ -17,12 +17,12 @@ CHUNK_BYTES = 16 << 20
 
 
 def upload(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """The tensors on `device`, by name; on a CPU they are what was given.
+    """The tensors on `device`, by name; on a CPU they are what was given.  Other chips than GPUs take them one by one.
 
     What is on the device already stays there.
     """
-    if device.type == "cpu":
-        return dict(tensors)
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
     own = threading.local()
 
     def start() -> None:

@@ -12,12 +12,15 @@ from vllm_compile.targets import Target
 
 from .cpu import build as cpu
 from .cuda import build as cuda
+from .gaudi import build as gaudi
 from .rocm import build as rocm
 
 BUILDERS: Mapping[str, Callable[..., Any]] = {
     "cpu": cpu.build_library,
     "cuda": cuda.build_library,
     "rocm": rocm.build_library,
+    "gaudi2": gaudi.build_library,
+    "gaudi3": gaudi.build_library,
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from tvm import tirx
 
-from vllm_compile.spec import OpSpec
+from vllm_compile.spec import OpSpec, TensorSpec
 from vllm_compile.targets import Target
 
 from .layouts import Layout
@@ -60,6 +60,25 @@ class Vendor:
     epilogue: OpSpec | None = None
 
 
+@dataclass(frozen=True)
+class TorchCall:
+    """A part of a call that a function of torch computes, where torch makes a chip's graphs.
+
+    Attributes:
+        function: of `runtime/torch_functions.py`.
+        inputs: its arguments' names, each with the value's: an input of the call, or a result of an earlier part.
+        results: names and tensors of what it returns; those of the call are `out0`, `out1` and so on.
+        attributes: its other arguments.
+        kernel: it has a kernel of ours, which `KernelFamily.build` makes; the function is told its symbol.
+    """
+
+    function: str
+    inputs: tuple[tuple[str, str], ...]
+    results: tuple[tuple[str, TensorSpec], ...]
+    attributes: tuple[tuple[str, Any], ...] = ()
+    kernel: bool = False
+
+
 class KernelFamily(Protocol):
     """One way to compute `op`; a family is a subclass, which takes over the defaults below."""
 
@@ -101,6 +120,10 @@ class KernelFamily(Protocol):
     def vendor(self, spec: OpSpec, target: Target) -> Vendor | None:
         """Who takes over in large batches, if anybody."""
         return None
+
+    def torch_calls(self, spec: OpSpec) -> Sequence[TorchCall]:
+        """The call as functions of torch, in order; none where kernels compute all of it."""
+        return ()
 
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
         """The kernel, called as `kernel(*inputs, *outputs)`; `spec` is the call with plain weights."""

@@ -11,11 +11,18 @@ from vllm_compile.targets import Target
 
 from .cpu import FAMILIES as CPU_FAMILIES
 from .cuda import FAMILIES as CUDA_FAMILIES
-from .family import KernelFamily, Tuned, Variant, Vendor
+from .family import KernelFamily, TorchCall, Tuned, Variant, Vendor
+from .gaudi import FAMILIES as GAUDI_FAMILIES
 from .layouts import Layout
 from .rocm import FAMILIES as ROCM_FAMILIES
 
-FAMILIES: Mapping[str, Sequence[KernelFamily]] = {"cpu": CPU_FAMILIES, "cuda": CUDA_FAMILIES, "rocm": ROCM_FAMILIES}
+FAMILIES: Mapping[str, Sequence[KernelFamily]] = {
+    "cpu": CPU_FAMILIES,
+    "cuda": CUDA_FAMILIES,
+    "rocm": ROCM_FAMILIES,
+    "gaudi2": GAUDI_FAMILIES,
+    "gaudi3": GAUDI_FAMILIES,
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class Choice:
     layouts: Mapping[str, Layout]
     variants: Sequence[Variant]
     vendor: Vendor | None = None
+    calls: Sequence[TorchCall] = ()  # functions of torch, where those compute the call
 
 
 def choose(spec: OpSpec, target: Target, lossless: bool = True, tuned: Tuned | None = None) -> Choice:
@@ -44,7 +52,7 @@ def choose(spec: OpSpec, target: Target, lossless: bool = True, tuned: Tuned | N
             variants, vendor = family.variants(spec, target), family.vendor(spec, target)
             if tuned is not None:
                 variants = _tuned_variants(tuned, family, spec, target, layouts, variants, vendor)
-            return Choice(family, layouts, variants, vendor)
+            return Choice(family, layouts, variants, vendor, family.torch_calls(spec))
     inputs = ", ".join(f"{name} {list(map(str, tensor.shape))} {tensor.dtype}" for name, tensor in spec.inputs)
     options = "".join(f", {name}={spec.attribute(name)}" for name in sorted(spec.options))
     raise UnsupportedError(f"target {target.name} has no kernel for {spec.op}({inputs}{options})")

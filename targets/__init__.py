@@ -5,7 +5,7 @@ from functools import partial
 
 from vllm_compile.errors import TargetError
 
-from . import cpu, cuda, rocm
+from . import cpu, cuda, gaudi, rocm
 from .base import Target
 from .chip import Chip
 
@@ -15,9 +15,10 @@ DETECT: dict[str, Callable[[], Target]] = {
     **{chip: partial(cuda.for_chip, chip) for chip in cuda.CHIPS},
     rocm.NAME: rocm.for_arch,
     **{arch: partial(rocm.for_arch, arch) for arch in rocm.ARCHS},
+    **gaudi.DETECT,
 }
 # Chips of each target, the default first; a CPU's peaks are measured where it stands (`analysis/probe.py`).
-CHIPS: dict[str, Mapping[str, Chip]] = {"cpu": {}, cuda.NAME: cuda.CHIPS}
+CHIPS: dict[str, Mapping[str, Chip]] = {"cpu": {}, cuda.NAME: cuda.CHIPS, **gaudi.CHIPS}
 
 
 def resolve(name: str) -> Target:

@@ -1,4 +1,4 @@
-"""The command line: `vllm-compile compile | analyze | tune | verify | bench | cache | db | worker`.
+"""The command line: `vllm-compile compile | analyze | tune | verify | bench | buckets | cache | db | worker`.
 
 Everything for people goes to stderr; with --json the last line of stdout is a summary for
 programs.  Errors that a user can act on are one line and exit code 2.
@@ -20,6 +20,7 @@ from rich.table import Table
 
 from .bench_worker import PEERS
 from .cli_analyze import add_analyze
+from .cli_buckets import add_buckets
 from .cli_cache import add_cache, add_cache_options, cache_of
 from .cli_database import add_database, add_worker
 from .cli_tune import add_tune
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     add_tune(commands)
     _add_verify(commands)
     _add_bench(commands)
+    add_buckets(commands)
     add_cache(commands)
     add_database(commands)
     add_worker(commands)
@@ -79,6 +81,9 @@ def _add_compile(commands: Any) -> None:
         "--weightless", action="store_true", help="leave the weights out; serve with vLLM's --load-format dummy"
     )
     parser.add_argument("--db", metavar="URL", help="tuning database to take configurations of kernels from")
+    parser.add_argument(
+        "--buckets", type=Path, metavar="FILE", help="shapes to have graphs of (targets gaudi2, gaudi3)"
+    )
     add_cache_options(parser)
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write the module after each pass as TVMScript")
     parser.add_argument("--json", action="store_true", help="a summary as the last line of stdout")
@@ -97,6 +102,7 @@ def _compile(options: argparse.Namespace) -> int:
         options.pack,
         options.weightless,
         options.db,
+        options.buckets,
     )
     with console.status("starting") as status:
         result = compile_if_changed(

@@ -27,6 +27,7 @@ class CompileOptions:
         dump: directory for the module after each pass, as TVMScript, or None.
         pack: `lossless` packs weights to 12 bits where a kernel reads them so; `none` leaves them as they are.
         db: URL of a tuning database to take configurations of kernels from, or None.
+        buckets: bucket file for a target whose graphs are static, or None: each batch has a graph of its own shape.
         weightless: leave the weights out; such an artifact is served with vLLM's `--load-format dummy` alone.
     """
 
@@ -37,6 +38,7 @@ class CompileOptions:
     pack: str = "lossless"
     weightless: bool = False
     db: str | None = None
+    buckets: Path | None = None
 
     @property
     def seed(self) -> int | None:
@@ -82,14 +84,14 @@ def recall(cache: Cache, request: str) -> str | None:
 
 
 def request_key(model: Path, target: Target, options: CompileOptions, digests: FileDigests) -> str:
-    """SHA-256 of all that an artifact is made from but a tuning database: equal requests make equal artifacts.
+    """SHA-256 of all that an artifact is made from but tuning database and buckets: equal requests, equal artifacts.
 
     Raises:
         OSError, ModelError: a file of the model cannot be read.
         TargetError: a compiler that the target needs is missing.
     """
     files = find_files(model)
-    choices = {name: value for name, value in asdict(options).items() if name not in ("dump", "db")}
+    choices = {name: value for name, value in asdict(options).items() if name not in ("dump", "db", "buckets")}
     facts = {
         "files": {name: digests.sha256(files.directory / name) for name in files.all(options.seed is None)},
         "options": choices,

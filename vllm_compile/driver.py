@@ -35,6 +35,7 @@ from .relax_passes.outline_layers import FORWARD, LOGITS
 from .relax_passes.pipeline import OPTIONAL, run_passes
 from .relax_passes.record import PassRecord
 from .runtime import manifest as files
+from .runtime.buckets import BucketPlan, read_buckets
 from .runtime.manifest import check_target
 from .runtime.plan import ModelShape, Plan
 from .schedules.build import build_library
@@ -42,7 +43,7 @@ from .schedules.family import Tuned
 from .schedules.select import choose
 from .spec import OpSpec
 from .staging import staged
-from .targets import Target, resolve
+from .targets import Target, gaudi, resolve
 from .weights import UnfitWeightError, WeightProgram, write_shards
 
 
@@ -71,6 +72,7 @@ def compile_model(
         TargetError: the target is unknown, this machine is none, or a compiler is missing.
         ArtifactError: `out` cannot be written.
         DatabaseError: the tuning database cannot be read.
+        BucketError: the bucket file is damaged.
     """
     options = options or CompileOptions()
     seconds: dict[str, float] = {}
@@ -84,6 +86,7 @@ def compile_model(
 
     source, final = Path(model), Path(out)
     machine = resolve(target)
+    buckets = _buckets(options.buckets, machine)
     found = find_files(source)
     digests = FileDigests(cache)
     before = _statuses(found, options)
@@ -105,7 +108,9 @@ def compile_model(
             plan = Plan(_model_shape(imported, module), lowered.functions, lowered.restored)
             (directory / files.PLAN).write_text(plan.to_json())
             write_config(imported.fields, found, imported.dtype, directory)
-            library = directory / files.LIBRARY
+            if buckets is not None:
+                buckets.write(directory / files.BUCKETS)
+            library = directory / files.library_of(machine.name)
             known = KernelCache(cache, lowered, machine) if cache is not None else None
             # Kernels are compiled by one thread, which weights leave free while they are read and written.
             with ThreadPoolExecutor(1) as pool:
@@ -128,8 +133,8 @@ def compile_model(
             microseconds = verdict.pop("microseconds", {})
             with stage("manifest"):
                 made_from = source_digest(source, options.seed, digests)
-                # What a tuning database has to say is not in the key.
-                keyed = cache is not None and options.db is None
+                # What a tuning database has to say is not in the key, nor are buckets.
+                keyed = cache is not None and options.db is None and options.buckets is None
                 request = request_key(source, machine, options, digests) if keyed else None
                 _check_unchanged(source, before, _statuses(found, options))  # the digests are of what was compiled
                 kernels = _kernel_records(lowered)
@@ -190,6 +195,20 @@ def fuse_model(
     """
     imported = import_model(trace(config, DTYPES[dtype]), max_positions(config))
     return run_passes(imported.module, after_each)
+
+
+def _buckets(path: Path | None, machine: Target) -> BucketPlan | None:
+    """The plan in a bucket file, if one is named.
+
+    Raises:
+        BucketError: it is damaged.
+        TargetError: the target has no use for it.
+    """
+    if path is None:
+        return None
+    if machine.name not in gaudi.TARGETS:
+        raise TargetError(f"buckets are for targets whose graphs are static ({', '.join(gaudi.TARGETS)})")
+    return read_buckets(path)
 
 
 def _tuned(url: str | None, machine: Target) -> Tuned | None:

@@ -25,6 +25,10 @@ class ArtifactError(VllmCompileError):
     """The artifact is damaged, of another schema, or made for another machine."""
 
 
+class BucketError(VllmCompileError):
+    """A bucket file or a trace of requests is missing or damaged, or a plan cannot be made as asked."""
+
+
 class DatabaseError(VllmCompileError):
     """The tuning database cannot be used as asked: damaged, of another schema, read-only, no such record."""
 

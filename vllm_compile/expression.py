@@ -28,6 +28,7 @@ class Node(NamedTuple):
             `cast` (to `dtype`),
             `slice` (first index and step on each axis; a step of 0 repeats it),
             `concat` (an axis),
+            `mean` (over the last axis, which is then 1),
             `permute` (the operand's axis for each axis),
             `reshape`.
         operands: numbers of earlier nodes; those of a binary operator are broadcast as in NumPy.

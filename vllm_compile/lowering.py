@@ -19,8 +19,8 @@ from .ops.base import PREFIX, arguments_of, attributes_of
 from .relax_passes.base import Definitions
 from .relax_passes.lift_weights import WEIGHTS
 from .relax_passes.outline_layers import FORWARD, LOGITS, place
-from .runtime.plan import Argument, Buffer, CallStep, Function, KernelStep, Large, VendorCall
-from .schedules.family import Variant, Vendor
+from .runtime.plan import Argument, Buffer, CallStep, Function, KernelStep, Large, TorchStep, VendorCall
+from .schedules.family import TorchCall, Variant, Vendor
 from .schedules.layouts import Layout
 from .schedules.select import Choice
 from .spec import OpSpec, Sym, TensorSpec
@@ -160,7 +160,7 @@ class _FunctionLowering:
         self._names: dict[relax.Var, str] = {}
         self._tuples: dict[relax.Var, list[str]] = {}
         self._scratch: dict[str, TensorSpec] = {}
-        self._steps: list[KernelStep | CallStep] = []
+        self._steps: list[KernelStep | TorchStep | CallStep] = []
 
     def run(self, name: str) -> Function:
         function = self._functions[name]
@@ -223,12 +223,31 @@ class _FunctionLowering:
             self._tuples[var] = results
         else:
             self._names[var] = results[0]
+        if kernels.choice.calls:
+            self._torch(kernels.choice.calls, [a.buffer for a in arguments], spec, outputs, kernels.symbols[0])
+            return
         minimums = [variant.min_tokens for variant in kernels.choice.variants]
         variants = tuple(zip(minimums, kernels.symbols, strict=True))
         large = None
         if kernels.choice.vendor is not None:
             large = self._large(kernels.choice.vendor, spec, self._plain_arguments(spec, call, kernels), outputs)
         self._steps.append(KernelStep(op.name, kernels.choice.family.name, variants, (*arguments, *outputs), large))
+
+    def _torch(
+        self, calls: Sequence[TorchCall], inputs: list[str], spec: OpSpec, outputs: list[Argument], symbol: str
+    ) -> None:
+        """The parts of a call as steps; a part with a kernel is told its symbol."""
+        named = zip(spec.inputs, inputs, strict=True)
+        values = {name: Argument(buffer, tensor) for (name, tensor), buffer in named}
+        values |= {f"out{number}": out for number, out in enumerate(outputs)}
+        for call in calls:
+            for name, tensor in call.results:
+                if name not in values:
+                    values[name] = Argument(self._new_buffer(name, tensor), tensor)
+            attributes = (*call.attributes, ("kernel", symbol)) if call.kernel else call.attributes
+            given = tuple((name, values[value]) for name, value in call.inputs)
+            results = tuple(values[name] for name, _ in call.results)
+            self._steps.append(TorchStep(call.function, given, results, attributes))
 
     def _plain_arguments(self, spec: OpSpec, call: relax.Call, kernels: Kernels) -> list[tuple[str, Argument]]:
         """Inputs by name, weights plain: where the kernel reads them packed, they are restored from that."""
@@ -285,7 +304,9 @@ class _FunctionLowering:
         return unique
 
 
-def assign_slots(scratch: dict[str, TensorSpec], steps: Sequence[KernelStep | CallStep]) -> tuple[Buffer, ...]:
+def assign_slots(
+    scratch: dict[str, TensorSpec], steps: Sequence[KernelStep | TorchStep | CallStep]
+) -> tuple[Buffer, ...]:
     """Give each scratch buffer a slot that no buffer alive at the same time holds (a linear scan)."""
     used = [_buffers_of(step) for step in steps]
     last = {name: index for index, names in enumerate(used) for name in names}
@@ -300,10 +321,12 @@ def assign_slots(scratch: dict[str, TensorSpec], steps: Sequence[KernelStep | Ca
     return tuple(buffers)
 
 
-def _buffers_of(step: KernelStep | CallStep | VendorCall) -> list[str]:
+def _buffers_of(step: KernelStep | TorchStep | CallStep | VendorCall) -> list[str]:
     if isinstance(step, CallStep):
         return list(step.arguments)
     if isinstance(step, VendorCall):
         return [argument.buffer for _, argument in step.arguments]
+    if isinstance(step, TorchStep):
+        return [*(argument.buffer for _, argument in step.inputs), *(result.buffer for result in step.results)]
     large = step.large.steps if step.large is not None else ()
     return [*(argument.buffer for argument in step.arguments), *(name for s in large for name in _buffers_of(s))]

@@ -13,6 +13,7 @@ from . import lossless
 from .runtime.executor import Executor, load_kernels
 from .runtime.manifest import LIBRARY
 from .runtime.plan import CallStep, Plan
+from .runtime.torch_executor import TorchExecutor
 
 ENTRIES = ("forward", "logits")
 
@@ -26,7 +27,11 @@ class StreamedProgram:
     def __init__(self, directory: Path, plan: Plan, device: torch.device) -> None:
         self.timings: dict[str, list[float]] = {}
         self._device, self._plan = device, plan
-        self._executor = Executor(plan, load_kernels(directory / LIBRARY), device)
+        self._executor = (
+            TorchExecutor(plan, device)
+            if plan.runs_in_torch
+            else Executor(plan, load_kernels(directory / LIBRARY), device)
+        )
         self._shard_of: dict[str, Path] = {}
         for shard in sorted(directory.glob("model-*.safetensors")):
             with safe_open(shard, framework="pt") as file:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TargetError
-from .targets import Target, cuda, rocm
+from .targets import Target, cuda, gaudi, rocm
 
 SUBPACKAGES = ("relax_passes", "runtime", "schedules", "targets")  # which lie elsewhere in a checkout
 SOURCES = frozenset({".py", ".c", ".cuh", ".json", ".jinja"})
@@ -112,7 +112,7 @@ def kernel_toolchain(target: Target) -> dict[str, Any]:
     Raises:
         TargetError: a compiler that the target needs is missing.
     """
-    compilers = [[find_gcc()]]
+    compilers = [] if target.name in gaudi.TARGETS else [[find_gcc()]]
     if target.name == cuda.NAME:
         compilers.append([find_nvcc()])
     if target.name == rocm.NAME:
@@ -157,7 +157,8 @@ def digest_of(places: Iterable[Path]) -> str:
 
 def _builds_kernels(place: Path, target: Target) -> bool:
     if place.parts[0] == "schedules":
-        return len(place.parts) == 2 or place.parts[1] == target.name
+        folder = "gaudi" if target.name in gaudi.TARGETS else target.name
+        return len(place.parts) == 2 or place.parts[1] == folder
     return place.parts[0] in KERNEL_SOURCES or (target.name == rocm.NAME and place in ROCM_SOURCES)
 
 

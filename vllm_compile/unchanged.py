@@ -40,11 +40,11 @@ def find_unchanged(
 ) -> CompileResult | None:
     """The artifact in `out`, if it is whole and was made from this model, with these options, by this toolchain.
 
-    None where it is not, where a dump is asked for, where a tuning database may have changed, and where the artifact
-    was not verified and could be here.
+    None where it is not, where a dump is asked for, where a tuning database or buckets may have changed, and where the
+    artifact was not verified and could be here.
     """
     start, digests = time.perf_counter(), FileDigests(cache)
-    if options.dump is not None or options.db is not None:
+    if options.dump is not None or options.db is not None or options.buckets is not None:
         return None
     try:
         manifest = read_manifest(out)

@@ -25,11 +25,15 @@ def tokens_of_vllm(artifact, requests, **options):
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-@pytest.mark.parametrize("family", ["DeepSeek-V2-Lite", "Falcon", "Gemma 2", "GPT-2", "Mixtral"])
-def test_same_tokens(family, tmp_path):
+ON_CPU = ["DeepSeek-V2-Lite", "Falcon", "Gemma 2", "GPT-2", "Mixtral"]
+
+
+@pytest.mark.parametrize(("family", "target"), [*((family, "cpu") for family in ON_CPU), ("Mistral", "gaudi2")])
+def test_same_tokens(family, target, tmp_path):
+    """A program for a Gaudi runs on the CPU."""
     model, requests = random_model(family), prompts()
     model.save_pretrained(tmp_path / "model")
-    artifact = vllm_compile.compile(tmp_path / "model", out=tmp_path / "artifact").artifact
+    artifact = vllm_compile.compile(tmp_path / "model", target=target, out=tmp_path / "artifact").artifact
     assert tokens_of_vllm(artifact, requests, max_model_len=96) == [continued(model, ids) for ids in requests]
 
 

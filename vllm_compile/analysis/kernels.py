@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_compile.errors import UnsupportedError
+from vllm_compile.schedules.family import TorchCall
 from vllm_compile.schedules.select import Choice, choose
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
@@ -56,6 +57,8 @@ class Chooser:
         choice = self.choice(call.spec)
         if choice is None:
             return plain(call, workload)
+        if choice.calls:
+            return in_torch(call, workload, choice.calls)
         vendor = choice.vendor
         prefill = workload.queries > 1
         if vendor is None or rows_of(call, workload) < vendor.min_tokens or (vendor.prefill and not prefill):
@@ -64,6 +67,15 @@ class Chooser:
             return (Kernel(step_cost(call, workload), library=True),)
         product, gate = gated_parts(call, workload)
         return (Kernel(product, library=True), Kernel(gate))
+
+
+def in_torch(call: Call, workload: Workload, parts: Sequence[TorchCall]) -> tuple[Kernel, ...]:
+    """A call as functions of torch: products are a library's kernels, fused parts are ours."""
+    if call.op == "gate_up_silu":
+        product, gate = gated_parts(call, workload)
+        return (Kernel(product, library=True), Kernel(gate))
+    ours = any(part.kernel for part in parts)
+    return (Kernel(step_cost(call, workload), library=not ours, launches=len(parts)),)
 
 
 def plain(call: Call, workload: Workload) -> tuple[Kernel, ...]:

@@ -1,0 +1,78 @@
+"""Bucket files: written, read and pruned, and what is said of damaged ones."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.bucketing.test_plan import TRACES
+from vllm_compile.bucketing.trace import Request, write_trace
+from vllm_compile.cli import main
+from vllm_compile.errors import BucketError
+from vllm_compile.runtime.buckets import Bucket, BucketPlan, Work, read_buckets
+
+PLAN = BucketPlan((Bucket(1, 1, 4), Bucket(1, 64, 0), Bucket(4, 1, 16)), Work(2.5, 1.0), 128)
+
+
+def test_written_and_read(tmp_path):
+    PLAN.write(tmp_path / "b.json")
+    assert read_buckets(tmp_path / "b.json") == PLAN
+
+
+def test_the_cheapest_cover():
+    plan = BucketPlan((Bucket(2, 1, 50), Bucket(3, 1, 4)), Work(1.0, 1.0), 128)
+    assert plan.find(Bucket(2, 1, 4)) == Bucket(3, 1, 4)
+    assert plan.find(Bucket(2, 1, 5)) == Bucket(2, 1, 50)
+    assert plan.find(Bucket(1, 2, 1)) is None, "a prompt is not run by a graph of decodes"
+
+
+def test_pruned():
+    pruned = PLAN.prune({Bucket(1, 1, 4)}, keep={Bucket(4, 1, 16)})
+    assert pruned.buckets == (Bucket(1, 1, 4), Bucket(4, 1, 16))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"schema": 9}, "not a bucket file of schema 1"),
+        ({"work_us": {"token": 1}}, "work_us, block_size or buckets is missing or wrong"),
+        ({"buckets": []}, "has no bucket"),
+        ({"buckets": [[1, 1, 4], [1, 0, 4]]}, r"bucket 2 is \[1, 0, 4\]; it must be \[batch, queries, blocks\]"),
+        ({"buckets": [[1, 1, 4.5]]}, "bucket 1 is"),
+        ({"buckets": [[1, 1, True]]}, "bucket 1 is"),
+        ({"buckets": [[1, 1]]}, "bucket 1 is"),
+        ({"buckets": [7]}, "bucket 1 is 7"),
+        ({"buckets": [[1, 1, 4], [1, 1, 4]]}, r"bucket \[1, 1, 4\] is there twice"),
+    ],
+)
+def test_damaged(tmp_path, change, complaint):
+    PLAN.write(tmp_path / "b.json")
+    good = json.loads((tmp_path / "b.json").read_text())
+    (tmp_path / "b.json").write_text(json.dumps(good | change))
+    with pytest.raises(BucketError, match=complaint):
+        read_buckets(tmp_path / "b.json")
+
+
+def test_no_file_and_no_json(tmp_path):
+    with pytest.raises(BucketError, match=r"none\.json: cannot be read"):
+        read_buckets(tmp_path / "none.json")
+    (tmp_path / "text").write_text("[")
+    with pytest.raises(BucketError, match="not a bucket file"):
+        read_buckets(tmp_path / "text")
+    with pytest.raises(BucketError, match="cannot be written"):
+        PLAN.write(tmp_path / "no" / "b.json")
+
+
+def test_planned_and_pruned_from_the_command_line(tmp_path, capsys):
+    trace = ["--trace", str(TRACES / "describe_odd.json")]
+    assert main(["buckets", "plan", *trace, "--budget", "12", "--out", str(tmp_path / "b.json")]) == 0
+    planned = read_buckets(tmp_path / "b.json")
+    assert 2 <= len(planned.buckets) <= 12
+    other = ["--trace", str(tmp_path / "one.json")]
+    write_trace(tmp_path / "one.json", "one request", [Request(0, 100, 40)])
+    assert main(["buckets", "prune", str(tmp_path / "b.json"), *other, "--out", str(tmp_path / "p.json")]) == 0
+    pruned = read_buckets(tmp_path / "p.json")
+    assert set(pruned.buckets) < set(planned.buckets)
+    assert main(["buckets", "plan", "--trace", "none", "--budget", "12", "--out", str(tmp_path / "x.json")]) == 2
+    assert "none: cannot be read" in capsys.readouterr().err

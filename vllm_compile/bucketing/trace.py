@@ -1,0 +1,136 @@
+"""A trace of requests, and the shapes of the steps in which a scheduler serves it.
+
+The scheduler is vLLM's in outline: each step first gives every running request its next token, then spends what is left
+of `max_tokens` on prompts in the order of their arrival, in chunks.  As in vLLM-Gaudi, the requests that decode run
+as one batch and each chunk of a prompt as a batch of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from vllm_compile.errors import BucketError
+from vllm_compile.runtime.buckets import Bucket
+
+
+class Request(NamedTuple):
+    """`step` is the step before which it arrives."""
+
+    step: int
+    prompt: int
+    output: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server is started with.
+
+    Attributes:
+        max_requests: that run at once (vLLM's max_num_seqs).
+        max_tokens: of one step (max_num_batched_tokens).
+        max_length: of a request, its output included (max_model_len).
+        block_size: tokens of a block of the KV cache.
+        cache_blocks: of the whole KV cache.
+    """
+
+    max_requests: int
+    max_tokens: int
+    max_length: int
+    block_size: int
+    cache_blocks: int
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that so many tokens of one request take."""
+        return -(-tokens // self.block_size)
+
+    @property
+    def largest(self) -> tuple[Bucket, Bucket]:
+        """Buckets that any step fits into: of decodes, and of a prompt's chunk."""
+        longest = self.blocks(self.max_length)
+        decode = Bucket(self.max_requests, 1, min(self.max_requests * longest, self.cache_blocks))
+        return decode, Bucket(1, min(self.max_tokens, self.max_length), self.blocks(self.max_length - 1))
+
+
+@dataclass
+class _Running:
+    request: Request
+    cached: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens that are fed: all but the last of the output."""
+        return self.request.prompt + self.request.output - 1
+
+
+def steps_of(requests: Sequence[Request], limits: Limits) -> Counter[Bucket]:
+    """How often each shape of a step occurs while the requests are served.
+
+    Raises:
+        BucketError: a request does not fit the limits.
+    """
+    for number, request in enumerate(requests, 1):
+        if min(request.prompt, request.output) < 1 or request.prompt + request.output > limits.max_length:
+            raise BucketError(
+                f"request {number} has {request.prompt} + {request.output} tokens; the server takes from 1 + 1 "
+                f"to {limits.max_length} in all"
+            )
+    waiting, running = deque(sorted(requests)), list[_Running]()
+    shapes: Counter[Bucket] = Counter()
+    step = 0
+    while waiting or running:
+        if not running:
+            step = max(step, waiting[0].step)
+        reserved = sum(limits.blocks(r.length) for r in running)
+        while waiting and waiting[0].step <= step and len(running) < limits.max_requests:
+            reserved += limits.blocks(_Running(waiting[0]).length)
+            if reserved > limits.cache_blocks and running:
+                break
+            running.append(_Running(waiting.popleft()))
+        _one_step(running, limits, shapes)
+        running = [r for r in running if r.cached < r.length]
+        step += 1
+    return shapes
+
+
+def _one_step(running: Sequence[_Running], limits: Limits, shapes: Counter[Bucket]) -> None:
+    decoding = [r for r in running if r.cached >= r.request.prompt]
+    budget = limits.max_tokens - len(decoding)
+    prompts = [r for r in running if r.cached < r.request.prompt]
+    if decoding:
+        for r in decoding:
+            r.cached += 1
+        shapes[Bucket(len(decoding), 1, sum(limits.blocks(r.cached) for r in decoding))] += 1
+    for r in prompts:
+        chunk = min(budget, r.request.prompt - r.cached)
+        if chunk < 1:
+            return
+        # A last chunk of one token still runs as a prefill: in a bucket of two.
+        shapes[Bucket(1, max(chunk, 2), limits.blocks(r.cached))] += 1
+        r.cached += chunk
+        budget -= chunk
+
+
+def read_trace(path: Path) -> list[Request]:
+    """The requests of a trace file: {"about": …, "requests": [[step, prompt, output], …]}.
+
+    Raises:
+        BucketError: there is no such file, or it is no trace.
+    """
+    try:
+        rows = json.loads(path.read_text())["requests"]
+        return [Request(*map(int, row)) for row in rows]
+    except OSError as error:
+        raise BucketError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BucketError(f"{path}: not a trace of requests ({error!r})") from error
+
+
+def write_trace(path: Path, about: str, requests: Sequence[Request]) -> None:
+    """Write a trace file; `about` says what it is of."""
+    rows = ",\n  ".join(json.dumps(list(request)) for request in requests)
+    path.write_text(f'{{"about": {json.dumps(about)},\n "requests": [\n  {rows}\n ]}}\n')

@@ -1,0 +1,131 @@
+"""The command line of bucket plans: `vllm-compile buckets plan | prune | compare`; see docs/buckets.md."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from .bucketing.padding import Padding
+    from .bucketing.trace import Limits
+    from .runtime.buckets import Bucket
+
+console = Console(stderr=True)
+
+# Llama-3.1-8B in bfloat16 on a Gaudi 2 at its peaks (targets/gaudi.py), in microseconds: 2 * 8.03e9 FLOPs a token at
+# 432 TFLOP/s, and 128 tokens of 131,072 bytes a block at 2.46 TB/s.
+TOKEN_US, BLOCK_US = 37.2, 6.8
+
+
+def add_buckets(commands: Any) -> None:
+    """Add `buckets` and its commands."""
+    parser = commands.add_parser("buckets", help="plan which shapes a Gaudi has graphs of")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+
+    def add(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        action = actions.add_parser(name, help=help)
+        action.add_argument("--trace", type=Path, required=True, metavar="FILE", help="requests to plan for")
+        for option, default, what in (
+            ("max-num-seqs", 64, "requests at once"),
+            ("max-num-batched-tokens", 2048, "tokens of a step"),
+            ("max-model-len", 4096, "tokens of a request"),
+            ("block-size", 128, "tokens of a KV block"),
+            ("cache-blocks", 4000, "KV blocks in all"),
+        ):
+            action.add_argument(f"--{option}", type=int, default=default, metavar="N", help=f"{what} ({default})")
+        action.add_argument("--token-us", type=float, default=TOKEN_US, help=f"work of a token ({TOKEN_US} us)")
+        action.add_argument("--block-us", type=float, default=BLOCK_US, help=f"work of a KV block ({BLOCK_US} us)")
+        action.set_defaults(run=run)
+        return action
+
+    plan = add("plan", _plan, "write a bucket file")
+    plan.add_argument("--budget", type=int, required=True, metavar="N", help="graphs to warm up at most")
+    plan.add_argument("--out", type=Path, required=True, metavar="FILE")
+    prune = add("prune", _prune, "leave out the buckets that a trace does not use")
+    prune.add_argument("buckets", type=Path, metavar="FILE", help="bucket file")
+    prune.add_argument("--out", type=Path, required=True, metavar="FILE")
+    compare = add("compare", _compare, "a table: this planner beside vLLM-Gaudi's rules")
+    compare.add_argument("--held-out", type=Path, action="append", default=[], metavar="FILE", help="another trace")
+    compare.add_argument(
+        "--budget", type=_numbers, default=[], metavar="N,...", help="default: 1/4, 1/2 and all of theirs"
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    from .bucketing.trace import Limits
+
+    return Limits(
+        options.max_num_seqs,
+        options.max_num_batched_tokens,
+        options.max_model_len,
+        options.block_size,
+        options.cache_blocks,
+    )
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .bucketing.padding import padding_of
+    from .bucketing.plan import plan_buckets
+    from .bucketing.trace import read_trace, steps_of
+    from .runtime.buckets import Work
+
+    limits, work = _limits(options), Work(options.token_us, options.block_us)
+    steps = steps_of(read_trace(options.trace), limits)
+    plan = plan_buckets(steps, limits, work, options.budget)
+    plan.write(options.out)
+    padding = padding_of(plan.find, steps, work)
+    made = f"{len(plan.buckets)} buckets, {padding.work:.1%} of padding on the trace"
+    console.print(f"wrote {options.out}: {made}", soft_wrap=True)
+    return 0
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from .bucketing.padding import padding_of
+    from .bucketing.trace import read_trace, steps_of
+    from .runtime.buckets import read_buckets
+
+    limits, plan = _limits(options), read_buckets(options.buckets)
+    padding = padding_of(plan.find, steps_of(read_trace(options.trace), limits), plan.work)
+    pruned = plan.prune(padding.used, limits.largest)
+    pruned.write(options.out)
+    console.print(f"wrote {options.out}: {len(pruned.buckets)} of {len(plan.buckets)} buckets", soft_wrap=True)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from .bucketing.padding import padding_of
+    from .bucketing.plan import plan_buckets
+    from .bucketing.trace import read_trace, steps_of
+    from .bucketing.vllm_gaudi import exponential_buckets, first_cover, linear_buckets
+    from .runtime.buckets import Work
+
+    limits, work = _limits(options), Work(options.token_us, options.block_us)
+    traces = {path.stem: steps_of(read_trace(path), limits) for path in (options.trace, *options.held_out)}
+    exponential, linear = exponential_buckets(limits), linear_buckets(limits)
+    rules: list[tuple[str, int, Callable[[Bucket], Bucket | None]]] = [
+        ("vLLM-Gaudi, exponential (default)", len(exponential), lambda step: first_cover(exponential, step)),
+        ("vLLM-Gaudi, linear", len(linear), lambda step: first_cover(linear, step)),
+    ]
+    for budget in options.budget or [len(exponential) // 4, len(exponential) // 2, len(exponential)]:
+        plan = plan_buckets(traces[options.trace.stem], limits, work, budget)
+        rules.append(("planned", len(plan.buckets), plan.find))
+    names = [options.trace.stem, *(f"{path.stem} (held out)" for path in options.held_out)]
+    print("| buckets | graphs |", " | ".join(f"{name}: work, tokens, blocks" for name in names), "|")
+    print("|---" * (2 + len(traces)) + "|")
+    for name, graphs, find in rules:
+        cells = [_cell(padding_of(find, steps, work)) for steps in traces.values()]
+        print(f"| {name} | {graphs} |", " | ".join(cells), "|")
+    return 0
+
+
+def _cell(padding: Padding) -> str:
+    missed = f"; {padding.missed} shapes without a graph" if padding.missed else ""
+    return f"{padding.work:.1%}, {padding.tokens:.1%}, {padding.blocks:.1%}{missed}"
