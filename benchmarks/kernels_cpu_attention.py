@@ -30,12 +30,14 @@ def build(path: Path, shape: dict) -> None:
     """One library with the attention kernel `k`."""
     from vllm_compile.schedules.build import build_library
     from vllm_compile.schedules.cpu.attention import paged_attention
+    from vllm_compile.schedules.cpu.attention_tile import Scores
     from vllm_compile.targets import cpu, resolve
 
     levels = {"avx2": cpu.AVX2, "avx512": cpu.AVX2 | cpu.AVX512}
     target = cpu.for_features(levels[shape["level"]]) if shape["level"] in levels else resolve("cpu")
     D = shape["head_dim"]
-    function = paged_attention(shape["heads"], shape["kv_heads"], D, shape["dtype"], D**-0.5, target)
+    keys, values = range(D), range(D, 2 * D)
+    function = paged_attention(shape["heads"], shape["kv_heads"], keys, values, shape["dtype"], Scores(D**-0.5), target)
     build_library({"k": function}, target, path)
 
 

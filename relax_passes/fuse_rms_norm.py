@@ -77,9 +77,12 @@ def match_scaled(d: Definitions, expr: Any) -> Scaled | None:
 def _match_normed(d: Definitions, expr: Any) -> tuple[relax.Expr, float] | None:
     """(x, eps) if `expr` is x * rsqrt(mean(x ** 2) + eps), computed in float32."""
     product = d.call(expr, "relax.multiply")
-    if product is None:
-        return None
-    x, root = product.args
+    factors = () if product is None else tuple(product.args)
+    return next(filter(None, (_match_factors(d, *pair) for pair in (factors, factors[::-1]) if pair)), None)
+
+
+def _match_factors(d: Definitions, x: relax.Expr, root: relax.Expr) -> tuple[relax.Expr, float] | None:
+    """(x, eps) if `root` is rsqrt(mean(x ** 2) + eps), computed in float32."""
     shifted = d.call(d.operand(root, "relax.rsqrt"), "relax.add")
     mean = d.call(d.operand(shifted, "relax.add"), "relax.mean")
     power = d.call(d.operand(mean, "relax.mean"), "relax.power")

@@ -58,6 +58,8 @@ def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
         parts = [_match_part(d, source) for source in (q.source, k.source, _rows(d, cache["v"]))]
         if [index for _, index in parts] != [0, 1, 2] or not all(p.same_as(parts[0][0]) for p, _ in parts):
             continue
+        if int(cache["kv"].ty.shape.values[3]) != 2 * int(attention["q"].ty.shape.values[-1]):
+            continue  # values of another width than keys
         inputs = {
             "qkv": parts[0][0],
             "cos": q.cos,

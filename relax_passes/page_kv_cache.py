@@ -41,9 +41,10 @@ def page_kv_cache(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
     at: dict[relax.Var, Rewrite] = {}
     for binding in calls:
         heads = arguments_of(binding.value)
-        _, kv_heads, _, head_dim = heads["v"].ty.shape.values
+        kv_heads = heads["v"].ty.shape.values[1]
+        columns = sum(int(heads[name].ty.shape.values[3]) for name in ("k", "v"))
         layer = int(binding.value.attrs["layer"])
-        shape = [dims[Sym.BLOCKS], kv_heads, dims[Sym.BLOCK_SIZE], 2 * head_dim]
+        shape = [dims[Sym.BLOCKS], kv_heads, dims[Sym.BLOCK_SIZE], columns]
         cache = _tensor(f"kv_{layer}", shape, heads["v"].ty.dtype)
         caches.append(cache)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import tvm
 
+from .absorb_latent import absorb_latent
 from .base import match_counts
 from .fuse_add_rms_norm import fuse_add_rms_norm
 from .fuse_elementwise import fuse_elementwise
@@ -23,6 +24,7 @@ from .route_experts import route_experts
 
 PIPELINE = (
     page_kv_cache,  # whole-batch attention -> paged KV cache; the serving signature
+    absorb_latent,  # keys and values made of one latent vector -> a cache of that
     outline_layers,  # one function per kind of layer; all passes below see each kind once
     fuse_layer_norm,  # written-out norm of x without its mean -> layer_norm
     fuse_rms_norm,  # written-out norm -> rms_norm
@@ -37,7 +39,7 @@ PIPELINE = (
 )
 
 # Passes for what only some families have: without a match they are no cause for a warning.
-OPTIONAL = frozenset({"fuse_layer_norm", "route_experts", "fuse_elementwise"})
+OPTIONAL = frozenset({"absorb_latent", "fuse_layer_norm", "route_experts", "fuse_elementwise"})
 
 
 def run_passes(

@@ -9,19 +9,21 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from vllm_compile.ops import EXPERT_GATE_UP_SILU, EXPERT_LINEAR, MOE, ROUTE
-from vllm_compile.ops.base import arguments_of
+from vllm_compile.ops import EXPERT_GATE_UP_SILU, EXPERT_LINEAR, LIMIT_GROUPS, MOE, ROUTE
+from vllm_compile.ops.base import arguments_of, attributes_of
 
 from .base import Definitions, Rewrite, counted_pass, rewrite_functions
 
 
 @dataclass(frozen=True)
 class _Router:
-    """What a router computes: the logits it chooses by, how many experts, and whether scores add up to one."""
+    """What a router computes: the logits it chooses by, how many experts; if scores add up to one, and their factor."""
 
     logits: relax.Expr
     top_k: int
     normalise: bool
+    scale: float
+    groups: dict[str, int]  # which of them it keeps first, if it does
 
 
 @counted_pass("route_experts")
@@ -35,8 +37,9 @@ def route_experts(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
         experts, scores, order, ends = route(logits, top_k=k, normalise=True)
         h = expert_gate_up_silu(x, experts, order, ends, gate_up)
         y = sum over j of expert_linear(h, experts, order, ends, down)[:, j] * scores[:, j]
-    A model that does not divide by the sum has `normalise=False`; a router of another kind, or one whose softmax is not
-    float32, stays as it is.
+    A model that does not divide by the sum has `normalise=False`; a constant that scores are multiplied by at last
+    stays an operator of its own; groups of experts that are kept (`limit_groups`) are options of `route`.  A router of
+    another kind, or one whose softmax is not float32, stays as it is.
     """
     return rewrite_functions(module, _find)
 
@@ -60,7 +63,7 @@ def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
 def _router(d: Definitions, experts: relax.Expr, scores: relax.Expr) -> _Router | None:
     """The router whose choice `experts` and `scores` are."""
     chosen = d.value(_uncast(d, experts))
-    values = d.value(_uncast(d, scores))
+    values, scale = _unscaled(d, d.value(_uncast(d, scores)))
     divided = d.call(values, "relax.divide")
     if divided is not None:
         total = d.call(divided.args[1], "relax.sum")
@@ -73,7 +76,9 @@ def _router(d: Definitions, experts: relax.Expr, scores: relax.Expr) -> _Router 
     top, same = (d.call(part.tuple_value, "relax.topk") for part in both)
     if top is None or not top.same_as(same) or not top.attrs.largest or str(top.attrs.ret_type) != "both":
         return None
-    softmax = d.call(top.args[0], "relax.nn.softmax")
+    limit = d.value(top.args[0])
+    groups = attributes_of(limit) if LIMIT_GROUPS.matches(limit) else {}
+    softmax = d.call(limit.args[0] if groups else limit, "relax.nn.softmax")
     rank = len(top.ty.fields[0].shape.values)
     if (
         softmax is None
@@ -82,7 +87,17 @@ def _router(d: Definitions, experts: relax.Expr, scores: relax.Expr) -> _Router 
         or {int(top.attrs.axis) % 2, int(softmax.attrs.axis) % 2} != {1}
     ):
         return None
-    return _Router(_uncast(d, softmax.args[0]), int(top.ty.fields[0].shape.values[-1]), divided is not None)
+    top_k, experts_in_all = (int(type_.shape.values[-1]) for type_ in (top.ty.fields[0], softmax.ty))
+    if groups and top_k > groups["kept"] * (experts_in_all // groups["groups"]):
+        return None  # some of those chosen have a score of zero, whichever they are
+    return _Router(_uncast(d, softmax.args[0]), top_k, divided is not None, scale, groups)
+
+
+def _unscaled(d: Definitions, scores: relax.Expr) -> tuple[relax.Expr, float]:
+    """What is multiplied by a constant, and the constant."""
+    product = d.call(scores, "relax.multiply")
+    scale = None if product is None else d.constant(product.args[1])
+    return (scores, 1.0) if scale is None else (d.value(product.args[0]), scale)
 
 
 def _uncast(d: Definitions, expr: relax.Expr) -> relax.Expr:
@@ -96,8 +111,10 @@ def _is_over_last(total: relax.Call) -> bool:
 
 
 def _routed(emit: Any, inputs: dict[str, relax.Expr], router: _Router) -> relax.Expr:
-    route = emit(ROUTE({"logits": router.logits}, top_k=router.top_k, normalise=router.normalise))
+    route = emit(ROUTE({"logits": router.logits}, top_k=router.top_k, normalise=router.normalise, **router.groups))
     experts, scores, order, ends = (emit(relax.TupleGetItem(route, i)) for i in range(4))
+    if router.scale != 1:
+        scores = emit(relax.op.multiply(scores, relax.const(router.scale, "float32")))
     groups = {"experts": experts, "order": order, "ends": ends}
     h_TkI = emit(EXPERT_GATE_UP_SILU({"x": inputs["x"], **groups, "weight": inputs["gate_up"]}))
     y_TkD = emit(EXPERT_LINEAR({"x": h_TkI, **groups, "weight": inputs["down"]}))

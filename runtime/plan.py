@@ -116,7 +116,13 @@ class Function:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a serving engine must know of the model."""
+    """What a serving engine must know of the model.
+
+    A cached token takes `cache_width` columns of each KV head: `head_dim` of the key, then `value_dim` of the value (as
+    many as of the key where None; 0 where values are a part of the key).
+    Sequences have up to `max_positions` tokens; where they may have more, up to `long_positions`, position p of every
+    sequence is given as max_positions + p.
+    """
 
     num_layers: int
     num_heads: int
@@ -126,6 +132,12 @@ class ModelShape:
     vocab_size: int
     max_positions: int
     dtype: str
+    value_dim: int | None = None
+    long_positions: int = 0
+
+    @property
+    def cache_width(self) -> int:
+        return self.head_dim + (self.head_dim if self.value_dim is None else self.value_dim)
 
 
 @dataclass(frozen=True)

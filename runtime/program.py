@@ -40,7 +40,8 @@ class Program:
 
     Attributes:
         num_layers, num_heads, num_kv_heads, head_dim, hidden_size, vocab_size: shape of the model.
-        max_positions: positions are below this.
+        cache_width: columns that a cached token takes in each KV head.
+        max_positions, long_positions: of a sequence; see `ModelShape`.
         dtype: of weights, activations and KV cache.
         device: where they are, and all arguments of a call must be.
     """
@@ -54,7 +55,8 @@ class Program:
             model.num_kv_heads,
         )
         self.head_dim, self.hidden_size, self.vocab_size = model.head_dim, model.hidden_size, model.vocab_size
-        self.max_positions = model.max_positions
+        self.cache_width = model.cache_width
+        self.max_positions, self.long_positions = model.max_positions, model.long_positions
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.device = device_of(manifest["target"]["name"])
         self._executor: Executor | TorchExecutor = (
@@ -132,7 +134,7 @@ class Program:
         Args:
             input_ids: int32 [T], token ids of all requests, one request after the other.
             positions: int64 [T], position of each token in its request.
-            kv: per layer the paged KV cache [blocks, kv_heads, block_size, 2 * head_dim], K then V in
+            kv: per layer the paged KV cache [blocks, kv_heads, block_size, cache_width], K then V in
                 the last axis, which must be contiguous; the outer strides are free.  Written in place.
             block_table: int32 [R, W], the blocks of each request in order.
             seq_lens: int32 [R], cached tokens of each request including this step's; 0 for an empty row.

@@ -82,15 +82,18 @@ def limit_length(model_config: Any) -> None:
     plan = Path(model_config.model) / PLAN
     if not plan.is_file():
         return  # whatever is wrong with the artifact is said where it is loaded
-    longest = from_json(plan.read_text()).model.max_positions
-    if model_config.max_model_len <= longest:
+    model = from_json(plan.read_text()).model
+    longest = max(model.max_positions, model.long_positions)
+    if model_config.max_model_len <= model.max_positions:
         return
     if model_config.original_max_model_len not in (None, -1):
+        if model_config.max_model_len <= longest:
+            return
         raise UnsupportedError(
             f"{model_config.model} is compiled for up to {longest} tokens, not {model_config.max_model_len}: "
             "take a smaller --max-model-len"
         )
-    model_config.max_model_len = longest
+    model_config.max_model_len = model.max_positions
 
 
 def refuse_unsupported(vllm_config: Any) -> None:
@@ -172,7 +175,7 @@ def size_cache(vllm_config: Any, program: Program) -> None:
         return
     weights = sum(file.stat().st_size for file in Path(model.model).glob("*.safetensors"))
     free = max(get_memory_node_info(get_visible_memory_node()[0]).available_memory - weights, 0)
-    token = 2 * program.num_layers * program.num_kv_heads * program.head_dim * program.dtype.itemsize
+    token = program.num_layers * program.num_kv_heads * program.cache_width * program.dtype.itemsize
     wanted = max(free // 32, 16384 * token)
     if model.original_max_model_len is None:
         model.original_max_model_len = -1  # vLLM's word for "as long a context as the cache can hold"

@@ -15,10 +15,11 @@ from .vllm_backend import PagedBackend, PagedImpl
 
 
 class KVLayer(AttentionLayerBase):
-    """Asks vLLM for one layer's cache, and keeps what it hands out: `kv_cache` [B, KH, N, 2 * head_dim]."""
+    """Asks vLLM for one layer's cache, and keeps what it hands out: `kv_cache` [B, KH, N, head_dim + value_dim]."""
 
-    def __init__(self, name: str, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype):
+    def __init__(self, name: str, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype):
         self.layer_name = name
+        self.value_dim = value_dim
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.dtype = dtype
@@ -33,6 +34,7 @@ class KVLayer(AttentionLayerBase):
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_dim,
+            head_size_v=self.value_dim,
             dtype=self.dtype,
         )
 
@@ -51,8 +53,11 @@ class VllmCompileForCausalLM(nn.Module):
         scheduler = vllm_config.scheduler_config
         program.prepare(max_tokens=scheduler.max_num_batched_tokens, max_requests=scheduler.max_num_seqs)
         self.program = program
-        sizes = program.num_heads, program.num_kv_heads, program.head_dim, program.dtype
-        self.layers = [KVLayer(f"model.layers.{i}.attn", *sizes) for i in range(program.num_layers)]
+        longest = vllm_config.model_config.max_model_len
+        # Which angles serve a request must not change while it grows: it is the longest that could come that counts.
+        self.first_position = program.max_positions if longest > program.max_positions else 0
+        sizes = program.num_heads, program.num_kv_heads, program.head_dim, program.cache_width - program.head_dim
+        self.layers = [KVLayer(f"model.layers.{i}.attn", *sizes, program.dtype) for i in range(program.num_layers)]
         layers = {layer.layer_name: layer for layer in self.layers}
         vllm_config.compilation_config.static_forward_context.update(layers)
 
@@ -76,7 +81,7 @@ class VllmCompileForCausalLM(nn.Module):
         step = metadata[self.layers[0].layer_name]
         return self.program.forward(
             input_ids,
-            positions,
+            positions + self.first_position if self.first_position else positions,
             [layer.kv_cache for layer in self.layers],
             step.block_table,
             step.seq_lens,

@@ -32,10 +32,10 @@ class Target:
     def has(self, feature: str) -> bool:
         return feature in self.features
 
-    def attention_tile(self, head_dim: int, dtype_bytes: int) -> int:
-        """Cached tokens whose K and V fill half of the L1 cache: the tile of an online softmax.
+    def attention_tile(self, columns: int, dtype_bytes: int) -> int:
+        """Cached tokens whose K and V, so many `columns` together, fill half of the L1 cache: an online softmax's tile.
 
         The other half holds the scores and the accumulators.  A power of two between 16 and 128.
         """
-        tokens = self.l1_bytes // 2 // (2 * head_dim * dtype_bytes)
+        tokens = self.l1_bytes // 2 // (columns * dtype_bytes)
         return max(16, min(128, 1 << (tokens.bit_length() - 1)))

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV2Config, LlamaConfig, LlamaForCausalLM
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 
 from vllm_compile.frontend.hf import parameter_aliases, trace
 from vllm_compile.frontend.importer import ImportedModel, import_model
@@ -77,6 +78,19 @@ class Pair:
         weights = self.weights()
         _, _, *parameters = self.imported.module["main"].params
         return [ids, torch.arange(len(ids)), *(weights[p.name] for p in parameters)]
+
+
+def group_router() -> DeepseekV2TopkRouter:
+    """DeepSeek-V2's: of hidden states [T, 32], three of twelve experts, in two of four groups."""
+    config = DeepseekV2Config(
+        hidden_size=32,
+        n_routed_experts=12,
+        num_experts_per_tok=3,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+    )
+    return DeepseekV2TopkRouter(config)
 
 
 def llama(seed: int, **changes) -> LlamaForCausalLM:

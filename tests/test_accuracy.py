@@ -51,6 +51,18 @@ def test_an_expert_of_few_tokens_is_seen_in_its_layer(exact, generator):
     assert not as_accurate_by_token(rerouted(ours, OUTLIERS + 0.01), reference, exact, [(layer, exact), (wrong, exact)])
 
 
+def test_tokens_that_everyone_makes_nothing_of(exact, generator):
+    """As of a padding token, whose embedding is zero; but not if one does make something of it."""
+    exact[:3] = 0
+    ours, reference, layer = (rounded(exact, generator) for _ in range(3))
+    for values in (ours, reference, layer):
+        values[:3] = 0
+    assert as_accurate_by_token(ours, reference, exact, [(layer, exact)])
+    assert outliers(layer, exact) == 0
+    layer[:3, 0] = 1e-3
+    assert outliers(layer, exact) == 3 / TOKENS
+
+
 def test_not_a_number_is_never_accurate(exact, generator):
     ours, reference = rounded(exact, generator), rounded(exact, generator)
     broken = ours.clone()

@@ -45,8 +45,34 @@ ROPES = {
     "full_attention": {"rope_type": "default", "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 24,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
+}
 FAMILIES: dict[str, tuple[str, dict]] = {
     "Cohere": ("cohere", {"logit_scale": 0.25}),
+    "DeepSeek-V2": (
+        "deepseek_v2",
+        DEEPSEEK | {"q_lora_rank": 24, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    ),
+    "DeepSeek-V2-Lite": ("deepseek_v2", DEEPSEEK | {"q_lora_rank": None, "topk_method": "greedy"}),
     "Falcon": ("falcon", {"multi_query": True, "parallel_attn": True, "bias": False, "alibi": False}),
     "Falcon 2": (
         "falcon",
@@ -115,6 +141,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "StarCoder 2": ("starcoder2", {"sliding_window": WINDOW}),
 }
 PROMPTS, NEW_TOKENS = (55, 31, 1), 6
+LONG_PROMPTS = (97, 150)  # longer than the tests' longrope is trained for
 
 
 def random_model(family: str, **changes) -> PreTrainedModel:
@@ -132,9 +159,9 @@ def random_model(family: str, **changes) -> PreTrainedModel:
     return model
 
 
-def prompts() -> list[torch.Tensor]:
+def prompts(lengths: Sequence[int] = PROMPTS) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(SEED)
-    return [torch.randint(3, 160, (length,), generator=generator) for length in PROMPTS]
+    return [torch.randint(3, 160, (length,), generator=generator) for length in lengths]
 
 
 def continued(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
@@ -147,7 +174,7 @@ def continued(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
     return text[0, len(ids) :].tolist()
 
 
-def served(artifact: Path, requests: Sequence[torch.Tensor]) -> list[list[int]]:
+def served(artifact: Path, requests: Sequence[torch.Tensor], first_position: int = 0) -> list[list[int]]:
     """Ours: one prefill of all requests, then one token each at a time."""
     program = vllm_compile.load(artifact)
     lengths = [len(ids) for ids in requests]
@@ -155,7 +182,7 @@ def served(artifact: Path, requests: Sequence[torch.Tensor]) -> list[list[int]]:
 
     def step(ids, begin, end):
         arguments = batch.step(begin, end)
-        return program(ids.int(), arguments.pop("positions"), batch.kv, **arguments)
+        return program(ids.int(), arguments.pop("positions") + first_position, batch.kv, **arguments)
 
     hidden = step(torch.cat(list(requests)), [0] * len(lengths), lengths)
     ids = program.logits(hidden[torch.tensor(lengths).cumsum(0) - 1]).argmax(-1)
@@ -209,8 +236,16 @@ def test_dynamic_rope_within_the_trained_length(artifacts, tmp_path):
     assert all(torch.equal(tables[name], plain[name]) for name in plain)
 
 
-def test_longrope_serves_what_it_was_trained_for(artifacts):
-    assert vllm_compile.load(artifacts("Phi-3 longrope")).max_positions == 96
+def test_longrope_beyond_what_it_was_trained_for(artifacts):
+    """Sequences that may outgrow it are served with the long factors from the start, as vLLM does."""
+    artifact = artifacts("Phi-3 longrope")
+    program = vllm_compile.load(artifact)
+    assert (program.max_positions, program.long_positions) == (96, 384)
+    model, requests = random_model("Phi-3 longrope"), prompts(LONG_PROMPTS)
+    expected = [continued(model, ids) for ids in requests]
+    assert served(artifact, requests, first_position=96) == expected
+    short = random_model("Phi-3 longrope", original_max_position_embeddings=200)  # negative control: they matter
+    assert [continued(short, ids) for ids in requests] != expected
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "Phi-3 longrope"])  # its kernels are Phi-3's
@@ -252,6 +287,8 @@ def logits_error(artifact: Path, model: PreTrainedModel) -> float:
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
+        ("DeepSeek-V2", {"topk_group": 3}),
+        ("DeepSeek-V2-Lite", {"routed_scaling_factor": 1.6}),
         ("Mistral", {"sliding_window": WINDOW + 1}),
         ("Gemma 2", {"attn_logit_softcapping": 5.0}),
         ("Gemma 3", {"rope_parameters": ROPES | {"sliding_attention": ROPES["full_attention"]}}),

@@ -26,7 +26,9 @@ def compile(
     cache: str | Path | None = None,
     **options: Any,
 ) -> CompileResult:
-    """Compile the Hugging Face model in directory `model` for `target` into the directory `out`.
+    """Compile a model for `target` into the directory `out`.
+
+    `model` is a Hugging Face directory, or an ONNX file of ONNX Runtime GenAI's builder (or the directory it is in).
 
     Options are the fields of `vllm_compile.compilation.CompileOptions`: `dtype` ("bfloat16" or
     "float32"), `strict`, `dummy_weights` (a seed), `dump` (a directory).  Needs the `compile` extra.

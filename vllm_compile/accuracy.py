@@ -32,8 +32,16 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def token_errors(ours_TD: torch.Tensor, reference_TD: torch.Tensor) -> torch.Tensor:
-    """[T] fp64: the error of each token, |ours - reference| / |reference|; NaN where ours has a NaN."""
-    return (ours_TD.double() - reference_TD.double()).norm(dim=-1) / reference_TD.double().norm(dim=-1)
+    """[T] fp64: the error of each token, |ours - reference| / |reference|; NaN where ours has a NaN.
+
+    A padding token's embedding is zero, and so is what a model without biases makes of it: no error there is 0.
+    """
+    return _quotient((ours_TD.double() - reference_TD.double()).norm(dim=-1), reference_TD.double().norm(dim=-1))
+
+
+def _quotient(a_T: torch.Tensor, b_T: torch.Tensor) -> torch.Tensor:
+    """a / b, but 0 where a is 0, whatever b is."""
+    return torch.where(a_T == 0, a_T, a_T / b_T)
 
 
 def mean_kl(reference_TV: torch.Tensor, ours_TV: torch.Tensor) -> float:
@@ -59,7 +67,7 @@ def as_accurate_by_token(
         layers: what each layer makes of Hugging Face's input for it, ours and Hugging Face's, [T, D] each: a near tie
             is a single token's there.
     """
-    ratio_T = token_errors(ours_TV, exact_TV) / token_errors(reference_TV, exact_TV)
+    ratio_T = _quotient(token_errors(ours_TV, exact_TV), token_errors(reference_TV, exact_TV))
     return ratio_T.quantile(0.5).item() <= BF16_RATIO and all(outliers(*outputs) <= OUTLIERS for outputs in layers)
 
 

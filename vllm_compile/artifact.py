@@ -13,35 +13,26 @@ from typing import Any
 
 from . import __version__
 from .file_digests import FileDigests
+from .model_files import ModelFiles, find_files
 from .runtime import manifest as files
 from .targets import Target
 
 ARCHITECTURE = "VllmCompileForCausalLM"
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "chat_template*",
-)
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
-def write_config(source: Path, dtype: str, directory: Path) -> None:
+def write_config(fields: dict[str, Any], source: ModelFiles, dtype: str, directory: Path) -> None:
     """The model's config.json under our architecture, and its tokenizer files as they are.
 
     `auto_map`, which names code to run, is left out.
     """
-    config = json.loads((source / "config.json").read_text())
+    config = dict(fields)
     config.pop("auto_map", None)
     config.pop("torch_dtype", None)
     original = config.get("architectures")
     config |= {"architectures": [ARCHITECTURE], "dtype": dtype, "vllm_compile": {"architectures": original}}
     (directory / files.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for name in copied_files(source):
-        shutil.copyfile(source / name, directory / name)
+    for name in source.copied():
+        shutil.copyfile(source.directory / name, directory / name)
 
 
 def write_plain_config(artifact: Path, directory: Path) -> None:
@@ -51,20 +42,11 @@ def write_plain_config(artifact: Path, directory: Path) -> None:
     (directory / files.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def copied_files(source: Path) -> list[str]:
-    """Names of the model's files that an artifact has too: the tokenizer and what belongs to it."""
-    return sorted({path.name for pattern in TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()})
-
-
-def weight_files(source: Path) -> list[str]:
-    """Names of the files that hold a checkpoint's weights, and of those that say which is in which."""
-    return sorted(path.name for pattern in WEIGHT_FILES for path in source.glob(pattern))
-
-
 def source_digest(source: Path, dummy_seed: int | None, digests: FileDigests) -> dict[str, Any]:
     """What the artifact was made from: SHA-256 over the names and digests of config and weights."""
-    names = ["config.json"] if dummy_seed is not None else ["config.json", *weight_files(source)]
-    listing = "".join(f"{digests.sha256(source / name)}  {name}\n" for name in names)
+    files = find_files(source)
+    names = files.described(with_weights=dummy_seed is None)
+    listing = "".join(f"{digests.sha256(files.directory / name)}  {name}\n" for name in names)
     return {"sha256": hashlib.sha256(listing.encode()).hexdigest(), "dummy_weights_seed": dummy_seed}
 
 

@@ -223,7 +223,7 @@ def step_bytes(plan: Plan, batch: int, context: int) -> int:
     weights = {a.buffer: a.spec.nbytes() for f in entries for a in f.weights}
     read = sum(size for name, size in weights.items() if name not in tables and name not in plan.restored)
     model = plan.model
-    cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim * getattr(torch, model.dtype).itemsize
+    cached = model.num_layers * model.num_kv_heads * model.cache_width * getattr(torch, model.dtype).itemsize
     return read + batch * context * cached
 
 

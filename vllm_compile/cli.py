@@ -56,8 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_compile(commands: Any) -> None:
-    parser = commands.add_parser("compile", help="compile a Hugging Face model into an artifact")
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
+    parser = commands.add_parser("compile", help="compile a model into an artifact")
+    models = "Hugging Face model directory; or an ONNX file, or its directory"
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR|ONNX", help=models)
     parser.add_argument("--target", default="cpu", help="what to compile for (default: cpu)")
     parser.add_argument("--out", type=Path, required=True, metavar="ARTIFACT", help="directory to write")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the model's own")

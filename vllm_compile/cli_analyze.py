@@ -28,8 +28,8 @@ def add_analyze(commands: Any) -> None:
         "--model",
         type=Path,
         required=True,
-        metavar="DIR|CONFIG",
-        help="Hugging Face model directory, or its config.json",
+        metavar="DIR|CONFIG|ONNX",
+        help="Hugging Face model directory, or its config.json; or an ONNX file, or its directory",
     )
     parser.add_argument("--target", default="cpu", help="what it would be compiled for (default: cpu)")
     parser.add_argument("--chip", help="of the target: h200 or h100 for cuda (default: h200; of a CPU: this machine's)")

@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .artifact import copied_files, weight_files
 from .cache import Cache, key_of
 from .file_digests import FileDigests
+from .model_files import find_files
 from .relax_passes.record import PassRecord
-from .runtime import manifest as files
 from .targets import Target
 from .toolchain import compile_toolchain
 
@@ -73,11 +72,6 @@ class CompileResult:
     unchanged: bool = False
 
 
-def model_files(model: Path, options: CompileOptions) -> list[str]:
-    """Names of the files of a model that its artifact is made from."""
-    return [files.CONFIG, *copied_files(model), *(weight_files(model) if options.seed is None else [])]
-
-
 def remember(cache: Cache, request: str, made: str) -> None:
     """Keep which artifact (its manifest's digest) the request with this key makes."""
     cache.put(KIND, request, "an artifact: its manifest's digest", made.encode())
@@ -93,12 +87,13 @@ def request_key(model: Path, target: Target, options: CompileOptions, digests: F
     """SHA-256 of all that an artifact is made from but tuning database and buckets: equal requests, equal artifacts.
 
     Raises:
-        OSError: a file of the model cannot be read.
+        OSError, ModelError: a file of the model cannot be read.
         TargetError: a compiler that the target needs is missing.
     """
+    files = find_files(model)
     choices = {name: value for name, value in asdict(options).items() if name not in ("dump", "db", "buckets")}
     facts = {
-        "files": {name: digests.sha256(model / name) for name in model_files(model, options)},
+        "files": {name: digests.sha256(files.directory / name) for name in files.all(options.seed is None)},
         "options": choices,
         "toolchain": compile_toolchain(target),
     }

@@ -13,21 +13,24 @@ from typing import Any
 
 import torch
 import tvm
-from tvm import tirx
+from tvm import relax, tirx
 
 from .artifact import source_digest, write_config, write_manifest
 from .cache import Cache
-from .compilation import CompileOptions, CompileResult, model_files, remember, request_key
+from .compilation import CompileOptions, CompileResult, remember, request_key
 from .errors import ArtifactError, DatabaseError, ModelError, TargetError, UnsupportedError
 from .file_digests import FileDigests, status_of
-from .frontend.checkpoint import Checkpoint, DummyCheckpoint
-from .frontend.conversion import open_checkpoint
 from .frontend.families import max_positions
-from .frontend.hf import TracedModel, read_config, trace
-from .frontend.importer import ImportedModel, import_model
+from .frontend.hf import trace
+from .frontend.importer import import_model
+from .frontend.model import DTYPES, Model, read_model
 from .kernel_cache import KernelCache
 from .lowering import Lowered, dimension, lower
+from .model_files import ModelFiles, find_files
+from .ops import PAGED_ATTENTION
+from .ops.base import arguments_of
 from .quick_verification import Verdict, not_run, quick_verification
+from .relax_passes.base import Definitions
 from .relax_passes.outline_layers import FORWARD, LOGITS
 from .relax_passes.pipeline import OPTIONAL, run_passes
 from .relax_passes.record import PassRecord
@@ -43,8 +46,6 @@ from .staging import staged
 from .targets import Target, gaudi, resolve
 from .weights import UnfitWeightError, WeightProgram, write_shards
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 def compile_model(
     model: str | Path,
@@ -54,10 +55,11 @@ def compile_model(
     progress: Callable[[str], None] = lambda stage: None,
     cache: Cache | None = None,
 ) -> CompileResult:
-    """Compile a Hugging Face model directory into an artifact that vLLM serves.
+    """Compile a model into an artifact that vLLM serves.
 
     Args:
-        model: directory with config.json, safetensors and tokenizer.
+        model: Hugging Face directory with config.json, safetensors and tokenizer; or an ONNX file (or the directory
+            of one) with genai_config.json or config.json, and tokenizer, beside it.
         target: what to compile for; `cpu` is the machine this runs on.
         out: the artifact's directory; an older artifact there is replaced when the new one is whole.
         options: see `CompileOptions`.
@@ -65,7 +67,7 @@ def compile_model(
         cache: where kernels and digests of files are looked up and kept, or None.
 
     Raises:
-        ModelError: the model directory is missing, incomplete or damaged.
+        ModelError: the model is missing, incomplete or damaged.
         UnsupportedError: an architecture, operator, dtype or shape is not supported; it is named.
         TargetError: the target is unknown, this machine is none, or a compiler is missing.
         ArtifactError: `out` cannot be written.
@@ -85,19 +87,15 @@ def compile_model(
     source, final = Path(model), Path(out)
     machine = resolve(target)
     buckets = _buckets(options.buckets, machine)
-    config = read_config(source)
+    found = find_files(source)
     digests = FileDigests(cache)
-    before = _statuses(source, options)
-    dtype = dtype_of(config, options.dtype)
+    before = _statuses(found, options)
     with stage("import"):
-        traced = trace(config, DTYPES[dtype])
-        checkpoint = open_checkpoint(source, traced.shapes, DTYPES[dtype], options.seed, traced.conversions)
-        imported = import_model(traced, max_positions(config))
-        _check_tensors(source, traced, imported, checkpoint)
+        imported = read_model(found, options.dtype, options.seed)
     with stage("passes"):
         module, passes = run_passes(imported.module, _dumper(Path(options.dump) if options.dump else None))
         warnings = _check_matches(passes, options.strict)
-    weights = WeightProgram(module, _reader(traced, imported, checkpoint))
+    weights = WeightProgram(module, imported.read)
     unpacked: set[OpSpec] = set()  # calls one of whose weights does not fit the lossless format
 
     tuned = _tuned(options.db, machine)
@@ -107,9 +105,9 @@ def compile_model(
         with stage("lowering"):
             lowered = lower(module, lambda spec: choose(spec, machine, lossless and spec not in unpacked, tuned))
         with staged(final) as directory:
-            plan = Plan(_model_shape(config, module, dtype), lowered.functions, lowered.restored)
+            plan = Plan(_model_shape(imported, module), lowered.functions, lowered.restored)
             (directory / files.PLAN).write_text(plan.to_json())
-            write_config(source, dtype, directory)
+            write_config(imported.fields, found, imported.dtype, directory)
             if buckets is not None:
                 buckets.write(directory / files.BUCKETS)
             library = directory / files.library_of(machine.name)
@@ -125,7 +123,7 @@ def compile_model(
                         write_shards(
                             lowered.weights.values(), partial(_unless_failed, built, weights.evaluate), directory
                         )
-                with _verification(directory, source, machine, options) as verify:
+                with _verification(directory, found, machine, options) as verify:
                     with stage("kernels"):
                         built.result()
                     if known is not None and not restored:
@@ -138,7 +136,7 @@ def compile_model(
                 # What a tuning database has to say is not in the key, nor are buckets.
                 keyed = cache is not None and options.db is None and options.buckets is None
                 request = request_key(source, machine, options, digests) if keyed else None
-                _check_unchanged(source, before, _statuses(source, options))  # the digests are of what was compiled
+                _check_unchanged(source, before, _statuses(found, options))  # the digests are of what was compiled
                 kernels = _kernel_records(lowered)
                 records = [asdict(record) for record in passes]
                 made = write_manifest(directory, machine, made_from, records, kernels, verdict, digests)
@@ -147,9 +145,9 @@ def compile_model(
             if request is not None:
                 remember(cache, request, made)
             cache.prune()
-        found = [*warnings, *(cache.problems if cache is not None else [])]
+        problems = [*warnings, *(cache.problems if cache is not None else [])]
         compiled = 0 if restored else len(kernels)
-        return CompileResult(final, passes, kernels, seconds, verdict, found, compiled)
+        return CompileResult(final, passes, kernels, seconds, verdict, problems, compiled)
 
     while True:
         try:
@@ -159,9 +157,10 @@ def compile_model(
             warnings.append(f"{error.parameter} and all weights of its kind stay plain: {error.reason}")
 
 
-def _statuses(source: Path, options: CompileOptions) -> dict[str, dict[str, int]]:
-    """What the file system says of the files that a compile reads."""
-    return {name: status_of(source / name) for name in model_files(source, options)}
+def _statuses(files: ModelFiles, options: CompileOptions) -> dict[str, dict[str, int]]:
+    """What the file system says of the files that a compile reads; whoever reads one says that it is missing."""
+    places = {name: files.directory / name for name in files.all(options.seed is None)}
+    return {name: status_of(place) for name, place in places.items() if place.exists()}
 
 
 def _check_unchanged(source: Path, before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> None:
@@ -182,8 +181,7 @@ def lower_model(model: Path, machine: Target, dtype: str | None = None) -> Lower
     Raises:
         ModelError, UnsupportedError: see `compile_model`.
     """
-    config = read_config(model)
-    module, _ = fuse_model(config, dtype_of(config, dtype))
+    module, _ = run_passes(read_model(find_files(model), dtype, dummy_seed=0).module)
     return lower(module, lambda spec: choose(spec, machine))
 
 
@@ -225,28 +223,18 @@ def _tuned(url: str | None, machine: Target) -> Tuned | None:
 
 
 def _verification(
-    directory: Path, source: Path, machine: Target, options: CompileOptions
+    directory: Path, source: ModelFiles, machine: Target, options: CompileOptions
 ) -> AbstractContextManager[Callable[[], Verdict]]:
     """The quick verification, or why it is not run; what it yields gives the verdict once the kernels are there."""
     if options.weightless:
         return not_run("compiled without weights")
+    if source.graph is not None:
+        return not_run("made from an ONNX graph; `vllm-compile verify` takes the model that the graph was built from")
     try:
         check_target(machine.name, machine.features, directory)
     except TargetError as error:
         return not_run(str(error))
-    return quick_verification(directory, source, machine.name, options.dummy_weights)
-
-
-def dtype_of(config: Any, asked: str | None) -> str:
-    """What a model is computed in: what is asked for, else its own dtype; UnsupportedError if we cannot."""
-    if quantization := getattr(config, "quantization_config", None):
-        given = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        method = given.get("quant_method", "unknown")
-        raise UnsupportedError(f"checkpoints quantised by {method} are not supported yet; compile the original weights")
-    dtype = asked or str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise UnsupportedError(f"dtype {dtype} is not supported; pass --dtype bfloat16 or float32")
-    return dtype
+    return quick_verification(directory, source.directory, machine.name, options.dummy_weights)
 
 
 def _dumper(directory: Path | None) -> Callable[[str, tvm.IRModule], None]:
@@ -298,52 +286,28 @@ def _kernel_records(lowered: Lowered) -> list[dict[str, Any]]:
     ]
 
 
-def _check_tensors(
-    source: Path, traced: TracedModel, imported: ImportedModel, checkpoint: Checkpoint | DummyCheckpoint
-) -> None:
-    """Miss a tensor, or find one of another shape than the configuration's, before the kernels are built."""
-    stored = {n: [alias for alias in traced.aliases[n] if alias in checkpoint] for n in imported.weights.values()}
-    if missing := sorted(name for name, found in stored.items() if not found):
-        raise ModelError(f"{source}: tensors missing in its safetensors: {', '.join(missing[:5])}")
-    for name, found in stored.items():
-        expected = next(traced.shapes[alias] for alias in traced.aliases[name] if alias in traced.shapes)
-        for alias in found:
-            if (shape := checkpoint.shape(alias)) != expected:
-                tied = f", being tied to {found[0]}" if alias != found[0] else ""
-                raise ModelError(
-                    f"{alias}: shape {list(shape)} in the checkpoint, config.json says {list(expected)}{tied}"
-                )
-
-
-def _reader(
-    traced: TracedModel, imported: ImportedModel, checkpoint: Checkpoint | DummyCheckpoint
-) -> Callable[[str], torch.Tensor]:
-    """Gives the tensor of a parameter of the imported module: a position table or a checkpoint's weight."""
-
-    def read(parameter: str) -> torch.Tensor:
-        if parameter in imported.tables:
-            return imported.tables[parameter]
-        name = imported.weights[parameter]
-        # Tied weights are one tensor under several names; a checkpoint may hold either.
-        return checkpoint.read(next((n for n in traced.aliases[name] if n in checkpoint), name))
-
-    return read
-
-
-def _model_shape(config: Any, module: tvm.IRModule, dtype: str) -> ModelShape:
-    """Shapes as the compiled functions have them; heads of queries as the configuration says."""
+def _model_shape(model: Model, module: tvm.IRModule) -> ModelShape:
+    """Shapes as the compiled functions have them."""
     forward, logits = module[FORWARD], module[LOGITS]
     caches = {tuple(map(dimension, p.ty.shape.values)) for p in forward.params if p.name.startswith("kv_")}
     if len(caches) != 1:
-        raise UnsupportedError(f"{config.model_type}: layers whose KV caches have different shapes are not supported")
+        raise UnsupportedError(
+            f"{model.config.model_type}: layers whose KV caches have different shapes are not supported"
+        )
     (_, num_kv_heads, _, width) = caches.pop()
+    functions = (function for _, function in module.functions_items() if isinstance(function, relax.Function))
+    calls = (b.value for function in functions for b in Definitions(function).bindings)
+    queries = next(arguments_of(call)["q"] for call in calls if PAGED_ATTENTION.matches(call))
+    num_heads, head_dim = map(int, queries.ty.shape.values[-2:])
     return ModelShape(
         num_layers=sum(p.name.startswith("kv_") for p in forward.params),
-        num_heads=config.num_attention_heads,
+        num_heads=num_heads,
         num_kv_heads=int(num_kv_heads),
-        head_dim=int(width) // 2,
+        head_dim=head_dim,
         hidden_size=int(forward.ret_ty.shape.values[-1]),
         vocab_size=int(logits.ret_ty.shape.values[-1]),
-        max_positions=max_positions(config),
-        dtype=dtype,
+        max_positions=model.max_positions,
+        dtype=model.dtype,
+        long_positions=model.long_positions,
+        value_dim=None if width == 2 * head_dim else int(width) - head_dim,
     )

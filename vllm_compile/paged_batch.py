@@ -21,14 +21,14 @@ class PagedBatch:
     The cache starts as NaN, so that reading what was not written shows.
 
     Attributes:
-        kv: one cache per layer, [blocks, kv_heads, BLOCK_SIZE, 2 * head_dim].
+        kv: one cache per layer, [blocks, kv_heads, BLOCK_SIZE, cache_width].
         block_table: int32 [R, W].
     """
 
     def __init__(self, model: ModelShape, lengths: Sequence[int], device: torch.device = CPU) -> None:
         width = -(-max(lengths) // BLOCK_SIZE)
         count = len(lengths) * width + 1
-        shape = (count, model.num_kv_heads, BLOCK_SIZE, 2 * model.head_dim)
+        shape = (count, model.num_kv_heads, BLOCK_SIZE, model.cache_width)
         dtype = getattr(torch, model.dtype)
         self.kv = [torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(model.num_layers)]
         order = torch.arange(count - 1, 0, -1, dtype=torch.int32, device=device)

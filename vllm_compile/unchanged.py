@@ -8,8 +8,9 @@ from pathlib import Path
 
 from .cache import Cache
 from .compilation import CompileOptions, CompileResult, recall, request_key
-from .errors import ArtifactError, TargetError
+from .errors import ArtifactError, ModelError, TargetError
 from .file_digests import FileDigests
+from .model_files import find_files
 from .relax_passes.record import PassRecord
 from .runtime.manifest import check_files, check_target, read_manifest
 from .targets import Target, resolve
@@ -49,14 +50,15 @@ def find_unchanged(
         manifest = read_manifest(out)
         if manifest["digest"] != recall(cache, request_key(model, target, options, digests)):
             return None
-    except (ArtifactError, OSError):  # nothing here, or nothing to compile: the compiler says what is wrong
+    except (ArtifactError, ModelError, OSError):  # nothing here, or nothing to compile: the compiler says what is wrong
         return None
     try:
         check_files(out, manifest, digest=digests.sha256)
     except ArtifactError as error:
         cache.problems.append(str(error))
         return None
-    if manifest["verdict"]["outcome"] == "not-run" and not options.weightless and _runs_here(target, out):
+    could_be = not options.weightless and find_files(model).graph is None
+    if manifest["verdict"]["outcome"] == "not-run" and could_be and _runs_here(target, out):
         return None
     passes = [PassRecord(**record) for record in manifest["passes"]]
     kernels = [{**kernel, "microseconds": None} for kernel in manifest["kernels"]]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 from tvm.ir.expr import GenericConst
 
 from .errors import ModelError, UnsupportedError
@@ -34,12 +34,20 @@ SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float32": "F32", "uint8": "U8"}
 OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "relax.concat": lambda call, tensors: torch.cat(list(tensors), dim=int(call.attrs.axis)),
     "relax.permute_dims": lambda call, tensor: tensor.permute([int(axis) for axis in call.attrs.axes]),
+    "relax.strided_slice": lambda call, tensor, *where: tensor[_slices(tensor.dim(), *where)].contiguous(),
     "relax.add": lambda call, a, b: a + b,
     "relax.multiply": lambda call, a, b: a * b,
     "relax.astype": lambda call, tensor: tensor.to(getattr(torch, str(call.attrs.dtype))),
     "relax.reshape": lambda call, tensor, shape: tensor.reshape(shape),
     "vllm_compile.embedding": lambda call, ids, table: table[ids],
 }
+
+
+def _slices(rank: int, axes: list[int], begin: list[int], end: list[int], strides: list[int]) -> tuple[slice, ...]:
+    where = [slice(None)] * rank
+    for axis, first, last, step in zip(axes, begin, end, strides, strict=True):
+        where[axis] = slice(first, last, step)
+    return tuple(where)
 
 
 class UnfitWeightError(Exception):
@@ -89,6 +97,8 @@ class WeightProgram:
             return tensor.to(getattr(torch, str(value.ty.dtype)))
         if isinstance(value, relax.ShapeExpr):
             return [int(dim) for dim in value.values]
+        if isinstance(value, tirx.IntImm):
+            return int(value)
         if isinstance(value, GenericConst):
             return torch.from_numpy(value.value.numpy().astype("float64")).to(getattr(torch, str(value.ty.dtype)))
         if isinstance(value, relax.Tuple):

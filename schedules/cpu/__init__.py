@@ -6,6 +6,7 @@ from .elementwise import Elementwise
 from .embedding import Embedding
 from .experts import ExpertGateUpSilu, ExpertLinear
 from .gate_up import GateUpSilu
+from .head_linear import HeadLinear
 from .kv_cache_write import KVCacheWrite
 from .layer_norm import LayerNorm
 from .linear import Linear
@@ -18,6 +19,7 @@ FAMILIES: tuple[KernelFamily, ...] = (
     Linear(packed=False),
     GateUpSilu(packed=True),
     GateUpSilu(packed=False),
+    HeadLinear(),
     Route(),
     ExpertGateUpSilu(),
     ExpertLinear(),

@@ -31,16 +31,20 @@ NARROW_ROWS = 16
 
 
 def paged_attention(
-    heads: int, kv_heads: int, head_dim: int, dtype: str, scores: Scores, target: Target
+    heads: int, kv_heads: int, keys: range, values: range, dtype: str, scores: Scores, target: Target
 ) -> tirx.PrimFunc:
-    """q [T, H, D], kv [B, KH, N, 2*D], table [R, W], seq_lens [R], query_start_loc [R+1] -> [T, H, D]."""
+    """q [T, H, D], kv [B, KH, N, C], table [R, W], seq_lens [R], query_start_loc [R+1] -> [T, H, DV].
+
+    K and V are the columns `keys` (D of them) and `values` (DV) of C.
+    """
     group = heads // kv_heads
+    head_dim, value_dim, columns = len(keys), len(values), max(keys.stop, values.stop)
     align = DTYPE_BYTES[dtype]
     vectors = Vectors.of(target, dtype, head_dim)
     queries_per_item = max(1, ROWS // group)
     step = 2 * vectors.lanes
     rows = -(-queries_per_item * group // step) * step
-    tile = target.attention_tile(head_dim, align)
+    tile = target.attention_tile(columns, align)
     words = head_dim // vectors.values_per_word
     q_word = vectors.word if vectors.pairs else dtype
 
@@ -65,7 +69,7 @@ def paged_attention(
         q_THD = T.match_buffer(q, (tokens, heads, head_dim), dtype, align=align)
         kv_BHNC = T.match_buffer(
             kv,
-            (blocks, kv_heads, block_size, 2 * head_dim),
+            (blocks, kv_heads, block_size, columns),
             dtype,
             strides=[block_stride, head_stride, token_stride, 1],
             align=align,
@@ -73,16 +77,16 @@ def paged_attention(
         table_RW = T.match_buffer(block_table, (requests, width), "int32", align=4)
         length_R = T.match_buffer(seq_lens, (requests,), "int32", align=4)
         start_R = T.match_buffer(query_start_loc, (boundaries,), "int32", align=4)
-        out_THD = T.match_buffer(out, (tokens, heads, head_dim), dtype, align=align)
+        out_THD = T.match_buffer(out, (tokens, heads, value_dim), dtype, align=align)
         with T.attr(0, "pragma_import_llvm", vectors.ir):
             q_words = T.decl_buffer((tokens * (heads * words),), q_word, data=q_THD.data, align=align)
-            out_flat = T.decl_buffer((tokens * (heads * head_dim),), dtype, data=out_THD.data, align=align)
+            out_flat = T.decl_buffer((tokens * (heads * value_dim),), dtype, data=out_THD.data, align=align)
             slots: T.let[T.int32] = T.Cast("int32", T.truncdiv(tokens, T.int64(queries_per_item)) + requests)
             items: T.let[T.int32] = T.Select(requests > T.int64(0), slots * kv_heads, 0)
             next_item = T.alloc_buffer((1,), "int32")
             next_item[0] = 0
             for _ in T.parallel(WORKERS):
-                cache = T.meta_var(PagedCache(vectors, head_dim, tile, kv_BHNC, table_RW))
+                cache = T.meta_var(PagedCache(vectors, keys, values, tile, kv_BHNC, table_RW))
                 wide = T.meta_var(Wide(vectors, cache, rows, heads, group, scores))
                 narrow = T.meta_var(Narrow(vectors, cache, NARROW_ROWS, heads, group, scores))
                 spare = T.meta_var(cache.scratch())
@@ -124,22 +128,25 @@ def paged_attention(
 
 @dataclass(frozen=True)
 class PagedAttention(KernelFamily):
-    """`paged_attention` for head sizes that are multiples of 16 and whole groups of heads."""
+    """`paged_attention` for head sizes that are multiples of 16 (of keys and of values) and whole groups of heads."""
 
     name: str = "cpu.paged_attention"
     op: str = "paged_attention"
 
     @property
     def options(self) -> frozenset[str]:
-        return frozenset({"window", "soft_cap"})
+        return frozenset({"window", "soft_cap", "shared_values"})
 
     def serves(self, spec: OpSpec, target: Target) -> bool:
         if spec.op != self.op:
             return False
         q, kv = spec.input("q"), spec.input("kv")
-        return q.size(2) % 16 == 0 and q.size(1) % kv.size(1) == 0
+        return q.size(2) % 16 == 0 and spec.outputs[0].size(2) % 16 == 0 and q.size(1) % kv.size(1) == 0
 
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
         q, kv = spec.input("q"), spec.input("kv")
         scores = Scores(spec.attribute("scale"), spec.option("window"), spec.option("soft_cap"))
-        return paged_attention(q.size(1), kv.size(1), q.size(2), q.dtype, scores, target)
+        keys, values = range(q.size(2)), range(q.size(2), kv.size(3))
+        if shared := spec.option("shared_values"):
+            values = range(shared)
+        return paged_attention(q.size(1), kv.size(1), keys, values, q.dtype, scores, target)

@@ -4,7 +4,8 @@ K is transposed in registers, `lanes` tokens at a time, so that scores, maximum 
 weighed row by row with its values in the lanes.  Every sum runs in the same order as in `attention_wide`:
 a query's result is the same to the last bit by either way.
 Per cached token and KV head: 2 * D values read, 4 * D * G operations; at G = 4 and bf16 that is 4 operations
-per byte, which one core does faster than memory delivers.
+per byte, which one core does faster than memory delivers.  Where V is a part of K (DeepSeek-V2's latent cache) it is
+read once for both.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ class Narrow:
         return max(1, min(self.cache.tile, self.vectors.lanes**2 // self.block) // self.vectors.lanes)
 
     def scratch(self) -> dict[str, tirx.Buffer]:
-        D, tile, v = self.cache.head_dim, self.cache.tile, self.vectors
+        tile, v = self.cache.tile, self.vectors
+        words, D = len(self.cache.keys) // v.values_per_word, len(self.cache.values)
         rows = -(-self.capacity // self.block) * self.block
         scores = scratch(rows * tile, "float32")
         return {
-            "q": scratch(rows * D // v.values_per_word, v.word),
-            "k": scratch(D // v.values_per_word * tile, v.word),
+            "q": scratch(rows * words, v.word),
+            "k": scratch(words * tile, v.word),
             "scores": scores,
             "weights": T.decl_buffer((rows * tile,), v.word, data=scores.data),
             "weights_bf16": T.decl_buffer((rows * tile * 2,), "uint16", data=scores.data),
@@ -57,8 +59,8 @@ class Narrow:
 
     def run(self, b: dict, q_words, out, spare, request, head, first_row, count, position) -> None:
         """Attention of `count` queries from `position` on; the first one's is row `first_row` of [T*H, D]."""
-        D = self.cache.head_dim
-        words = D // self.vectors.values_per_word
+        D = len(self.cache.values)
+        words = len(self.cache.keys) // self.vectors.values_per_word
         rows = T.Bind(count * self.group)
         blocks = T.Bind(T.ceildiv(rows, self.block))
 
@@ -105,7 +107,7 @@ class Narrow:
     def _transpose(self, b: dict, tile: Tile, token) -> None:
         """K of `lanes` tokens from `token`, words by tokens."""
         v = self.vectors
-        words = self.cache.head_dim // v.values_per_word
+        words = len(self.cache.keys) // v.values_per_word
         rows = [T.Bind(tile.k_row(token + i)) for i in range(v.lanes)]
         with T.serial(0, -(-words // v.lanes)) as i:
             # The last block of words overlaps the one before where D is no multiple of a block.
@@ -117,12 +119,11 @@ class Narrow:
     def _scores(self, b: dict, tile: Tile, first, token, vectors: int, position) -> None:
         """Scores of `vectors` vectors of tokens from `token` for a block of rows, and the maximum so far."""
         v = self.vectors
-        D = self.cache.head_dim
-        words = D // v.values_per_word
+        words = len(self.cache.keys) // v.values_per_word
         scores = [[v.register() for _ in range(vectors)] for _ in range(self.block)]
         per_word = vectors * v.lanes * v.values_per_word
         with T.serial(0, words) as d:
-            tile.prefetch_following(D, 0, token * D + d * per_word, per_word)
+            tile.prefetch_following(self.cache.keys, token * len(self.cache.keys) + d * per_word, per_word)
             k = [T.Bind(v.load(b["k"], d * self.cache.tile + token + j * v.lanes)) for j in range(vectors)]
             for i in range(self.block):
                 q = T.Bind(v.splat(b["q"][(first + i) * words + d]))
@@ -161,7 +162,8 @@ class Narrow:
 
     def _values(self, b: dict, tile: Tile, first) -> None:
         """Rescale the output of a block of rows and add the tile's values and weights."""
-        v, D = self.vectors, self.cache.head_dim
+        v, values = self.vectors, self.cache.values
+        D, within_keys = len(values), values.start in self.cache.keys
         at_once = 4 if v.lanes == 16 else 2  # vectors of values: with `block` rows they fill the registers
         scale = [T.Bind(b["scale"][first + i]) for i in range(self.block)]
         for start in range(0, D // v.lanes, at_once):
@@ -173,13 +175,13 @@ class Narrow:
             totals = [v.register() for _ in range(self.block)] if start == 0 else []
             with T.serial(0, T.ceildiv(tile.count, v.values_per_word)) as s:
                 row = T.Bind(tile.v_base + T.Cast("int64", s) * tile.v_stride)
-                for n in range(v.values_per_word):
+                for n in range(0 if within_keys else v.values_per_word):
                     ahead = (s * v.values_per_word + n) * D + columns[0]
-                    tile.prefetch_following(D, D, ahead, len(columns) * v.lanes)
-                values = [T.Bind(v.load(tile.v, row + c)) for c in columns]
+                    tile.prefetch_following(values, ahead, len(columns) * v.lanes)
+                loaded = [T.Bind(v.load(tile.v, row + c)) for c in columns]
                 for i in range(self.block):
                     weight = T.Bind(v.splat(b["weights"][(first + i) * self.cache.tile + s]))
-                    for j, value in enumerate(values):
+                    for j, value in enumerate(loaded):
                         v.store(out[i][j], v.dot(value, weight, v.load(out[i][j])))
                     if totals:
                         v.store(totals[i], v.dot(weight, v.one, v.load(totals[i])))

@@ -78,23 +78,27 @@ class Tile:
         last = T.Cast("int64", self.count - 1)
         return self.k_base + T.min(T.Cast("int64", token), last) * self.k_stride
 
-    def prefetch_following(self, head_dim: int, column: int, start: tirx.Expr, count: int) -> None:
-        """Prefetch `count` values of the next tile, numbered token by token in the D columns from `column`.
+    def prefetch_following(self, columns: range, start: tirx.Expr, count: int) -> None:
+        """Prefetch `count` values of the next tile, numbered token by token in these columns.
 
         Asked for evenly over the arithmetic of this tile: a core tracks only some 24 misses at a time, and a
         burst of them would stall it.
         """
         for value in range(0, count, CACHE_LINE * 8 // self.cache.dtype.bits):
-            token, within = (start + value) // head_dim, (start + value) % head_dim
-            prefetch(self.cache, self.following + T.Cast("int64", token) * self.token_stride + column + within)
+            token, within = (start + value) // len(columns), (start + value) % len(columns)
+            prefetch(self.cache, self.following + T.Cast("int64", token) * self.token_stride + columns.start + within)
 
 
 @dataclass(frozen=True)
 class PagedCache:
-    """kv [B, KH, N, 2D] with strides, block_table [R, W], and the scratch in which tiles become words."""
+    """kv [B, KH, N, C] with strides, block_table [R, W], and the scratch in which tiles become words.
+
+    K and V are the columns `keys` and `values` of C; V may be a part of K.
+    """
 
     vectors: Vectors
-    head_dim: int
+    keys: range
+    values: range
     tile: int
     kv: tirx.Buffer
     block_table: tirx.Buffer
@@ -102,8 +106,13 @@ class PagedCache:
     def scratch(self) -> tirx.Buffer | None:
         """Per thread: pairs of V, or a tile widened to float32; a float32 cache is read where it lies."""
         if self.vectors.pairs:
-            return scratch(self.tile // 2 * self.head_dim, "int32")
-        return scratch(self.tile * 2 * self.head_dim, "float32") if self.kv.dtype == "bfloat16" else None
+            return scratch(self.tile // 2 * len(self.values), "int32")
+        return scratch(self.tile * self.width, "float32") if self.kv.dtype == "bfloat16" else None
+
+    @property
+    def width(self) -> int:
+        """Columns C."""
+        return max(self.keys.stop, self.values.stop)
 
     def for_each_tile(
         self, request, head, first, limit, spare: tirx.Buffer | None, body: Callable[[Tile], None]
@@ -129,12 +138,12 @@ class PagedCache:
                 body(self._words(b * block_size + t * self.tile, count, base, T.Bind(following), spare))
 
     def _words(self, start, count, base, following, spare: tirx.Buffer | None) -> Tile:
-        D, token_stride = self.head_dim, self.kv.strides[2]
+        C, first_value, token_stride = self.width, self.values.start, self.kv.strides[2]
         size = self.kv.shape[0] * self.kv.strides[0]
         if spare is None:
             flat = T.decl_buffer((size,), "float32", data=self.kv.data, align=4)
             ahead = (flat, following, token_stride)
-            return Tile(start, count, flat, base, token_stride, flat, base + D, token_stride, *ahead)
+            return Tile(start, count, flat, base, token_stride, flat, base + first_value, token_stride, *ahead)
         bits = T.decl_buffer((size,), "uint16", data=self.kv.data, align=2)
         ahead = (bits, following, token_stride)
 
@@ -145,17 +154,20 @@ class PagedCache:
 
             def widen(s, d):
                 bits32 = T.shift_left(values(s, d), T.uint32(16))
-                T.buffer_store(spare, T.reinterpret("float32", bits32), [s * 2 * D + d])
+                T.buffer_store(spare, T.reinterpret("float32", bits32), [s * C + d])
 
             with T.serial(0, count) as s:
-                self.vectors.for_each(2 * D, lambda d: widen(s, d))
+                self.vectors.for_each(C, lambda d: widen(s, d))
             zero = T.int64(0)
-            return Tile(start, count, spare, zero, T.int64(2 * D), spare, T.int64(D), T.int64(2 * D), *ahead)
+            return Tile(start, count, spare, zero, T.int64(C), spare, T.int64(first_value), T.int64(C), *ahead)
+
+        D = len(self.values)
 
         def pair(p, d):
             # A last odd token is paired with itself; the weight of the second of them is zero.
-            second = T.shift_left(values(T.min(2 * p + 1, count - 1), D + d), T.uint32(16))
-            T.buffer_store(spare, T.reinterpret("int32", T.bitwise_or(values(2 * p, D + d), second)), [p * D + d])
+            second = T.shift_left(values(T.min(2 * p + 1, count - 1), first_value + d), T.uint32(16))
+            first = values(2 * p, first_value + d)
+            T.buffer_store(spare, T.reinterpret("int32", T.bitwise_or(first, second)), [p * D + d])
 
         with T.serial(0, T.ceildiv(count, 2)) as p:
             self.vectors.for_each(D, lambda d: pair(p, d))

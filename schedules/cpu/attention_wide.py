@@ -40,13 +40,13 @@ class Wide:
         return self.vectors.lanes // 2
 
     def scratch(self) -> dict[str, tirx.Buffer]:
-        D, rows, tile = self.cache.head_dim, self.rows, self.cache.tile
+        rows, tile = self.rows, self.cache.tile
         scores = scratch(tile * rows, "float32")
         return {
-            "q": scratch(D // self.vectors.values_per_word * rows, self.vectors.word),
+            "q": scratch(len(self.cache.keys) // self.vectors.values_per_word * rows, self.vectors.word),
             "scores": scores,
             "weights": T.decl_buffer((tile * rows,), self.vectors.word, data=scores.data),
-            "out": scratch(D * rows, "float32"),
+            "out": scratch(len(self.cache.values) * rows, "float32"),
             "top": scratch(rows, "float32"),
             "scale": scratch(rows, "float32"),
             "sum": scratch(rows, "float32"),
@@ -55,8 +55,8 @@ class Wide:
 
     def run(self, b: dict, q_words, out, spare, request, head, first_row, count, position) -> None:
         """Attention of `count` queries from `position` on; the first one's is row `first_row` of [T*H, D]."""
-        v, D = self.vectors, self.cache.head_dim
-        words = D // v.values_per_word
+        v, D = self.vectors, len(self.cache.values)
+        words = len(self.cache.keys) // v.values_per_word
         rows = T.Bind(count * self.group)
         blocks = T.Bind(T.ceildiv(rows, self.step))
 
@@ -102,7 +102,7 @@ class Wide:
         v = self.vectors
         k_rows = [T.Bind(tile.k_row(token + u)) for u in range(self.unroll)]
         scores = [[v.register() for _ in range(ROW_VECTORS)] for _ in range(self.unroll)]
-        with T.serial(0, self.cache.head_dim // v.values_per_word) as d:
+        with T.serial(0, len(self.cache.keys) // v.values_per_word) as d:
             q = [T.Bind(v.load(b["q"], d * self.rows + first + i * v.lanes)) for i in range(ROW_VECTORS)]
             for u in range(self.unroll):
                 k = T.Bind(v.splat(tile.k[k_rows[u] + T.Cast("int64", d)]))

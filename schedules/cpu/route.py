@@ -26,8 +26,10 @@ PARALLEL_TOKENS = 16
 RESULTS = ("experts", "scores", "order", "ends")
 
 
-def route(num_experts: int, top_k: int, normalise: bool, dtype: str, parallel: bool) -> tirx.PrimFunc:
-    """logits [T, E] -> experts, scores, order, ends [T, k]."""
+def route(
+    num_experts: int, top_k: int, normalise: bool, groups: int, kept: int, dtype: str, parallel: bool
+) -> tirx.PrimFunc:
+    """logits [T, E] -> experts, scores, order, ends [T, k]; of the `kept` best of `groups` groups, if that is not 0."""
     with IRBuilder() as builder, build.prim_func(s_tir=True):
         T.func_name("kernel")
         handles = [T.arg(name, T.handle()) for name in ("logits", *RESULTS)]
@@ -38,7 +40,9 @@ def route(num_experts: int, top_k: int, normalise: bool, dtype: str, parallel: b
             for handle, name in zip(handles[1:], RESULTS, strict=True)
         )
         with (T.parallel if parallel else T.serial)(0, tokens) as t:
-            _choose(logits, experts, scores, t, num_experts, top_k, normalise)
+            row = _row(logits, t, num_experts)
+            left = _left(row, num_experts, groups, kept)
+            _choose(row, left, experts, scores, t, num_experts, top_k, normalise)
         slots = T.Bind(tokens * top_k)
         _sort(_flat(experts, slots), _flat(order, slots), _flat(ends, slots), slots, num_experts)
     return builder.get()
@@ -48,24 +52,61 @@ def _flat(buffer: tirx.Buffer, size: tirx.Expr) -> tirx.Buffer:
     return T.decl_buffer((size,), "int32", data=buffer.data, align=4)
 
 
-def _choose(
-    logits: tirx.Buffer, experts: tirx.Buffer, scores: tirx.Buffer, t: tirx.Var, E: int, top_k: int, normalise: bool
-) -> None:
-    """The row of one token.  With a NaN in its logits it still gets experts, and scores that are NaN."""
+def _row(logits: tirx.Buffer, t: tirx.Var, E: int) -> tirx.Buffer:
+    """The logits of one token, float32."""
     row = scratch(E, "float32")
-    left = scratch(E, "int32")  # 1: not chosen yet
-    best, total = scratch(1, "int32"), scratch(2, "float32")
     with T.serial(0, T.int64(E)) as e:
         T.buffer_store(row, T.Cast("float32", logits[t, e]), [e])
-        T.buffer_store(left, T.int32(1), [e])
-    for j in range(top_k):
-        T.buffer_store(best, T.int32(-1), [0])
+    return row
+
+
+def _left(row: tirx.Buffer, E: int, groups: int, kept: int) -> tirx.Buffer:
+    """1 for each expert that can be chosen: all, or those of the groups that are kept."""
+    left = scratch(E, "int32")
+    if not groups:
         with T.serial(0, T.int64(E)) as e:
-            larger = T.Or(best[0] < 0, row[e] > row[T.Cast("int64", T.max(best[0], T.int32(0)))])
-            with build.If(T.And(left[e] == 1, larger)), build.Then():
-                T.buffer_store(best, T.Cast("int32", e), [0])
-        T.buffer_store(left, T.int32(0), [T.Cast("int64", best[0])])
-        T.buffer_store(experts, best[0], [t, j])
+            T.buffer_store(left, T.int32(1), [e])
+        return left
+    size = T.int64(E // groups)
+    best, out = scratch(groups, "float32"), scratch(groups, "int32")  # of each group; 1: not kept
+    with T.serial(0, T.int64(groups)) as g:
+        T.buffer_store(out, T.int32(1), [g])
+        T.buffer_store(best, row[g * size], [g])
+        with T.serial(1, size) as e:
+            T.buffer_store(best, T.max(best[g], row[g * size + e]), [g])
+    for _ in range(kept):
+        _take_largest(best, out, groups)
+    with T.serial(0, T.int64(E)) as e:
+        T.buffer_store(left, 1 - out[T.truncdiv(e, size)], [e])
+    return left
+
+
+def _take_largest(values: tirx.Buffer, left: tirx.Buffer, count: int) -> tirx.Expr:
+    """The first of the largest values that are `left`, which it no longer is.  With a NaN it still is one of them."""
+    best = scratch(1, "int32")
+    T.buffer_store(best, T.int32(-1), [0])
+    with T.serial(0, T.int64(count)) as i:
+        larger = T.Or(best[0] < 0, values[i] > values[T.Cast("int64", T.max(best[0], T.int32(0)))])
+        with build.If(T.And(left[i] == 1, larger)), build.Then():
+            T.buffer_store(best, T.Cast("int32", i), [0])
+    T.buffer_store(left, T.int32(0), [T.Cast("int64", best[0])])
+    return best[0]
+
+
+def _choose(
+    row: tirx.Buffer,
+    left: tirx.Buffer,
+    experts: tirx.Buffer,
+    scores: tirx.Buffer,
+    t: tirx.Var,
+    E: int,
+    top_k: int,
+    normalise: bool,
+) -> None:
+    """The experts of one token, and their scores, which are NaN where one of its logits is."""
+    total = scratch(2, "float32")
+    for j in range(top_k):
+        T.buffer_store(experts, _take_largest(row, left, E), [t, j])
     # The softmax, at the experts that were chosen, the first of which has the largest logit.
     largest = row[T.Cast("int64", experts[t, 0])]
 
@@ -104,10 +145,14 @@ def _sort(experts: tirx.Buffer, order: tirx.Buffer, ends: tirx.Buffer, slots: ti
 
 @dataclass(frozen=True)
 class Route(KernelFamily):
-    """`route` for any number of experts, logits float32 or bfloat16."""
+    """`route` for any number of experts and of equal groups of them, logits float32 or bfloat16."""
 
     name: str = "cpu.route"
     op: str = "route"
+
+    @property
+    def options(self) -> frozenset[str]:
+        return frozenset({"groups", "kept"})
 
     def serves(self, spec: OpSpec, target: Target) -> bool:
         logits = spec.input("logits")
@@ -119,4 +164,5 @@ class Route(KernelFamily):
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
         logits = spec.input("logits")
         top_k, normalise = spec.attribute("top_k"), bool(spec.attribute("normalise"))
-        return route(logits.size(1), top_k, normalise, logits.dtype, config["parallel"])
+        groups, kept = spec.option("groups"), spec.option("kept")
+        return route(logits.size(1), top_k, normalise, groups, kept, logits.dtype, config["parallel"])

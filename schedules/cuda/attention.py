@@ -45,6 +45,8 @@ class PagedAttention(KernelFamily):
     def serves(self, spec: OpSpec, target: CudaTarget) -> bool:
         q, kv = spec.input("q"), spec.input("kv")
         group, rest = divmod(q.size(1), kv.size(1))
+        if kv.size(3) != 2 * q.size(2):  # values of another width than keys
+            return False
         fits = group <= MOST_GROUP and q.size(2) % 32 == 0 and q.size(2) <= MOST_HEAD_DIM
         return q.dtype == "bfloat16" and not rest and fits
 

@@ -241,6 +241,8 @@ class PagedAttention(KernelFamily):
     def serves(self, spec: OpSpec, target: RocmTarget) -> bool:
         q, kv = spec.input("q"), spec.input("kv")
         group, rest = divmod(q.size(1), kv.size(1))
+        if kv.size(3) != 2 * q.size(2):  # values of another width than keys
+            return False
         return q.dtype == "bfloat16" and not rest and group <= TILE and q.size(2) in (64, 128, MOST_HEAD_DIM)
 
     def variants(self, spec: OpSpec, target: RocmTarget) -> Sequence[Variant]:

@@ -20,6 +20,7 @@ from vllm_compile.targets.cuda import H200
 # Family -> norms outside and inside a layer, residual adds of a layer (parallel blocks share one).
 STRUCTURE = {
     "Cohere": (1, 1, 1),
+    "DeepSeek-V2-Lite": (1, 3, 2),
     "Gemma 3": (1, 6, 2),
     "GPT-2": (1, 2, 2),
     "GPT-NeoX": (1, 2, 1),

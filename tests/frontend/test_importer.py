@@ -13,7 +13,7 @@ from tests.relax_passes.harness import operators
 from vllm_compile.accuracy import relative_error
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.frontend.hf import trace
-from vllm_compile.frontend.importer import import_model
+from vllm_compile.frontend.importer import _Importer, import_model
 
 
 def logits(pair, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,6 +88,66 @@ def test_parameters_are_the_checkpoints(pairs):
     assert parameters.keys() == imported.weights.keys() | imported.tables.keys()
     for parameter, name in imported.weights.items():
         assert [int(dim) for dim in parameters[parameter].shape.values] == list(names[name].shape)
+
+
+KEPT = {
+    "sum": lambda x: x * x.sum(-1, keepdim=True, dtype=torch.float32).to(x.dtype),
+    "mean": lambda x: x * x.mean(-1, keepdim=True, dtype=torch.float32).to(x.dtype),
+    "cumsum": lambda x: x.cumsum(-1, dtype=torch.float32).to(x.dtype),
+    "cumprod": lambda x: x.cumprod(-1, dtype=torch.float32).to(x.dtype),
+}
+
+
+@pytest.fixture
+def computing(monkeypatch):
+    """`computing(function)`: a traced bfloat16 Llama of one layer that computes `function` instead of SiLU."""
+
+    def traced(function):
+        class Activation(torch.nn.Module):
+            def forward(self, x):
+                return function(x)
+
+        monkeypatch.setitem(ACT2FN, "silu", Activation)
+        return trace(config(num_hidden_layers=1), torch.bfloat16)
+
+    return traced
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_converter_that_keeps_a_dtype_passes(name, computing):
+    import_model(computing(KEPT[name]), MAX_POSITIONS)
+
+
+def test_a_converter_that_drops_a_dtype_is_named(computing):
+    """TVM's of log_softmax does: it would be computed in bfloat16 where Hugging Face's is not."""
+    with pytest.raises(
+        UnsupportedError,
+        match=r"operator log_softmax.int \(model.layers.0.mlp.act_fn\) .*: "
+        r"it becomes bfloat16 .1, T, 72., the model has float32 .1, T, 72.",
+    ):
+        import_model(computing(lambda x: x.log_softmax(-1, dtype=torch.float32).to(x.dtype)), MAX_POSITIONS)
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (lambda x: relax.op.astype(x, "float16"), "becomes float16 .1, T, 72., the model has bfloat16"),
+        (lambda x: relax.op.strided_slice(x, [2], [0], [71], [1]), "becomes bfloat16 .1, T, 71., .* .1, T, 72."),
+        (lambda x: relax.op.squeeze(x, [0]), "becomes bfloat16 .T, 72., .* .1, T, 72."),
+        (lambda x: relax.op.split(x, 2, axis=-1), "becomes bfloat16 .1, T, 36., .* .1, T, 72."),
+    ],
+    ids=["dtype", "extent", "rank", "tuple"],
+)
+def test_a_wrong_converter_is_found(broken, reason, monkeypatch, computing):
+    def convert(node, importer):
+        return importer.block_builder.emit(broken(importer.env[node.args[0]]))
+
+    right = _Importer.converters
+    monkeypatch.setattr(_Importer, "converters", lambda self: right(self) | {"relu.default": convert})
+    with pytest.raises(UnsupportedError, match=rf"operator relu.default \(model.layers.0.mlp.act_fn\) .*: it {reason}"):
+        import_model(computing(torch.relu), MAX_POSITIONS)
+    monkeypatch.setattr(_Importer, "converters", right)
+    import_model(computing(torch.relu), MAX_POSITIONS)
 
 
 def test_unsupported_operator_is_named(monkeypatch):

@@ -49,6 +49,7 @@ def test_structure_does_not_depend_on_the_kind(kind, pairs):
     moved = 3 if kind == "attention bias" else 2
     assert {record.name: record.matches for record in records} == {
         "page_kv_cache": depth,
+        "absorb_latent": 0,
         "outline_layers": depth,
         "fuse_layer_norm": 0,
         "fuse_rms_norm": 3,
@@ -67,6 +68,7 @@ def test_a_pass_without_a_match_is_counted(pairs):
     _, records = run_passes(pairs("mlp bias").imported.module)
     assert [record.name for record in records] == [transform.info.name for transform in PIPELINE]
     assert [record.name for record in records if record.matches == 0] == [
+        "absorb_latent",
         "fuse_layer_norm",
         "fuse_gate_up",
         "route_experts",

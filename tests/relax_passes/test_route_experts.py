@@ -5,7 +5,9 @@ import torch
 from tvm import relax
 
 from tests.relax_passes.harness import TOKENS, Shape, apply, module, own_operators
-from vllm_compile.ops import MOE
+from vllm_compile.ops import LIMIT_GROUPS, MOE, ROUTE
+from vllm_compile.ops.base import attributes_of
+from vllm_compile.relax_passes.base import Definitions
 from vllm_compile.relax_passes.route_experts import route_experts
 
 EXPERTS, TOP_K, WIDTH, INNER = 5, 3, 8, 12
@@ -19,19 +21,34 @@ ROUTED = {"route": 1, "expert_gate_up_silu": 1, "expert_linear": 1}
 
 
 def mixture(
-    emit, x, logits, gate_up, down, normalise=True, scores_dtype="float32", largest=True, other=None, wide="float32"
+    emit,
+    x,
+    logits,
+    gate_up,
+    down,
+    normalise=True,
+    scores_dtype="float32",
+    largest=True,
+    other=None,
+    wide="float32",
+    scale=None,
+    groups=None,
 ):
-    """As Mixtral writes it."""
+    """As Mixtral writes it; DeepSeek-V2 multiplies scores by a constant, and chooses from the best groups."""
 
     def cast(value, dtype):
         return value if str(value.ty.dtype) == dtype else emit(relax.op.astype(value, dtype))
 
     probabilities = emit(relax.op.nn.softmax(cast(logits, wide), axis=-1))
+    if groups is not None:
+        probabilities = emit(LIMIT_GROUPS({"scores": probabilities}, **groups))
     top = emit(relax.op.topk(probabilities, TOP_K, axis=-1, largest=largest, ret_type="both", dtype="int64"))
     values, experts = emit(relax.TupleGetItem(top, 0)), emit(relax.TupleGetItem(top, 1))
     if normalise:
         summed = values if other is None else cast(other, "float32")
         values = emit(relax.op.divide(values, emit(relax.op.sum(summed, axis=[-1], keepdims=True))))
+    if scale is not None:
+        values = emit(relax.op.multiply(values, relax.const(scale, "float32")))
     inputs = {"x": x, "experts": experts, "scores": cast(values, scores_dtype), "gate_up": gate_up, "down": down}
     return emit(MOE(inputs))
 
@@ -39,10 +56,10 @@ def mixture(
 @pytest.mark.parametrize(
     ("dtype", "scores_dtype"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
 )
-@pytest.mark.parametrize("normalise", [True, False])
-def test_routed(dtype, scores_dtype, normalise, generator):
+@pytest.mark.parametrize(("normalise", "scale"), [(True, None), (False, None), (False, 16.0), (True, 2.5)])
+def test_routed(dtype, scores_dtype, normalise, scale, generator):
     def build(emit, *inputs):
-        return mixture(emit, *inputs, normalise=normalise, scores_dtype=scores_dtype)
+        return mixture(emit, *inputs, normalise=normalise, scores_dtype=scores_dtype, scale=scale)
 
     # No two alike: which of equal logits torch.topk takes is not defined.
     logits = torch.stack([torch.randperm(EXPERTS, generator=generator) for _ in range(TOKENS)]).to(
@@ -51,6 +68,19 @@ def test_routed(dtype, scores_dtype, normalise, generator):
     after, matches = apply(route_experts, module(build, dtype, **SHAPES), generator, logits=logits)
     assert matches == 1
     assert own_operators(after) == ROUTED
+
+
+@pytest.mark.parametrize(("kept", "matched"), [(3, 1), (2, 0)], ids=["enough", "too few"])
+def test_groups_of_experts(kept, matched, generator):
+    """Of groups with fewer experts than are chosen, the rest is anyone's."""
+
+    def build(emit, *inputs):
+        return mixture(emit, *inputs, normalise=False, groups={"groups": EXPERTS, "kept": kept})
+
+    after, matches = apply(route_experts, module(build, **SHAPES), generator)
+    assert matches == matched
+    routes = [c for c in (b.value for b in Definitions(after).bindings) if ROUTE.matches(c)]
+    assert [(attributes_of(c)["groups"], attributes_of(c)["kept"]) for c in routes] == [(EXPERTS, kept)] * matched
 
 
 @pytest.mark.parametrize("changes", [{"largest": False}, {"other": True}], ids=["the least likely", "another sum"])

@@ -32,6 +32,8 @@ class TorchProgram:
         self.hidden_size: int = config["hidden_size"]
         self.vocab_size: int = config["vocab_size"]
         self.head_dim: int = config.get("head_dim") or self.hidden_size // self.num_heads
+        self.cache_width = 2 * self.head_dim
+        self.max_positions: int = config["max_position_embeddings"]
         self.dtype: torch.dtype = getattr(torch, config["dtype"])
         self.weights: dict[str, torch.Tensor] = {}
         self.limits: tuple[int, int] | None = None

@@ -68,11 +68,30 @@ def test_mixed_batch_matches(block_size, dtype, target, generator):
         (20, 1, 96, torch.bfloat16),
         (4, 2, 128, torch.bfloat16),
         (3, 1, 256, torch.float32),
+        (128, 1, 48, torch.bfloat16),
     ],
 )
 def test_head_shapes(num_heads, num_kv_heads, head_dim, dtype, generator):
     shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     check(*sample(generator, dtype, **shape), HOST)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shared_values", [0, 64], ids=["values behind keys", "values within keys"])
+def test_values_of_another_width(shared_values, dtype, target, generator):
+    """As DeepSeek-V2 has them: keys of 96 columns, values of 64 behind them; or the first 64 of the keys'."""
+    shape = {"num_heads": 8, "num_kv_heads": 1 if shared_values else 4, "head_dim": 96}
+    inputs, attributes = sample(generator, dtype, **shape, columns=96 if shared_values else 160)
+    if shared_values:
+        attributes |= {"shared_values": shared_values}
+    check(inputs, attributes, target)
+    actual = attend(inputs, attributes, target)
+    assert actual.shape[2] == 64
+    # Negative control: values from the columns beside them.
+    inputs["kv"] = inputs["kv"].roll(-1, -1)
+    with pytest.raises(AssertionError):
+        assert_matches(PAGED_ATTENTION, (actual,), results(PAGED_ATTENTION, inputs, attributes))
 
 
 OPTIONS = [{"window": 40}, {"window": 7, "soft_cap": 2.0}, {"soft_cap": 2.0}, {"window": 1}]

@@ -20,13 +20,17 @@ def spec_of(inputs) -> OpSpec:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("num_kv_heads", "head_dim", "block_size"), [(2, 64, 16), (3, 20, 7)])
-def test_every_variant_matches(num_kv_heads, head_dim, block_size, dtype, target, generator, tmp_path):
-    inputs, _ = KV_CACHE_WRITE.sample(generator, dtype, 19, num_kv_heads, head_dim, block_size)
+@pytest.mark.parametrize(
+    ("num_kv_heads", "head_dim", "value_dim", "block_size"),
+    [(2, 64, 64, 16), (3, 20, 20, 7), (2, 48, 32, 16), (1, 48, 0, 16)],
+)
+def test_every_variant_matches(num_kv_heads, head_dim, value_dim, block_size, dtype, target, generator, tmp_path):
+    """Values of another width than keys too, and keys that hold the values."""
+    inputs, _ = KV_CACHE_WRITE.sample(generator, dtype, 19, num_kv_heads, head_dim, block_size, value_dim)
     expected = results(KV_CACHE_WRITE, {**inputs, "kv": inputs["kv"].clone()}, {})[0]
     for kernel in compile_variants(FAMILY, spec_of(inputs), target, tmp_path).values():
         kv = inputs["kv"].clone()
-        kernel(inputs["k"], inputs["v"], kv, inputs["slot_mapping"])
+        kernel(*(inputs | {"kv": kv}).values())
         assert torch.equal(kv, expected)
 
 

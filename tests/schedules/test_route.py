@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.models import group_router
 from vllm_compile.ops import ROUTE
 from vllm_compile.schedules.cpu.route import Route
 
@@ -14,11 +15,11 @@ FAMILY = Route()
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    """`kernel(logits, top_k, normalise)`: what the kernel gives; one is built for each kind of call."""
+    """`kernel(logits, top_k, normalise, **groups)`: what the kernel gives; one is built for each kind of call."""
     built = {}
 
-    def call(logits, top_k=2, normalise=True):
-        spec = harness.op_spec(ROUTE, {"logits": logits}, {"top_k": top_k, "normalise": normalise})
+    def call(logits, top_k=2, normalise=True, **groups):
+        spec = harness.op_spec(ROUTE, {"logits": logits}, {"top_k": top_k, "normalise": normalise, **groups})
         if spec not in built:
             folder = tmp_path_factory.mktemp("route")
             built[spec] = harness.compile_variants(FAMILY, spec, HOST, folder)
@@ -28,8 +29,8 @@ def kernel(tmp_path_factory):
     return call
 
 
-def expected(logits, top_k=2, normalise=True):
-    return ROUTE.reference(logits, top_k, normalise)
+def expected(logits, top_k=2, normalise=True, **groups):
+    return ROUTE.reference(logits, top_k, normalise, **groups)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -39,6 +40,30 @@ def test_matches_reference(dtype, experts, top_k, normalise, generator, kernel):
     for tokens in (0, 1, 2, 7, 300):
         logits = (torch.randn(tokens, experts, generator=generator) * 3).to(dtype)
         harness.assert_matches(ROUTE, kernel(logits, top_k, normalise), expected(logits, top_k, normalise))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("experts", "groups", "kept", "top_k"), [(160, 8, 3, 6), (12, 4, 2, 6), (8, 8, 2, 1)])
+def test_experts_of_the_best_groups(dtype, experts, groups, kept, top_k, generator, kernel):
+    """As many as DeepSeek-V2 has, all experts of the groups, groups of one; some experts are not the best of all."""
+    for tokens in (1, 7, 300):
+        logits = (torch.randn(tokens, experts, generator=generator) * 3).to(dtype)
+        actual = kernel(logits, top_k, normalise=False, groups=groups, kept=kept)
+        harness.assert_matches(ROUTE, actual, expected(logits, top_k, normalise=False, groups=groups, kept=kept))
+    if top_k > 1:
+        assert not torch.equal(actual[0], kernel(logits, top_k, normalise=False)[0])
+
+
+def test_same_groups_as_transformers(generator, kernel):
+    """DeepSeek-V2's own router, of random weights."""
+    router = group_router()
+    router.weight.data.normal_(generator=generator)
+    logits, scores, experts = router(torch.randn(60, 32, generator=generator))
+    ours = kernel(logits.detach(), 3, normalise=False, groups=4, kept=2)
+    experts, order = experts.sort(-1)
+    ours_sorted, ours_order = ours[0].long().sort(-1)
+    assert torch.equal(ours_sorted, experts)
+    torch.testing.assert_close(ours[1].gather(-1, ours_order), scores.detach().gather(-1, order))
 
 
 def test_of_equal_logits_the_first_experts(kernel):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from vllm_compile.driver import dtype_of, fuse_model
+import tvm
+
+from vllm_compile.driver import fuse_model
 from vllm_compile.errors import TargetError
-from vllm_compile.frontend.families import max_positions
+from vllm_compile.frontend.families import long_positions, max_positions
 from vllm_compile.frontend.hf import read_config, read_config_file
+from vllm_compile.frontend.model import dtype_of, read_model
+from vllm_compile.model_files import find_files
 from vllm_compile.relax_passes.outline_layers import FORWARD, LOGITS
+from vllm_compile.relax_passes.pipeline import run_passes
+from vllm_compile.relax_passes.record import PassRecord
 from vllm_compile.spec import TensorSpec
 from vllm_compile.targets import CHIPS, Chip, Target, resolve
 
@@ -146,7 +152,7 @@ def analyze(
     """Count what a model's steps cost, and predict how long they take, without weights and without the hardware.
 
     Args:
-        model: a Hugging Face directory, of which only config.json is read, or such a file itself.
+        model: a Hugging Face directory, of which only config.json is read, or such a file itself; or an ONNX model.
         target: what to compile for.
         batches, contexts: each batch with each context is a decode step (`context` cached tokens a request) and a
             prefill (a prompt of `context` tokens a request).
@@ -160,10 +166,8 @@ def analyze(
     """
     machine = resolve(target)
     where = _chip(machine, chip)
-    config = read_config_file(model) if model.is_file() else read_config(model)
-    dtype = dtype_of(config, dtype)
     stages: list[Stage] = []
-    _, records = fuse_model(config, dtype, lambda name, module: stages.append(Stage(name, calls(module))))
+    config, dtype, records = _fuse(model, dtype, lambda name, module: stages.append(Stage(name, calls(module))))
     fused = stages[-1].calls
     chooser = Chooser(machine, pack == "lossless")
     weights = _weights(fused, chooser)
@@ -172,7 +176,7 @@ def analyze(
     figures = partial(_figures, stages, chooser, weights.stored + weights.copies)
     steps = [figures(phase, context, Step(workload, dtype, where)) for phase, context, workload in workloads]
     warnings = [f"compiling for {target} would be refused: {line}" for line in chooser.refused]
-    most = max_positions(config)
+    most = max(max_positions(config), long_positions(config))
     if longer := sorted({c for c in contexts if c > most}):
         asked = ", ".join(f"{c:,}" for c in longer)
         warnings.append(f"the model has {most:,} positions; a context of {asked} needs another rope scaling")
@@ -199,6 +203,19 @@ def analyze(
         steps=steps,
         warnings=warnings,
     )
+
+
+def _fuse(
+    model: Path, dtype: str | None, after_each: Callable[[str, tvm.IRModule], None]
+) -> tuple[Any, str, list[PassRecord]]:
+    """The configuration, what is computed in, and what the passes did; no weight is read."""
+    files = find_files(model)
+    if files.graph is not None:
+        opened = read_model(files, dtype, dummy_seed=0)
+        return opened.config, opened.dtype, run_passes(opened.module, after_each)[1]
+    config = read_config_file(model) if model.is_file() else read_config(model)
+    dtype = dtype_of(config, dtype)
+    return config, dtype, fuse_model(config, dtype, after_each)[1]
 
 
 def _chip(machine: Target, name: str | Chip | None) -> Chip:

@@ -171,6 +171,12 @@ def _product(step: _Step) -> Cost:
     return step.moved(matrix_flops=flops, vector_flops=epilogue)
 
 
+def _head_linear(step: _Step) -> Cost:
+    """x [T, H, K] and a weight [H, N, K]: 2 * T * H * K * N."""
+    spec = step.call.spec
+    return step.moved(matrix_flops=2 * step.elements(spec.input("x")) * spec.input("weight").size(1))
+
+
 def _gate_up_silu(step: _Step) -> Cost:
     return step.moved(matrix_flops=_product(step).matrix_flops, vector_flops=GATE_FLOPS * step.written())
 
@@ -186,12 +192,13 @@ def gated_parts(call: Call, workload: Workload) -> tuple[Cost, Cost]:
 
 
 def _paged_attention(step: _Step) -> Cost:
-    """Queries with keys, probabilities with values: 2 * D a score each; 4 a score for the softmax."""
+    """Queries with keys, probabilities with values: 2 * D and 2 * DV a score; 4 a score for the softmax."""
     spec, workload = step.call.spec, step.workload
-    heads, head_dim, window = spec.input("q").size(-2), spec.input("q").size(-1), spec.option("window")
+    heads, window = spec.input("q").size(-2), spec.option("window")
+    columns = spec.input("q").size(-1) + spec.outputs[0].size(-1)
     scores = heads * workload.pairs(window)
     token = kv_token_bytes(spec)
-    return step.moved(4 * head_dim * scores, 4 * scores, kv_bytes=workload.read(window) * token)
+    return step.moved(2 * columns * scores, 4 * scores, kv_bytes=workload.read(window) * token)
 
 
 def kv_token_bytes(spec: OpSpec) -> int:
@@ -260,10 +267,12 @@ REDUCTIONS = {"max", "mean", "nn.softmax", "sum", "topk"}
 
 COSTS: dict[str, Callable[[_Step], Cost]] = {
     "linear": _product,
+    "head_linear": _head_linear,
     "gate_up_silu": _gate_up_silu,
     "moe": _expert_products,
     "expert_gate_up_silu": _expert_products,
     "expert_linear": _expert_products,
+    "limit_groups": _reduction,
     "route": _reduction,
     "paged_attention": _paged_attention,
     "qkv_rope_cache": _kv_write(3),

@@ -12,7 +12,8 @@ from vllm_compile.errors import UnsupportedError
 SUPPORTED = "decoder-only Transformers with causal softmax attention in every layer are supported (docs/models.md)"
 ROPE_TYPES = frozenset({"default", "dynamic", "linear", "llama3", "longrope", "yarn"})
 # Types of RoPE whose angles change where a sequence outgrows the length that the model was trained for.  A compiled
-# model serves sequences up to there, `max_positions`, so that they depend on the position alone, as all others do.
+# model serves sequences up to there, `max_positions`, so that they depend on the position alone, as all others do; and
+# with longrope longer ones with other angles from the start, `long_positions`.
 GROWING_ROPE = frozenset({"dynamic", "longrope"})
 # Kinds of layers, as transformers calls them in `layer_types`, that are attention to a paged cache.
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -67,6 +68,11 @@ def max_positions(config: Any) -> int:
     every = _rope_parameters(getattr(config, "rope_parameters", None))
     trained = [p["original_max_position_embeddings"] for p in every if p.get("rope_type") == "longrope"]
     return min([config.max_position_embeddings, *trained])
+
+
+def long_positions(config: Any) -> int:
+    """Positions of sequences that may outgrow `max_positions`, for longrope's long factors; 0 for other types."""
+    return config.max_position_embeddings if config.max_position_embeddings > max_positions(config) else 0
 
 
 def _rope_parameters(parameters: Any) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,18 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import WeightTransform
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vllm_compile.errors import ModelError, UnsupportedError
+from vllm_compile.model_files import find_files
 
+from .complex_parts import split_complex
 from .conversion import weight_conversions
-from .families import GROWING_ROPE, OWN_CODE, SUPPORTED, TORCH_ATTENTION, check_family, older_name
+from .families import GROWING_ROPE, OWN_CODE, SUPPORTED, TORCH_ATTENTION, check_family, long_positions, older_name
+from .group_limit import name_group_limits
+from .in_place import replace_writes
+from .position_tables import LongSequences
 from .repeats import expand_repeats, find_repeats, without_repeats
 from .torch_ops import ATTENTION, EXPERTS, ListIndices, check_experts, mark_layers, torch_attention
 
@@ -33,6 +39,7 @@ class TracedModel:
         shapes: shape of every checkpoint tensor by name.
         aliases: parameter name -> all names it may have in a checkpoint (tied weights share one).
         conversions: how the parameters are made from a checkpoint's tensors, where they are not just these.
+        long: what changes where sequences may be longer than `families.max_positions`.
     """
 
     program: torch.export.ExportedProgram
@@ -40,6 +47,7 @@ class TracedModel:
     shapes: dict[str, tuple[int, ...]]
     aliases: dict[str, tuple[str, ...]]
     conversions: tuple[WeightTransform, ...] = ()
+    long: LongSequences = field(default_factory=LongSequences)
 
 
 class _Flat(nn.Module):
@@ -61,8 +69,12 @@ def read_config(directory: Path) -> Any:
 
     Raises:
         ModelError: no directory, no config.json, or one that cannot be read.
-        UnsupportedError: the architecture is not a causal language model that transformers has.
+        UnsupportedError: an ONNX model, or no causal language model that transformers has.
     """
+    if find_files(directory).graph is not None:
+        raise UnsupportedError(
+            f"{directory}: an ONNX model, where the Hugging Face one that it was built from is needed"
+        )
     if not directory.is_dir():
         raise ModelError(f"{directory}: no such model directory")
     return read_config_file(directory / "config.json")
@@ -99,6 +111,7 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
     model = _build(config, dtype)
     check_experts(model)
     materialise_buffers(model)
+    long = long_sequences(model)
     settle_rope(model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     aliases = parameter_aliases(model)
@@ -115,6 +128,9 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
             program = torch.export.export(
                 flat, (ids, positions), dynamic_shapes=({0: tokens}, {0: tokens}), strict=False
             )
+        split_complex(program.graph)
+        replace_writes(program.graph)
+        name_group_limits(program.graph)
         expand_repeats(program, layers, dict(flat.named_parameters(remove_duplicate=False)))
     except UnsupportedError:
         raise
@@ -122,7 +138,7 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UnsupportedError(f"{type(model).__name__} cannot be traced by torch.export: {reason[0]}") from error
     _check_attention(program, config)
-    return TracedModel(program, config, shapes, aliases, weight_conversions(model))
+    return TracedModel(program, config, shapes, aliases, weight_conversions(model), long)
 
 
 def _build(config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -172,6 +188,19 @@ def materialise_buffers(model: PreTrainedModel) -> None:
             module._buffers[name] = torch.zeros_like(buffer, device="cpu")
         if meta:
             model._init_weights(module)
+
+
+def long_sequences(model: PreTrainedModel) -> LongSequences:
+    """The frequencies that transformers gives RoPE of type longrope beyond the length the model was trained for."""
+    positions = long_positions(model.config)
+    buffers = {}
+    for name, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+            if positions and kind == "longrope":
+                frequencies, _ = ROPE_INIT_FUNCTIONS[kind](module.config, seq_len=positions, layer_type=layer)
+                buffers[f"model.{name}.{'' if layer is None else f'{layer}_'}inv_freq"] = frequencies
+    return LongSequences(positions, buffers)
 
 
 def settle_rope(model: nn.Module) -> None:

@@ -20,12 +20,14 @@ from tvm import relax, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from vllm_compile.errors import UnsupportedError
-from vllm_compile.ops import CAUSAL_ATTENTION, EMBEDDING, LAYER_BOUNDARY, LAYER_NORM, LINEAR, MOE
-from vllm_compile.relax_passes.base import substitute
+from vllm_compile.ops import CAUSAL_ATTENTION, EMBEDDING, LAYER_BOUNDARY, LAYER_NORM, LIMIT_GROUPS, LINEAR, MOE
+from vllm_compile.relax_passes.base import same_type, substitute
 from vllm_compile.spec import Sym
 
 from .hf import TracedModel
+from .nodes import name, place
 from .position_tables import tabulate_positions
+from .recorded_types import difference
 
 
 @dataclass(frozen=True)
@@ -44,19 +46,17 @@ class ImportedModel:
 
 
 def import_model(traced: TracedModel, max_positions: int) -> ImportedModel:
-    """Convert a traced model; position tables cover positions below `max_positions`.
+    """Convert a traced model; position tables cover positions below `max_positions`, and the model's long sequences.
 
     Raises:
         UnsupportedError: the graph has an operator that cannot be converted; it is named.
     """
     program = traced.program
     positions = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == "positions")
-    tables = tabulate_positions(program, positions, max_positions)
-    if complex_tables := sum(table.is_complex() for table in tables):
-        kind = traced.config.model_type
-        raise UnsupportedError(f"{kind}: RoPE in complex numbers ({complex_tables} tables) is not supported")
+    tables = tabulate_positions(program, positions, max_positions, traced.long)
     importer = _Importer(
-        [relax.Var(f"position_table_{i}", _table_type(t)) for i, t in enumerate(tables)], max_positions
+        [relax.Var(f"position_table_{i}", _table_type(t)) for i, t in enumerate(tables)],
+        max(max_positions, traced.long.positions),
     )
     try:
         module = importer.from_exported_program(program, True, True, False, importer.converters())
@@ -104,9 +104,9 @@ class _Importer(ExportedProgramImporter):
         """Refuse operators that nothing converts; from here on those that are converted say where they stand."""
         for node in nodes:
             if node.op == "call_function":
-                if node.target.__name__ not in self.convert_map:
-                    raise UnsupportedError(f"operator {node.target.__name__} ({_place(node)}) is not supported")
-                self.convert_map[node.target.__name__] = _named(self.convert_map[node.target.__name__])
+                if name(node) not in self.convert_map:
+                    raise UnsupportedError(f"operator {name(node)} ({place(node)}) is not supported")
+                self.convert_map[name(node)] = _named(self.convert_map[name(node)])
 
     @staticmethod
     def _convert_pytorch_tensor_to_tvm(tensor_value):
@@ -126,35 +126,38 @@ class _Importer(ExportedProgramImporter):
             "embedding.default": _embedding,
             "causal_attention.default": _causal_attention,
             "layer_boundary.default": _layer_boundary,
+            "limit_groups.default": _limit_groups,
             "moe.default": _moe,
+            "view.default": _reshape,
+            "reshape.default": _reshape,
             "select.int": _select,
             "div_.Tensor": _divide_in_place,
             "to.dtype": _cast,
             "softmax.int": _softmax,
+            "topk.default": _topk,
             "position_table.default": _position_table,
         }
 
 
-def _place(node: fx.Node) -> str:
-    """The module of the model that a node comes from."""
-    modules = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(modules[-1][0]).removeprefix("model.") if modules else "outside all modules"
-
-
 def _named(convert: Callable[..., Any]) -> Callable[..., Any]:
-    """The converter, whose errors say which operator of which module could not be converted."""
+    """The converter, whose result is of the type recorded for the node.
+
+    Its errors say which operator of which module could not be converted.
+    """
     if hasattr(convert, "names_errors"):
         return convert
 
     @wraps(convert)
     def converted(node: fx.Node, *importer: _Importer) -> Any:
+        what = f"operator {name(node)} ({place(node)}) cannot be converted"
         try:
-            return convert(node, *importer)
+            value = convert(node, *importer)
         except Exception as error:  # TVM's converters raise whatever the operators they call do
-            reason = " ".join(str(error).split())
-            raise UnsupportedError(
-                f"operator {cast(Callable, node.target).__name__} ({_place(node)}) cannot be converted: {reason}"
-            ) from error
+            raise UnsupportedError(f"{what}: {' '.join(str(error).split())}") from error
+        stands_for_rows = importer and value in importer[0].tables
+        if not stands_for_rows and (reason := difference(node, value)):
+            raise UnsupportedError(f"{what}: {reason}")
+        return value
 
     converted.__dict__["names_errors"] = True
     return converted
@@ -169,6 +172,13 @@ def _select(node: fx.Node, importer: _Importer) -> relax.Var:
         index += int(shape[axis])
     part = importer.block_builder.emit(relax.op.strided_slice(x, [axis], [index], [index + 1], [1]))
     return importer.block_builder.emit(relax.op.squeeze(part, [axis]))
+
+
+def _reshape(node: fx.Node, importer: _Importer) -> relax.Var:
+    """TVM's own fails on a shape that has the same axes as its operand's, tokens among them, in another order."""
+    x, shape = importer.retrieve_args(node)
+    reshaped = importer._emit_torch_reshape(x, shape)
+    return x if same_type(reshaped, x) else reshaped
 
 
 def _linear(node: fx.Node, importer: _Importer) -> relax.Var:
@@ -233,6 +243,12 @@ def _softmax(node: fx.Node, importer: _Importer) -> relax.Var:
     return importer.block_builder.emit(relax.op.nn.softmax(values, cast(int, axis)))
 
 
+def _topk(node: fx.Node, importer: _Importer) -> relax.Var:
+    """In falling order, which is one of those that a caller who wants none gets."""
+    x, k, axis, largest = (*importer.retrieve_args(node), -1, True)[:4]
+    return importer.block_builder.emit(relax.op.topk(x, k, axis, "both", largest, "int64"))
+
+
 def _causal_attention(node: fx.Node, importer: _Importer) -> relax.Var:
     q, k, v, layer, scale, window, soft_cap = importer.retrieve_args(node)
     if window >= importer.max_positions:  # a window as long as the model sees everything
@@ -244,6 +260,11 @@ def _causal_attention(node: fx.Node, importer: _Importer) -> relax.Var:
 def _layer_boundary(node: fx.Node, importer: _Importer) -> relax.Var:
     x, index = importer.retrieve_args(node)
     return importer.block_builder.emit(LAYER_BOUNDARY({"x": x}, index=index))
+
+
+def _limit_groups(node: fx.Node, importer: _Importer) -> relax.Var:
+    scores, groups, kept = importer.retrieve_args(node)
+    return importer.block_builder.emit(LIMIT_GROUPS({"scores": scores}, groups=groups, kept=kept))
 
 
 def _moe(node: fx.Node, importer: _Importer) -> relax.Var:

@@ -6,7 +6,8 @@ Face's values to the last bit; at run time a row is looked up by position.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -16,13 +17,26 @@ VIEWS = {torch.ops.aten.unsqueeze.default}
 FREE = {torch.ops.aten._assert_tensor_metadata.default}
 
 
+@dataclass(frozen=True)
+class LongSequences:
+    """What a model computes of positions where sequences may be longer than it is served for by default.
+
+    Attributes:
+        positions: how many they have; 0 if there are none such.
+        buffers: the values that buffers have then, by their names in the traced program.
+    """
+
+    positions: int = 0
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
 def tabulate_positions(
-    program: torch.export.ExportedProgram, positions: fx.Node, max_positions: int
+    program: torch.export.ExportedProgram, positions: fx.Node, max_positions: int, long: LongSequences
 ) -> list[torch.Tensor]:
     """Replace, in place, each maximal position-only value [1, T, D] by a lookup in a table.
 
-    Returns the tables, [max_positions, D] each, in the order of `position_table`'s index; whole numbers
-    [1, T] (positions, counted in another way) give a table [max_positions].
+    Returns the tables, [max_positions + long.positions, D] each, in the order of `position_table`'s index: the rows of
+    long sequences come last.  Whole numbers [1, T] (positions, counted in another way) give tables without D.
     """
     graph = program.graph
     constants = _constants(program)
@@ -33,6 +47,10 @@ def tabulate_positions(
         if node in only_position and node.target not in VIEWS and _is_needed(node, only_position)
     ]
     tables = _evaluate(graph, frontier, positions, constants, max_positions)
+    if long.positions:
+        changed = _constants(program, long.buffers)
+        rows = _evaluate(graph, frontier, positions, changed, long.positions)
+        tables = [torch.cat(pair) for pair in zip(tables, rows, strict=True)]
     for index, (node, table) in enumerate(zip(frontier, tables, strict=True)):
         with graph.inserting_after(node):
             lookup = graph.call_function(
@@ -46,9 +64,11 @@ def tabulate_positions(
     return tables
 
 
-def _constants(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
-    """Placeholders whose values are known: buffers and lifted constants."""
-    values = {**dict(program.named_buffers()), **program.constants}
+def _constants(
+    program: torch.export.ExportedProgram, changed: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Placeholders whose values are known: buffers and lifted constants, some of them `changed`."""
+    values = {**dict(program.named_buffers()), **program.constants, **(changed or {})}
     specs = program.graph_signature.input_specs
     return {spec.arg.name: values[spec.target] for spec in specs if spec.target in values}
 

@@ -28,6 +28,7 @@ library.define(
 )
 library.define("layer_boundary(Tensor x, int index) -> Tensor")
 library.define("moe(Tensor x, Tensor experts, Tensor scores, Tensor gate_up, Tensor down) -> Tensor")
+library.define("limit_groups(Tensor scores, int groups, int kept) -> Tensor")
 library.define("layer_repeat(Tensor x, int index, int first) -> Tensor")
 library.define("position_table(Tensor positions, int index, SymInt width, ScalarType dtype) -> Tensor")
 
@@ -41,6 +42,11 @@ def _causal_attention(q, k, v, layer, scale, window, soft_cap):
 @torch.library.register_fake(f"{NAMESPACE}::layer_boundary", lib=library)
 def _layer_boundary(x, index):
     return torch.empty_like(x)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::limit_groups", lib=library)
+def _limit_groups(scores, groups, kept):
+    return torch.empty_like(scores)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::layer_repeat", lib=library)

@@ -8,9 +8,11 @@ from .embedding import EMBEDDING
 from .expert_gate_up_silu import EXPERT_GATE_UP_SILU
 from .expert_linear import EXPERT_LINEAR
 from .gate_up_silu import GATE_UP_SILU
+from .head_linear import HEAD_LINEAR
 from .kv_cache_write import KV_CACHE_WRITE
 from .layer_boundary import LAYER_BOUNDARY
 from .layer_norm import LAYER_NORM
+from .limit_groups import LIMIT_GROUPS
 from .linear import LINEAR
 from .moe import MOE
 from .paged_attention import PAGED_ATTENTION
@@ -29,9 +31,11 @@ OPS: dict[str, OwnOp] = {
         EXPERT_GATE_UP_SILU,
         EXPERT_LINEAR,
         GATE_UP_SILU,
+        HEAD_LINEAR,
         KV_CACHE_WRITE,
         LAYER_BOUNDARY,
         LAYER_NORM,
+        LIMIT_GROUPS,
         LINEAR,
         MOE,
         PAGED_ATTENTION,

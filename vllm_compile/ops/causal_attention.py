@@ -16,7 +16,7 @@ def reference(
     window: int = 0,
     soft_cap: float = 0.0,
 ) -> torch.Tensor:
-    """q [1, H, T, D], k and v [1, KH, T, D] -> [1, T, H, D]; `layer` numbers the KV cache it will use.
+    """q [1, H, T, D], k [1, KH, T, D], v [1, KH, T, DV] -> [1, T, H, DV]; `layer` numbers the KV cache it will use.
 
     `window` and `soft_cap` are those of `paged_attention`.
     """

@@ -31,25 +31,29 @@ def reference(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
+    shared_values: int = 0,
 ) -> torch.Tensor:
-    """Returns [T, H, D]; rows that belong to no request are left undefined (zeros here).
+    """Returns [T, H, DV]; rows that belong to no request are left undefined (zeros here).
 
-    q [T, H, D], kv [B, KH, N, 2*D], block_table [R, W] int32, seq_lens [R] int32 (cached tokens
-    including this step's; 0 for a padding row), query_start_loc [R + 1] int32.  Query i of
+    q [T, H, D], kv [B, KH, N, D + DV] (K, then V in the last axis), block_table [R, W] int32, seq_lens [R] int32
+    (cached tokens including this step's; 0 for a padding row), query_start_loc [R + 1] int32.  Query i of
     request r stands at position seq_lens[r] - queries + i and sees the positions up to its own, the last
     `window` of them if that is not 0.  Scores may be soft-capped (Gemma 2).
+    With `shared_values` kv is [B, KH, N, D], and V is its first so many columns: the latent cache of DeepSeek-V2.
     Computes in float32 (float64 for a float64 q) and rounds once at the end.
     """
-    out = torch.zeros_like(q)
+    head_dim, block_size, value_dim = q.shape[2], kv.shape[2], shared_values or kv.shape[3] - q.shape[2]
+    out = q.new_zeros(*q.shape[:2], value_dim)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    head_dim, block_size = q.shape[2], kv.shape[2]
     group = q.shape[1] // kv.shape[1]
     for r, length in enumerate(seq_lens.tolist()):
         begin, end = int(query_start_loc[r]), int(query_start_loc[r + 1])
         if length == 0 or begin == end:
             continue
         pages = kv[block_table[r, : -(-length // block_size)].long()].to(wide)
-        k, v = pages.transpose(0, 1).flatten(1, 2)[:, :length].repeat_interleave(group, 0).split(head_dim, dim=-1)
+        cached = pages.transpose(0, 1).flatten(1, 2)[:, :length].repeat_interleave(group, 0)
+        k = cached[..., :head_dim]
+        v = cached[..., :shared_values] if shared_values else cached[..., head_dim:]
         scores = torch.einsum("thd,hsd->hts", q[begin:end].to(wide), k) * scale
         position = torch.arange(length - (end - begin), length)
         hidden = unseen(position, torch.arange(length), window)
@@ -66,15 +70,20 @@ def sample(
     num_kv_heads: int = 2,
     head_dim: int = 32,
     block_size: int = 16,
+    columns: int = 0,
 ):
-    """`lengths` holds (queries, cached tokens) per request; blocks are handed out in random order."""
+    """`lengths` holds (queries, cached tokens) per request; blocks are handed out in random order.
+
+    The cache has `columns`, or twice the head size where 0.
+    """
+    columns = columns or 2 * head_dim
     width = max(-(-length // block_size) for _, length in lengths) + 1
     blocks = torch.randperm(len(lengths) * width + 1, generator=generator)
     queries = torch.tensor([count for count, _ in lengths])
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), queries.cumsum(0)])
     inputs = {
         "q": torch.randn(int(queries.sum()), num_heads, head_dim, generator=generator).to(dtype),
-        "kv": torch.randn(blocks.numel(), num_kv_heads, block_size, 2 * head_dim, generator=generator).to(dtype),
+        "kv": torch.randn(blocks.numel(), num_kv_heads, block_size, columns, generator=generator).to(dtype),
         "block_table": blocks[: len(lengths) * width].view(len(lengths), width).int(),
         "seq_lens": torch.tensor([length for _, length in lengths], dtype=torch.int32),
         "query_start_loc": starts.int(),
@@ -82,6 +91,11 @@ def sample(
     return inputs, {"scale": head_dim**-0.5}
 
 
+def infer(i, a):
+    keys, columns = (int(i[name].shape.values[-1]) for name in ("q", "kv"))
+    return like(i["q"], last=[a.get("shared_values") or columns - keys])
+
+
 PAGED_ATTENTION = OwnOp(
-    "paged_attention", lambda i, a: like(i["q"]), reference, sample, TOLERANCE, options=("window", "soft_cap")
+    "paged_attention", infer, reference, sample, TOLERANCE, options=("window", "soft_cap", "shared_values")
 )

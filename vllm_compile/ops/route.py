@@ -3,18 +3,23 @@
 import torch
 from tvm import relax
 
+from . import limit_groups
 from .base import OwnOp, Tolerance
 
 
-def reference(logits: torch.Tensor, top_k: int, normalise: bool):
+def reference(logits: torch.Tensor, top_k: int, normalise: bool, groups: int = 0, kept: int = 0):
     """logits [T, E] -> experts, scores, order, ends, each [T, top_k]; int32 but for the scores, which are float32.
 
-    experts: the largest logits of a token in falling order, of equal ones the first.
+    experts: the largest logits of a token in falling order, of equal ones the first; with `groups`, those of the `kept`
+        groups that `limit_groups` leaves.
     scores: the softmax of the logits, at those; divided by their sum if `normalise`.
     order: the T * top_k entries of `experts`, numbered in memory's order, sorted by expert (stably).
     ends: for each place in `order`, where the group of entries of its expert ends.
     """
-    experts = logits.float().sort(dim=-1, descending=True, stable=True).indices.narrow_copy(1, 0, top_k)
+    seen = logits.float()
+    if groups:
+        seen = seen.masked_fill(limit_groups.outside(seen, groups, kept), float("-inf"))
+    experts = seen.sort(dim=-1, descending=True, stable=True).indices.narrow_copy(1, 0, top_k)
     scores = logits.float().softmax(-1).gather(-1, experts)
     if normalise:
         scores = scores / scores.sum(-1, keepdim=True)
@@ -40,4 +45,5 @@ ROUTE = OwnOp(
     reference,
     sample,
     {"float32": TOLERANCE, "bfloat16": TOLERANCE, "int32": Tolerance(0.0, 0.0, "indices")},
+    options=("groups", "kept"),
 )

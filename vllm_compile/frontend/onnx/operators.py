@@ -1,0 +1,202 @@
+"""Operators of ONNX but for attention, each `(node, importer) -> value`.
+
+Norms are written out as Hugging Face's models write them, so that what follows is one way for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tvm import relax
+
+from vllm_compile.errors import UnsupportedError
+from vllm_compile.ops import EMBEDDING, LAYER_NORM, LINEAR
+from vllm_compile.ops.base import arguments_of
+
+from .graph import Node
+from .values import Folded, GraphInput, Weight
+
+if TYPE_CHECKING:
+    from .importer import Importer
+
+Converter = Callable[[Node, "Importer"], Any]
+
+
+def attributes(node: Node, known: dict[str, Any]) -> dict[str, Any]:
+    """A node's attributes, those left out as in `known`; UnsupportedError for one that is not there."""
+    if unknown := sorted(node.attributes.keys() - known.keys()):
+        raise UnsupportedError(f"attribute {', '.join(unknown)} is not supported")
+    return known | dict(node.attributes)
+
+
+def only_first(node: Node, first: int) -> None:
+    """UnsupportedError if the node has inputs behind the first few."""
+    if any(node.inputs[first:]):
+        raise UnsupportedError(f"input {next(filter(None, node.inputs[first:]))} is not supported")
+
+
+def rms_norm(importer: Importer, x: relax.Expr, weight: relax.Expr, eps: float) -> relax.Var:
+    """RMSNorm over the last axis, with the roundings of Hugging Face's LlamaRMSNorm."""
+    emit, dtype = importer.emit, str(x.ty.dtype)
+    wide = x if dtype == "float32" else emit(relax.op.astype(x, "float32"))
+    mean = emit(relax.op.mean(emit(relax.op.power(wide, relax.const(2.0, "float32"))), axis=[-1], keepdims=True))
+    root = emit(relax.op.rsqrt(emit(relax.op.add(mean, relax.const(eps, "float32")))))
+    normed = emit(relax.op.multiply(wide, root))
+    normed = normed if dtype == "float32" else emit(relax.op.astype(normed, dtype))
+    return emit(relax.op.multiply(weight, normed))
+
+
+def _norm_attributes(node: Node) -> float:
+    given = attributes(node, {"epsilon": 1e-5, "axis": -1, "stash_type": 1})
+    if given["axis"] != -1 or given["stash_type"] != 1:
+        raise UnsupportedError(f"axis {given['axis']} with stash_type {given['stash_type']} is not supported")
+    return float(given["epsilon"])
+
+
+def _simplified_layer_norm(node: Node, importer: Importer) -> Any:
+    eps = _norm_attributes(node)
+    x, weight = importer.value(node.inputs[0]), importer.operand(node.inputs[1])
+    if isinstance(x, Folded):
+        return Folded(rms_norm(importer, x.rows, weight, eps))
+    return rms_norm(importer, importer.operand(node.inputs[0]), weight, eps)
+
+
+def _skip_simplified_layer_norm(node: Node, importer: Importer) -> tuple[Any, ...]:
+    """The norm of a sum, and the sum: outputs 0 and 3."""
+    only_first(node, 4)
+    eps = float(attributes(node, {"epsilon": 1e-5})["epsilon"])
+    total = _residual_sum(node, importer, node.input(3))
+    return rms_norm(importer, total, importer.operand(node.inputs[2]), eps), None, None, total
+
+
+def _layer_norm(node: Node, importer: Importer) -> relax.Var:
+    eps = _norm_attributes(node)
+    x, weight, bias = (importer.operand(name) if name else None for name in (*node.inputs, "")[:3])
+    return importer.emit(LAYER_NORM({"x": x, "weight": weight, "bias": bias}, eps=eps))
+
+
+def _skip_layer_norm(node: Node, importer: Importer) -> tuple[Any, ...]:
+    eps = float(attributes(node, {"epsilon": 1e-5})["epsilon"])
+    total = _residual_sum(node, importer, node.input(4))
+    inputs = {
+        "x": total,
+        "weight": importer.operand(node.inputs[2]),
+        "bias": importer.operand(node.inputs[3]) if node.input(3) else None,
+    }
+    return importer.emit(LAYER_NORM(inputs, eps=eps)), None, None, total
+
+
+def _residual_sum(node: Node, importer: Importer, bias: str) -> relax.Var:
+    residual, x = (importer.operand(name) for name in node.inputs[:2])
+    return add(importer, residual, add(importer, x, importer.operand(bias)) if bias else x)
+
+
+def _matmul(node: Node, importer: Importer) -> relax.Var:
+    """ONNX has the weight as [K, N], we as [N, K]."""
+    x, weight = importer.operand(node.inputs[0]), importer.value(node.inputs[1])
+    if not isinstance(weight, Weight) or len(weight.shape) != 2:
+        raise UnsupportedError("a product with what is no weight [K, N] is not supported")
+    return importer.emit(LINEAR({"x": x, "weight": importer.parameter(weight.flip())}))
+
+
+def add(importer: Importer, a: relax.Expr, b: relax.Expr) -> relax.Var:
+    """A sum; a vector added to what a linear layer gives is its bias."""
+    for x, bias in ((a, b), (b, a)):
+        linear = importer.builder.lookup_binding(x) if isinstance(x, relax.Var) else None
+        if bias in importer.parameters.values() and LINEAR.matches(linear):
+            inputs = arguments_of(linear)
+            if "bias" not in inputs and list(bias.ty.shape.values) == [x.ty.shape.values[-1]]:
+                return importer.emit(LINEAR({**inputs, "bias": bias}))
+    return importer.emit(relax.op.add(a, b))
+
+
+def _add(node: Node, importer: Importer) -> relax.Var:
+    a, b = (importer.operand(name) for name in node.inputs)
+    return add(importer, a, b)
+
+
+def _multiply(node: Node, importer: Importer) -> relax.Var:
+    """A product; that of x and its sigmoid is SiLU."""
+    for name, other in (node.inputs, node.inputs[::-1]):
+        gate = importer.graph.producers.get(other)
+        if gate is not None and gate.op == "Sigmoid" and gate.inputs[0] == name:
+            return importer.emit(relax.op.nn.silu(importer.operand(name)))
+    return _binary(relax.op.multiply)(node, importer)
+
+
+def _divide(node: Node, importer: Importer) -> relax.Var:
+    """A quotient; one over a square root is one operation."""
+    one, root = importer.value(node.inputs[0]), importer.graph.producers.get(node.inputs[1])
+    if isinstance(one, np.ndarray) and one.size == 1 and one.item() == 1 and root is not None and root.op == "Sqrt":
+        return importer.emit(relax.op.rsqrt(importer.operand(root.inputs[0])))
+    return _binary(relax.op.divide)(node, importer)
+
+
+def _reduce_mean(node: Node, importer: Importer) -> relax.Var:
+    x, axes = importer.operand(node.inputs[0]), importer.numbers(node.inputs[1])
+    given = attributes(node, {"keepdims": 1, "noop_with_empty_axes": 0})
+    if axes not in ([-1], [x.ty.ndim - 1]) or not given["keepdims"]:
+        raise UnsupportedError(f"over axes {axes} is not supported")
+    return importer.emit(relax.op.mean(x, axis=[-1], keepdims=True))
+
+
+def _binary(operator: Callable[..., relax.Expr]) -> Converter:
+    def convert(node: Node, importer: Importer) -> relax.Var:
+        a, b = (importer.operand(name) for name in node.inputs)
+        return importer.emit(operator(a, b))
+
+    return convert
+
+
+def _unary(operator: Callable[..., relax.Expr]) -> Converter:
+    return lambda node, importer: importer.emit(operator(importer.operand(node.inputs[0])))
+
+
+def _gelu(node: Node, importer: Importer) -> relax.Var:
+    form = attributes(node, {"approximate": "none"})["approximate"]
+    operator = relax.op.nn.gelu_tanh if form == "tanh" else relax.op.nn.gelu
+    return importer.emit(operator(importer.operand(node.inputs[0])))
+
+
+def _cast(node: Node, importer: Importer) -> relax.Expr:
+    x, dtype = importer.operand(node.inputs[0]), importer.float_dtype(node.attributes["to"])
+    return x if str(x.ty.dtype) == dtype else importer.emit(relax.op.astype(x, dtype))
+
+
+def _gather(node: Node, importer: Importer) -> relax.Var:
+    """The embedding; token ids are taken as they come."""
+    table, ids = (importer.value(name) for name in node.inputs)
+    if attributes(node, {"axis": 0})["axis"] != 0 or not isinstance(table, Weight):
+        raise UnsupportedError("only rows of a weight can be gathered")
+    if ids != GraphInput(importer.names.input_ids):
+        raise UnsupportedError(f"only rows for {importer.names.input_ids} can be gathered, not for {node.inputs[1]}")
+    importer.shapes["hidden_size"] = table.shape[1]
+    ids_1T = importer.emit(relax.op.expand_dims(importer.input_ids, 0))
+    return importer.emit(EMBEDDING({"ids": ids_1T, "table": importer.parameter(table)}))
+
+
+CONVERTERS: dict[str, Converter] = {
+    "Add": _add,
+    "Cast": _cast,
+    "Div": _divide,
+    "Exp": _unary(relax.op.exp),
+    "Gather": _gather,
+    "Gelu": _gelu,
+    "Identity": lambda node, importer: importer.value(node.inputs[0]),
+    "LayerNormalization": _layer_norm,
+    "MatMul": _matmul,
+    "Mul": _multiply,
+    "Neg": _unary(relax.op.negative),
+    "Pow": _binary(relax.op.power),
+    "ReduceMean": _reduce_mean,
+    "Relu": _unary(relax.op.nn.relu),
+    "Sigmoid": _unary(relax.op.sigmoid),
+    "SimplifiedLayerNormalization": _simplified_layer_norm,
+    "SkipLayerNormalization": _skip_layer_norm,
+    "SkipSimplifiedLayerNormalization": _skip_simplified_layer_norm,
+    "Sqrt": _unary(relax.op.sqrt),
+    "Sub": _binary(relax.op.subtract),
+    "Tanh": _unary(relax.op.tanh),
+}
