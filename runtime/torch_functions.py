@@ -43,13 +43,15 @@ def fused(
     return tuple(values[number] for number in results)
 
 
-def kv_cache_write(k: torch.Tensor, v: torch.Tensor, kv: torch.Tensor, slot_mapping: torch.Tensor) -> tuple[()]:
-    """Write k, v [T, KH, D] into kv [B, KH, N, 2 * D] where slot_mapping [T] says; slot -1 is not written.
+def kv_cache_write(
+    k: torch.Tensor, kv: torch.Tensor, slot_mapping: torch.Tensor, v: torch.Tensor | None = None
+) -> tuple[()]:
+    """Write k [T, KH, D], v [T, KH, DV] into kv [B, KH, N, D + DV] where slot_mapping [T] says; slot -1 is not written.
 
     Shapes are static, so a token without a slot writes what another writes there, or, where no token has a
     slot, what is there.
     """
-    new_TKC = torch.cat([k, v], dim=-1)
+    new_TKC = k if v is None else torch.cat([k, v], dim=-1)
     anchor = (slot_mapping >= 0).int().argmax()
     source_T = torch.where(slot_mapping >= 0, torch.arange(len(slot_mapping), device=k.device), anchor)
     slots_T = slot_mapping[source_T]
@@ -65,7 +67,7 @@ def split_and_cache(
     """rotated [T, H + KH, D] and qkv [T, (H + 2 * KH) * D]: caches k and v, returns q [T, H, D]."""
     tokens, kv_heads, head_dim = qkv.shape[0], kv.shape[1], rotated.shape[2]
     v = qkv.view(tokens, -1, head_dim)[:, -kv_heads:]
-    kv_cache_write(rotated[:, -kv_heads:], v, kv, slot_mapping)
+    kv_cache_write(rotated[:, -kv_heads:], kv, slot_mapping, v)
     return rotated[:, :-kv_heads]
 
 
@@ -79,7 +81,7 @@ def paged_attention(
     window: int = 0,
     soft_cap: float = 0.0,
 ) -> torch.Tensor:
-    """q [T, H, D], kv [B, KH, N, 2 * D], block_table a table of blocks [L, 3], seq_lens [R], query_start_loc [R + 1].
+    """q [T, H, D], kv [B, KH, N, D + DV], block_table a table of blocks [L, 3], seq_lens [R], query_start_loc [R + 1].
 
     Queries of a request are T / R rows, of which the first query_start_loc[r + 1] - query_start_loc[r] are real.
     """
@@ -121,7 +123,7 @@ def _decode(a: _Attention) -> torch.Tensor:
     visible_LN = position_LN < length_L1
     if a.window:
         visible_LN = visible_LN & (position_LN >= length_L1 - a.window)
-    k_LKND, v_LKND = a.kv[a.table[:, 0]].chunk(2, dim=-1)
+    k_LKND, v_LKND = a.kv[a.table[:, 0]].tensor_split([head_dim], dim=-1)
     v_LKND = v_LKND.masked_fill(~visible_LN[:, None, :, None], 0)  # what nobody wrote may be no number
     q_LKGD = a.q.view(requests, kv_heads, heads // kv_heads, head_dim)[rows_L]
     scores_LKGN = a.scores(q_LKGD @ k_LKND.transpose(-1, -2), visible_LN[:, None, None])
@@ -133,9 +135,9 @@ def _decode(a: _Attention) -> torch.Tensor:
     gather_RL = mine_LR.T.float()
     total_RKG = (gather_RL @ weights_LKGN.sum(-1).flatten(1)).view(top_RKG.shape)
     mixed_LKGD = (weights_LKGN.to(v_LKND.dtype) @ v_LKND).float()
-    out_RKGD = (gather_RL @ mixed_LKGD.flatten(1)).view(*top_RKG.shape, head_dim)
+    out_RKGD = (gather_RL @ mixed_LKGD.flatten(1)).view(*top_RKG.shape, -1)
     least = torch.finfo(torch.float32).tiny  # a request of padding sees nothing
-    return (out_RKGD / total_RKG.clamp(min=least)[..., None]).to(a.q.dtype).view(a.q.shape)
+    return (out_RKGD / total_RKG.clamp(min=least)[..., None]).to(a.q.dtype).view(requests, heads, -1)
 
 
 def _prefill(a: _Attention) -> torch.Tensor:
@@ -152,12 +154,12 @@ def _prefill(a: _Attention) -> torch.Tensor:
     if a.window:
         visible_TS = visible_TS & (position_S > at_T[:, None] - a.window)
     pages_KSC = a.kv[a.table[:, 0]].transpose(0, 1).flatten(1, 2)
-    k_KSD, v_KSD = pages_KSC.masked_fill(~written_S[:, None], 0).chunk(2, dim=-1)
+    k_KSD, v_KSD = pages_KSC.masked_fill(~written_S[:, None], 0).tensor_split([head_dim], dim=-1)
     q_KGTD = a.q.view(tokens, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
     scores_KGTS = a.scores(q_KGTD @ k_KSD[:, None].transpose(-1, -2), visible_TS)
     # A query of padding may see nothing: its weights are made zeros, not what 0 / 0 is.
     weights_KGTS = scores_KGTS.softmax(-1).nan_to_num(0.0).to(v_KSD.dtype)
-    return (weights_KGTS @ v_KSD[:, None]).permute(2, 0, 1, 3).reshape(a.q.shape)
+    return (weights_KGTS @ v_KSD[:, None]).permute(2, 0, 1, 3).reshape(tokens, heads, -1)
 
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
