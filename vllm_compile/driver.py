@@ -23,7 +23,8 @@ from .file_digests import FileDigests, status_of
 from .frontend.families import max_positions
 from .frontend.hf import trace
 from .frontend.importer import import_model
-from .frontend.model import DTYPES, Model, read_model
+from .frontend.model import DTYPES, Model
+from .frontend.read_model import read_model
 from .kernel_cache import KernelCache
 from .lowering import Lowered, dimension, lower
 from .model_files import ModelFiles, find_files

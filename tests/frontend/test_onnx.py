@@ -21,7 +21,8 @@ from tests.relax_passes.harness import operators
 from tests.test_families import FAMILIES, random_model
 from vllm_compile.accuracy import relative_error
 from vllm_compile.errors import ModelError, UnsupportedError, VllmCompileError
-from vllm_compile.frontend.model import Model, read_model
+from vllm_compile.frontend.model import Model
+from vllm_compile.frontend.read_model import read_model
 from vllm_compile.model_files import find_files
 from vllm_compile.relax_passes.pipeline import run_passes
 

@@ -15,7 +15,7 @@ from vllm_compile.driver import fuse_model
 from vllm_compile.errors import TargetError
 from vllm_compile.frontend.families import long_positions, max_positions
 from vllm_compile.frontend.hf import read_config, read_config_file
-from vllm_compile.frontend.model import dtype_of, read_model
+from vllm_compile.frontend.read_model import dtype_of, read_model
 from vllm_compile.model_files import find_files
 from vllm_compile.relax_passes.outline_layers import FORWARD, LOGITS
 from vllm_compile.relax_passes.pipeline import run_passes

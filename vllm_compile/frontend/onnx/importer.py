@@ -6,47 +6,29 @@ its mask and its past keys and values, to know where each sequence ends, is left
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import tvm
-from tvm import relax, tirx
+from tvm import relax
 
 from vllm_compile.errors import UnsupportedError
-from vllm_compile.ops import EMBEDDING
 from vllm_compile.relax_passes.base import clean
-from vllm_compile.spec import Sym
 
 from .attention import ATTENTION, angles_of, past_of
 from .attention import CONVERTERS as ATTENTION_OPERATORS
+from .context import Context, Names
 from .graph import Node, OnnxGraph
 from .layers import mark_layers
 from .operators import CONVERTERS as PLAIN_OPERATORS
-from .refusals import FLOATS, check_operators, native_dtype, place
+from .refusals import check_operators, native_dtype, place
 from .shapes import CONVERTERS as SHAPE_OPERATORS
-from .tensors import FLOAT
-from .values import GraphInput, Weight
+from .values import Weight
 
 CONVERTERS = {**PLAIN_OPERATORS, **SHAPE_OPERATORS, **ATTENTION_OPERATORS}
 CAST = "Cast"
-# Parameters that the passes, and we, give the model.
-RESERVED = re.compile(
-    r"input_ids|positions|position_table_\d+|kv_\d+|block_table|seq_lens|query_start_loc|slot_mapping|hidden|x"
-)
 # What Relax's operators, and ours, raise of operands and attributes that do not fit.
 UNFIT = (UnsupportedError, RuntimeError, ValueError, TypeError, LookupError)
-
-
-@dataclass(frozen=True)
-class Names:
-    """What a graph calls the inputs and the output that are known by their names."""
-
-    input_ids: str = "input_ids"
-    position_ids: str = "position_ids"
-    logits: str = "logits"
 
 
 @dataclass(frozen=True)
@@ -81,157 +63,48 @@ def import_graph(graph: OnnxGraph, names: Names, dtype: str, max_positions: int)
         raise UnsupportedError(f"{graph.file}: no input named {names.input_ids}: {', '.join(graph.inputs)}")
     caches = {name for node in graph.nodes for name in angles_of(node) if name in graph.initializers}
     rows = (graph.initializers.shape(name)[0] for name in caches)
-    return Importer(graph, names, dtype, min([max_positions, *rows])).run()
+    context = Context(graph, names, native_dtype(graph), dtype, min([max_positions, *rows]))
+    nodes = graph.needed([names.logits], lambda n: past_of(n).operands if n.op in ATTENTION else n.inputs)
+    check_operators(graph, nodes, CONVERTERS.keys())
+    try:
+        logits = _emit_main(context, nodes)
+    except Exception:
+        context.builder._end_block()  # the one left open, of which TVM would warn beside the error
+        raise
+    try:
+        module = mark_layers(clean(context.builder.finalize()))
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{graph.file}: {error}") from error
+    shapes = {**context.shapes, "num_hidden_layers": context.layers, "vocab_size": int(logits.ty.shape.values[-1])}
+    weights = {var.name: weight for weight, var in context.parameters.items()}
+    tables = {var.name: tensor for var, tensor in context.tables.values()}
+    return ImportedGraph(module, weights, tables, context.max_positions, shapes)
 
 
-@dataclass
-class Importer:
-    """What converters see: `(node, importer) -> value`, a tuple of values where the node has several outputs.
+def _emit_main(context: Context, nodes: list[Node]) -> relax.Var:
+    """The function itself; what it returns."""
+    builder = context.builder
+    with builder.function("main"):
+        with builder.dataflow():
+            for number, node in enumerate(nodes):
+                _convert(context, node, place(nodes, number))
+            logits = builder.emit_output(context.operand(_logits(context)))
+        weights = list(context.parameters.values())
+        tables = [var for var, _ in context.tables.values()]
+        builder.emit_func_output(logits, params=[context.input_ids, context.positions, *weights, *tables])
+    return logits
 
-    Attributes:
-        dtype: what the graph's own dtype becomes.
-        layers: attentions that were converted.
-    """
 
-    graph: OnnxGraph
-    names: Names
-    dtype: str
-    max_positions: int
-    builder: relax.BlockBuilder = field(default_factory=relax.BlockBuilder)
-    values: dict[str, Any] = field(default_factory=dict)
-    layers: int = 0
-    shapes: dict[str, int] = field(default_factory=dict)
-    parameters: dict[Weight, relax.Var] = field(default_factory=dict)
-    tables: dict[tuple[str, bool], tuple[relax.Var, torch.Tensor]] = field(default_factory=dict)
-    rows: dict[tuple[str, bool], relax.Expr] = field(default_factory=dict)
+def _logits(context: Context) -> str:
+    """The logits before a last cast: an engine casts them as it likes."""
+    node = context.graph.producers.get(context.names.logits)
+    return node.inputs[0] if node is not None and node.op == CAST else context.names.logits
 
-    def __post_init__(self) -> None:
-        tokens = tirx.Var(Sym.TOKENS, "int64")
-        self.tokens = tokens
-        self.input_ids = relax.Var("input_ids", relax.TensorType([tokens], "int32"))
-        self.positions = relax.Var("positions", relax.TensorType([tokens], "int64"))
-        self.native = native_dtype(self.graph)
 
-    def run(self) -> ImportedGraph:
-        nodes = self.graph.needed([self.names.logits], lambda n: past_of(n).operands if n.op in ATTENTION else n.inputs)
-        check_operators(self.graph, nodes, CONVERTERS.keys())
-        try:
-            logits = self._emit_main(nodes)
-        except Exception:
-            self.builder._end_block()  # the one left open, of which TVM would warn beside the error
-            raise
-        try:
-            module = mark_layers(clean(self.builder.finalize()))
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{self.graph.file}: {error}") from error
-        self.shapes |= {"num_hidden_layers": self.layers, "vocab_size": int(logits.ty.shape.values[-1])}
-        named = {var.name: weight for weight, var in self.parameters.items()}
-        tensors = {var.name: tensor for var, tensor in self.tables.values()}
-        return ImportedGraph(module, named, tensors, self.max_positions, self.shapes)
-
-    def _emit_main(self, nodes: list[Node]) -> relax.Var:
-        """The function itself; what it returns."""
-        with self.builder.function("main"):
-            with self.builder.dataflow():
-                for number, node in enumerate(nodes):
-                    self._convert(node, place(nodes, number))
-                logits = self.builder.emit_output(self.operand(self._logits()))
-            weights = list(self.parameters.values())
-            tables = [var for var, _ in self.tables.values()]
-            self.builder.emit_func_output(logits, params=[self.input_ids, self.positions, *weights, *tables])
-        return logits
-
-    def emit(self, expr: relax.Expr) -> relax.Var:
-        return self.builder.emit(expr)
-
-    def operand(self, name: str) -> relax.Expr:
-        """The value called `name`, as Relax has it."""
-        value = self.value(name)
-        if isinstance(value, Weight):
-            return self.parameter(value)
-        if isinstance(value, np.ndarray) and value.size == 1:
-            return relax.const(value.item(), self.constant_dtype(value))
-        if not isinstance(value, relax.Expr):
-            what = f"the graph's input {name}" if isinstance(value, GraphInput) else f"{name}, of an unusual shape,"
-            raise UnsupportedError(f"{what} cannot be an operand here")
-        return value
-
-    def value(self, name: str) -> Any:
-        """The value called `name`, of whatever kind."""
-        if name in self.values:
-            return self.values[name]
-        if name in self.graph.constants:
-            return self.graph.constants[name]
-        if name in self.graph.inputs:
-            return GraphInput(name)
-        stored = self.graph.initializers
-        if name not in stored:
-            raise UnsupportedError(f"{name} is made by no node before")
-        numbers = stored.whole_numbers(name)
-        if numbers is not None:
-            return numbers
-        if not stored.shape(name):
-            return np.asarray(stored.read(name).item(), "float32" if stored.element_type(name) == FLOAT else "float16")
-        return Weight(name, stored.shape(name))
-
-    def numbers(self, name: str) -> list[int]:
-        """A list of whole numbers that is known when the graph is read."""
-        value = self.value(name)
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
-            raise UnsupportedError(f"{name} is not known before the graph runs")
-        return [int(number) for number in value.reshape(-1)]
-
-    def parameter(self, weight: Weight) -> relax.Var:
-        """The parameter that holds a weight."""
-        if weight not in self.parameters:
-            taken = {var.name for var in self.parameters.values()}
-            name = "".join(c if c.isalnum() else "_" for c in weight.name)
-            while name in taken or RESERVED.fullmatch(name):
-                name += "_"
-            kind = self.float_dtype(self.graph.initializers.element_type(weight.name))
-            self.parameters[weight] = relax.Var(name, relax.TensorType(list(weight.shape), kind))
-        return self.parameters[weight]
-
-    def float_dtype(self, element: int) -> str:
-        """What ONNX's element type becomes: the graph's own dtype what was asked for, float32 beside it itself."""
-        name = FLOATS.get(element)
-        if name not in (self.native, "float32"):
-            raise UnsupportedError(
-                f"numbers of ONNX's element type {element} in a graph of {self.native} are not supported"
-            )
-        return self.dtype if name == self.native else "float32"
-
-    def constant_dtype(self, value: np.ndarray) -> str:
-        """Of a number in the graph; a whole one is an exponent."""
-        return self.float_dtype(FLOAT) if str(value.dtype) == "float32" else self.dtype
-
-    def table_rows(self, name: str, interleaved: bool) -> relax.Expr:
-        """Row of each token's position in a cache of cosines or sines [P, D / 2], as [1, 1, T, D].
-
-        Each angle stands there twice: in both halves, or for both neighbours.
-        """
-        if (name, interleaved) not in self.rows:
-            if name not in self.graph.initializers:
-                raise UnsupportedError(f"angles {name} that are no initializer are not supported")
-            half = self.graph.initializers.read(name)[: self.max_positions]
-            twice = half.repeat_interleave(2, -1) if interleaved else torch.cat([half, half], dim=-1)
-            table = twice.to(getattr(torch, self.dtype))
-            var = relax.Var(f"position_table_{len(self.tables)}", relax.TensorType(list(table.shape), self.dtype))
-            self.tables[name, interleaved] = (var, table)
-            rows = self.emit(EMBEDDING({"ids": self.positions, "table": var}))
-            rows = self.emit(relax.op.expand_dims(rows, 0))
-            self.rows[name, interleaved] = self.emit(relax.op.expand_dims(rows, 1))
-        return self.rows[name, interleaved]
-
-    def _logits(self) -> str:
-        """The logits before a last cast: an engine casts them as it likes."""
-        node = self.graph.producers.get(self.names.logits)
-        return node.inputs[0] if node is not None and node.op == CAST else self.names.logits
-
-    def _convert(self, node: Node, where: str) -> None:
-        try:
-            made = CONVERTERS[node.op](node, self)
-        except UNFIT as error:
-            reason = " ".join(str(error).split())
-            raise UnsupportedError(f"{self.graph.file}: {node} ({where}) cannot be converted: {reason}") from error
-        self.values |= zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False)
+def _convert(context: Context, node: Node, where: str) -> None:
+    try:
+        made = CONVERTERS[node.op](node, context)
+    except UNFIT as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedError(f"{context.graph.file}: {node} ({where}) cannot be converted: {reason}") from error
+    context.values |= zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False)

@@ -22,8 +22,9 @@ from vllm_compile.frontend.hf import read_config_file
 from vllm_compile.frontend.model import DTYPES, Model, supported_dtype
 from vllm_compile.model_files import CONFIG, GENAI_CONFIG, ModelFiles, genai_model
 
+from .context import Names
 from .graph import OnnxGraph, read_graph
-from .importer import ImportedGraph, Names, import_graph
+from .importer import ImportedGraph, import_graph
 from .refusals import native_dtype
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

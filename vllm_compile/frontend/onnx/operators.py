@@ -1,4 +1,4 @@
-"""Operators of ONNX but for attention, each `(node, importer) -> value`.
+"""Operators of ONNX but for attention, each `(node, context) -> value`.
 
 Norms are written out as Hugging Face's models write them, so that what follows is one way for both.
 """
@@ -19,9 +19,9 @@ from .graph import Node
 from .values import Folded, GraphInput, Weight
 
 if TYPE_CHECKING:
-    from .importer import Importer
+    from .context import Context
 
-Converter = Callable[[Node, "Importer"], Any]
+Converter = Callable[[Node, "Context"], Any]
 
 
 def attributes(node: Node, known: dict[str, Any]) -> dict[str, Any]:
@@ -37,9 +37,9 @@ def only_first(node: Node, first: int) -> None:
         raise UnsupportedError(f"input {next(filter(None, node.inputs[first:]))} is not supported")
 
 
-def rms_norm(importer: Importer, x: relax.Expr, weight: relax.Expr, eps: float) -> relax.Var:
+def rms_norm(context: Context, x: relax.Expr, weight: relax.Expr, eps: float) -> relax.Var:
     """RMSNorm over the last axis, with the roundings of Hugging Face's LlamaRMSNorm."""
-    emit, dtype = importer.emit, str(x.ty.dtype)
+    emit, dtype = context.emit, str(x.ty.dtype)
     wide = x if dtype == "float32" else emit(relax.op.astype(x, "float32"))
     mean = emit(relax.op.mean(emit(relax.op.power(wide, relax.const(2.0, "float32"))), axis=[-1], keepdims=True))
     root = emit(relax.op.rsqrt(emit(relax.op.add(mean, relax.const(eps, "float32")))))
@@ -55,126 +55,126 @@ def _norm_attributes(node: Node) -> float:
     return float(given["epsilon"])
 
 
-def _simplified_layer_norm(node: Node, importer: Importer) -> Any:
+def _simplified_layer_norm(node: Node, context: Context) -> Any:
     eps = _norm_attributes(node)
-    x, weight = importer.value(node.inputs[0]), importer.operand(node.inputs[1])
+    x, weight = context.value(node.inputs[0]), context.operand(node.inputs[1])
     if isinstance(x, Folded):
-        return Folded(rms_norm(importer, x.rows, weight, eps))
-    return rms_norm(importer, importer.operand(node.inputs[0]), weight, eps)
+        return Folded(rms_norm(context, x.rows, weight, eps))
+    return rms_norm(context, context.operand(node.inputs[0]), weight, eps)
 
 
-def _skip_simplified_layer_norm(node: Node, importer: Importer) -> tuple[Any, ...]:
+def _skip_simplified_layer_norm(node: Node, context: Context) -> tuple[Any, ...]:
     """The norm of a sum, and the sum: outputs 0 and 3."""
     only_first(node, 4)
     eps = float(attributes(node, {"epsilon": 1e-5})["epsilon"])
-    total = _residual_sum(node, importer, node.input(3))
-    return rms_norm(importer, total, importer.operand(node.inputs[2]), eps), None, None, total
+    total = _residual_sum(node, context, node.input(3))
+    return rms_norm(context, total, context.operand(node.inputs[2]), eps), None, None, total
 
 
-def _layer_norm(node: Node, importer: Importer) -> relax.Var:
+def _layer_norm(node: Node, context: Context) -> relax.Var:
     eps = _norm_attributes(node)
-    x, weight, bias = (importer.operand(name) if name else None for name in (*node.inputs, "")[:3])
-    return importer.emit(LAYER_NORM({"x": x, "weight": weight, "bias": bias}, eps=eps))
+    x, weight, bias = (context.operand(name) if name else None for name in (*node.inputs, "")[:3])
+    return context.emit(LAYER_NORM({"x": x, "weight": weight, "bias": bias}, eps=eps))
 
 
-def _skip_layer_norm(node: Node, importer: Importer) -> tuple[Any, ...]:
+def _skip_layer_norm(node: Node, context: Context) -> tuple[Any, ...]:
     eps = float(attributes(node, {"epsilon": 1e-5})["epsilon"])
-    total = _residual_sum(node, importer, node.input(4))
+    total = _residual_sum(node, context, node.input(4))
     inputs = {
         "x": total,
-        "weight": importer.operand(node.inputs[2]),
-        "bias": importer.operand(node.inputs[3]) if node.input(3) else None,
+        "weight": context.operand(node.inputs[2]),
+        "bias": context.operand(node.inputs[3]) if node.input(3) else None,
     }
-    return importer.emit(LAYER_NORM(inputs, eps=eps)), None, None, total
+    return context.emit(LAYER_NORM(inputs, eps=eps)), None, None, total
 
 
-def _residual_sum(node: Node, importer: Importer, bias: str) -> relax.Var:
-    residual, x = (importer.operand(name) for name in node.inputs[:2])
-    return add(importer, residual, add(importer, x, importer.operand(bias)) if bias else x)
+def _residual_sum(node: Node, context: Context, bias: str) -> relax.Var:
+    residual, x = (context.operand(name) for name in node.inputs[:2])
+    return add(context, residual, add(context, x, context.operand(bias)) if bias else x)
 
 
-def _matmul(node: Node, importer: Importer) -> relax.Var:
+def _matmul(node: Node, context: Context) -> relax.Var:
     """ONNX has the weight as [K, N], we as [N, K]."""
-    x, weight = importer.operand(node.inputs[0]), importer.value(node.inputs[1])
+    x, weight = context.operand(node.inputs[0]), context.value(node.inputs[1])
     if not isinstance(weight, Weight) or len(weight.shape) != 2:
         raise UnsupportedError("a product with what is no weight [K, N] is not supported")
-    return importer.emit(LINEAR({"x": x, "weight": importer.parameter(weight.flip())}))
+    return context.emit(LINEAR({"x": x, "weight": context.parameter(weight.flip())}))
 
 
-def add(importer: Importer, a: relax.Expr, b: relax.Expr) -> relax.Var:
+def add(context: Context, a: relax.Expr, b: relax.Expr) -> relax.Var:
     """A sum; a vector added to what a linear layer gives is its bias."""
     for x, bias in ((a, b), (b, a)):
-        linear = importer.builder.lookup_binding(x) if isinstance(x, relax.Var) else None
-        if bias in importer.parameters.values() and LINEAR.matches(linear):
+        linear = context.builder.lookup_binding(x) if isinstance(x, relax.Var) else None
+        if bias in context.parameters.values() and LINEAR.matches(linear):
             inputs = arguments_of(linear)
             if "bias" not in inputs and list(bias.ty.shape.values) == [x.ty.shape.values[-1]]:
-                return importer.emit(LINEAR({**inputs, "bias": bias}))
-    return importer.emit(relax.op.add(a, b))
+                return context.emit(LINEAR({**inputs, "bias": bias}))
+    return context.emit(relax.op.add(a, b))
 
 
-def _add(node: Node, importer: Importer) -> relax.Var:
-    a, b = (importer.operand(name) for name in node.inputs)
-    return add(importer, a, b)
+def _add(node: Node, context: Context) -> relax.Var:
+    a, b = (context.operand(name) for name in node.inputs)
+    return add(context, a, b)
 
 
-def _multiply(node: Node, importer: Importer) -> relax.Var:
+def _multiply(node: Node, context: Context) -> relax.Var:
     """A product; that of x and its sigmoid is SiLU."""
     for name, other in (node.inputs, node.inputs[::-1]):
-        gate = importer.graph.producers.get(other)
+        gate = context.graph.producers.get(other)
         if gate is not None and gate.op == "Sigmoid" and gate.inputs[0] == name:
-            return importer.emit(relax.op.nn.silu(importer.operand(name)))
-    return _binary(relax.op.multiply)(node, importer)
+            return context.emit(relax.op.nn.silu(context.operand(name)))
+    return _binary(relax.op.multiply)(node, context)
 
 
-def _divide(node: Node, importer: Importer) -> relax.Var:
+def _divide(node: Node, context: Context) -> relax.Var:
     """A quotient; one over a square root is one operation."""
-    one, root = importer.value(node.inputs[0]), importer.graph.producers.get(node.inputs[1])
+    one, root = context.value(node.inputs[0]), context.graph.producers.get(node.inputs[1])
     if isinstance(one, np.ndarray) and one.size == 1 and one.item() == 1 and root is not None and root.op == "Sqrt":
-        return importer.emit(relax.op.rsqrt(importer.operand(root.inputs[0])))
-    return _binary(relax.op.divide)(node, importer)
+        return context.emit(relax.op.rsqrt(context.operand(root.inputs[0])))
+    return _binary(relax.op.divide)(node, context)
 
 
-def _reduce_mean(node: Node, importer: Importer) -> relax.Var:
-    x, axes = importer.operand(node.inputs[0]), importer.numbers(node.inputs[1])
+def _reduce_mean(node: Node, context: Context) -> relax.Var:
+    x, axes = context.operand(node.inputs[0]), context.numbers(node.inputs[1])
     given = attributes(node, {"keepdims": 1, "noop_with_empty_axes": 0})
     if axes not in ([-1], [x.ty.ndim - 1]) or not given["keepdims"]:
         raise UnsupportedError(f"over axes {axes} is not supported")
-    return importer.emit(relax.op.mean(x, axis=[-1], keepdims=True))
+    return context.emit(relax.op.mean(x, axis=[-1], keepdims=True))
 
 
 def _binary(operator: Callable[..., relax.Expr]) -> Converter:
-    def convert(node: Node, importer: Importer) -> relax.Var:
-        a, b = (importer.operand(name) for name in node.inputs)
-        return importer.emit(operator(a, b))
+    def convert(node: Node, context: Context) -> relax.Var:
+        a, b = (context.operand(name) for name in node.inputs)
+        return context.emit(operator(a, b))
 
     return convert
 
 
 def _unary(operator: Callable[..., relax.Expr]) -> Converter:
-    return lambda node, importer: importer.emit(operator(importer.operand(node.inputs[0])))
+    return lambda node, context: context.emit(operator(context.operand(node.inputs[0])))
 
 
-def _gelu(node: Node, importer: Importer) -> relax.Var:
+def _gelu(node: Node, context: Context) -> relax.Var:
     form = attributes(node, {"approximate": "none"})["approximate"]
     operator = relax.op.nn.gelu_tanh if form == "tanh" else relax.op.nn.gelu
-    return importer.emit(operator(importer.operand(node.inputs[0])))
+    return context.emit(operator(context.operand(node.inputs[0])))
 
 
-def _cast(node: Node, importer: Importer) -> relax.Expr:
-    x, dtype = importer.operand(node.inputs[0]), importer.float_dtype(node.attributes["to"])
-    return x if str(x.ty.dtype) == dtype else importer.emit(relax.op.astype(x, dtype))
+def _cast(node: Node, context: Context) -> relax.Expr:
+    x, dtype = context.operand(node.inputs[0]), context.float_dtype(node.attributes["to"])
+    return x if str(x.ty.dtype) == dtype else context.emit(relax.op.astype(x, dtype))
 
 
-def _gather(node: Node, importer: Importer) -> relax.Var:
+def _gather(node: Node, context: Context) -> relax.Var:
     """The embedding; token ids are taken as they come."""
-    table, ids = (importer.value(name) for name in node.inputs)
+    table, ids = (context.value(name) for name in node.inputs)
     if attributes(node, {"axis": 0})["axis"] != 0 or not isinstance(table, Weight):
         raise UnsupportedError("only rows of a weight can be gathered")
-    if ids != GraphInput(importer.names.input_ids):
-        raise UnsupportedError(f"only rows for {importer.names.input_ids} can be gathered, not for {node.inputs[1]}")
-    importer.shapes["hidden_size"] = table.shape[1]
-    ids_1T = importer.emit(relax.op.expand_dims(importer.input_ids, 0))
-    return importer.emit(EMBEDDING({"ids": ids_1T, "table": importer.parameter(table)}))
+    if ids != GraphInput(context.names.input_ids):
+        raise UnsupportedError(f"only rows for {context.names.input_ids} can be gathered, not for {node.inputs[1]}")
+    context.shapes["hidden_size"] = table.shape[1]
+    ids_1T = context.emit(relax.op.expand_dims(context.input_ids, 0))
+    return context.emit(EMBEDDING({"ids": ids_1T, "table": context.parameter(table)}))
 
 
 CONVERTERS: dict[str, Converter] = {
@@ -184,7 +184,7 @@ CONVERTERS: dict[str, Converter] = {
     "Exp": _unary(relax.op.exp),
     "Gather": _gather,
     "Gelu": _gelu,
-    "Identity": lambda node, importer: importer.value(node.inputs[0]),
+    "Identity": lambda node, context: context.value(node.inputs[0]),
     "LayerNormalization": _layer_norm,
     "MatMul": _matmul,
     "Mul": _multiply,

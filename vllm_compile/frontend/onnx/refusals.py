@@ -9,9 +9,8 @@ from vllm_compile.errors import UnsupportedError
 from .attention import ATTENTION, past_of
 from .attention import CONVERTERS as MICROSOFTS
 from .graph import Node, OnnxGraph
-from .tensors import BFLOAT16, FLOAT, FLOAT16
+from .tensors import FLOATS
 
-FLOATS = {FLOAT: "float32", FLOAT16: "float16", BFLOAT16: "bfloat16"}
 # Attention is Microsoft's own; so is its RotaryEmbedding: ONNX has another one.
 STANDARD, MICROSOFT = frozenset({"", "ai.onnx"}), frozenset({"com.microsoft"})
 QUANTISED = frozenset(

@@ -15,6 +15,7 @@ from .file import places
 
 # ONNX's numbers for element types (onnx.proto, TensorProto.DataType) and torch's types for those that weights have.
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
+FLOATS = {FLOAT: "float32", FLOAT16: "float16", BFLOAT16: "bfloat16"}
 TORCH = {FLOAT: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
 WHOLE_NUMBERS: dict[int, np.dtype[Any]] = {6: np.dtype("<i4"), 7: np.dtype("<i8")}
 ITEM_BYTES = {**{e: t.itemsize for e, t in TORCH.items()}, **{e: n.itemsize for e, n in WHOLE_NUMBERS.items()}}
