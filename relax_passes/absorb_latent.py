@@ -127,8 +127,8 @@ def _by_head(d: Definitions, rows: Any) -> Any:
 
 
 def _sizes(expr: relax.Expr) -> list[int]:
-    """Extents of the axes; 0 for that of the tokens."""
-    return [0 if isinstance(dim, tvm.tirx.Var) else int(dim) for dim in expr.ty.shape.values]
+    """Extents of the axes; 0 for one that depends on the number of tokens."""
+    return [int(dim) if isinstance(dim, tvm.tirx.IntImm) else 0 for dim in expr.ty.shape.values]
 
 
 def _pair(d: Definitions, expr: Any) -> tuple[Any, Any] | None:

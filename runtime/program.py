@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from vllm_compile import lossless
-from vllm_compile.cache import Cache, default_directory
+from vllm_compile.cache import user_cache
 from vllm_compile.errors import ArtifactError
 from vllm_compile.file_digests import FileDigests
 from vllm_compile.spec import DUMMY_STD, TensorSpec
@@ -78,7 +78,7 @@ class Program:
         """
         if weights is None:
             # Their digests are remembered: to read 12 GB once more takes longer than to load them.
-            digests = FileDigests(Cache(default_directory()))
+            digests = FileDigests(user_cache())
             artifact.check_files(self.directory, self.manifest, artifact.is_weights, digests.sha256)
         wanted = self._weight_specs()
         loaded = dict(weights if weights is not None else read_weights(self.directory))
@@ -211,6 +211,8 @@ class Program:
 
 def load(directory: str | Path, weights: bool = True) -> Program:
     """Load an artifact onto its device; every file is compared with its SHA-256 before it is used.
+
+    Weights that have not changed since they were last read are not read again for it; see `FileDigests`.
 
     Args:
         directory: what `compile` wrote.

@@ -14,6 +14,7 @@ import torch
 
 THREADS = 8
 CHUNK_BYTES = 16 << 20
+CONTIGUOUS = torch.contiguous_format
 
 
 def upload(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
@@ -23,24 +24,24 @@ def upload(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[st
     """
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in tensors.items()}
+    # A thread of the pool has a current device, stream and memory pool of its own: what they are is settled here.
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    coming = {name: tensor for name, tensor in tensors.items() if tensor.device.type == "cpu"}
+    placed = {name: torch.empty_like(t, device=device, memory_format=CONTIGUOUS) for name, t in coming.items()}
+    torch.cuda.synchronize(device)  # what was in that memory before may still be in use
     own = threading.local()
 
     def start() -> None:
         own.pinned = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
         own.stream = torch.cuda.Stream(device)
 
-    def copy(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type != "cpu":
-            return tensor.to(device)
-        placed = torch.empty_like(tensor, device=device, memory_format=torch.contiguous_format)
-        source, target = (t.contiguous().view(-1).view(torch.uint8) for t in (tensor, placed))
+    def copy(name: str) -> None:
+        source, target = (t.contiguous().view(-1).view(torch.uint8) for t in (coming[name], placed[name]))
         with torch.cuda.stream(own.stream):
             for part, place in zip(source.split(CHUNK_BYTES), target.split(CHUNK_BYTES), strict=True):
-                pinned = own.pinned[: part.numel()].copy_(part)
-                place.copy_(pinned, non_blocking=True)
+                place.copy_(own.pinned[: part.numel()].copy_(part), non_blocking=True)
                 own.stream.synchronize()
-        return placed
 
-    torch.cuda.current_stream(device).synchronize()  # memory that it freed may be given to the threads' streams
     with ThreadPoolExecutor(THREADS, initializer=start) as pool:
-        return dict(zip(tensors, pool.map(copy, tensors.values()), strict=True))
+        list(pool.map(copy, coming))
+    return {name: placed[name] if name in placed else tensor.to(device) for name, tensor in tensors.items()}

@@ -76,7 +76,7 @@ class PagedImpl(AttentionImpl):
 
 
 class PagedBackend(AttentionBackend):
-    """Cache of shape [blocks, kv_heads, block_size, 2 * head_dim], keys before values in the last axis.
+    """Cache of shape [blocks, kv_heads, block_size, head_dim + value_dim], keys before values in the last axis.
 
     Memory order is the same (head-major): the tokens of one head in one block are contiguous,
     which is the order attention reads them in.
@@ -104,7 +104,7 @@ class PagedBackend(AttentionBackend):
     def get_kv_cache_shape(
         num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
     ) -> tuple[int, int, int, int]:
-        """Asked by vLLM up to 0.30."""
+        """Asked by vLLM up to 0.30, which knows one width for keys and values."""
         return num_blocks, num_kv_heads, block_size, 2 * head_size
 
     @staticmethod

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_compile.errors import ArtifactError, TargetError, UnsupportedError
@@ -33,9 +34,9 @@ class ServingConfig(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: Any) -> None:
         """Serves in the dtype, and up to the length, that the kernels were compiled for."""
         import torch
-        from vllm import __version__
+        from vllm import __version__ as vllm_version
 
-        refuse_unknown_version(__version__)
+        refuse_unknown_version(vllm_version)
         compiled = model_config.hf_config.dtype
         # For a float32 model vLLM itself chooses bfloat16, which cannot be told from the user's choosing it.
         chosen_by_vllm = torch.bfloat16 if compiled == torch.float32 else compiled
@@ -50,11 +51,13 @@ class ServingConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
         """Checks the artifact, and sets whatever differs from vLLM's defaults."""
+        from vllm import __version__ as vllm_version
         from vllm.config import CompilationMode, CUDAGraphMode
         from vllm.platforms import current_platform
 
         refuse_unsupported(vllm_config)
         program = load_for_inspection(vllm_config.model_config.model)
+        refuse_uneven_cache(program, vllm_version)
         load = vllm_config.load_config
         load.load_format = DUMMY_FORMAT if load.load_format in ("dummy", DUMMY_FORMAT) else LOAD_FORMAT
         vllm_config.model_config.disable_cascade_attn = True
@@ -73,8 +76,21 @@ class ServingConfig(VerifyAndUpdateConfig):
 
 def refuse_unknown_version(version: str) -> None:
     """UnsupportedError where vLLM is older or newer than the interfaces that this package implements."""
-    if not SpecifierSet(SERVED_BY).contains(version, prereleases=True):
+    try:
+        served = SpecifierSet(SERVED_BY).contains(Version(version), prereleases=True)
+    except InvalidVersion:  # of a build from source without tags
+        served = False
+    if not served:
         raise UnsupportedError(f"vLLM {version} does not serve compiled artifacts: install vLLM {SERVED_BY}")
+
+
+def refuse_uneven_cache(program: Program, version: str) -> None:
+    """UnsupportedError where vLLM gives keys and values of one width only, and the program's have two."""
+    if program.cache_width != 2 * program.head_dim and Version(version) < Version("0.31"):
+        raise UnsupportedError(
+            f"{program.directory}: its keys and values differ in width, as latent attention's do, which vLLM {version} "
+            "has no cache for: install vLLM 0.31 or newer"
+        )
 
 
 def limit_length(model_config: Any) -> None:

@@ -26,7 +26,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         group = f"{item.nodeid.partition('::')[0]} {parameters.get('family', '')}"
-        item.add_marker(pytest.mark.xdist_group("trained" if TRAINED & set(item.fixturenames) else group))
+        item.add_marker(
+            pytest.mark.xdist_group("trained" if TRAINED & set(getattr(item, "fixturenames", ())) else group)
+        )
 
 
 @pytest.fixture

@@ -74,7 +74,8 @@ class Cache:
                 path.unlink(missing_ok=True)
                 self.problems.append(f"{path}: damaged (SHA-256); it is made again")
                 return None
-            os.utime(path)  # last used now; many file systems do not keep the time of reads
+            with suppress(OSError):  # it may be another's, or on a disk that is only read
+                os.utime(path)  # last used now; many file systems do not keep the time of reads
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -132,3 +133,11 @@ class Cache:
 
     def _files(self) -> Iterator[Path]:
         return (path for path in self.directory.glob("*/*") if not path.name.startswith(PARTIAL))
+
+
+def user_cache() -> Cache | None:
+    """The cache in the user's directory; None for a user without one."""
+    try:
+        return Cache(default_directory())
+    except RuntimeError:  # no HOME, and an id that no name belongs to
+        return None

@@ -177,7 +177,7 @@ def _unless_failed(built: Future[None], evaluate: Callable[[Any], torch.Tensor],
 
 
 def lower_model(model: Path, machine: Target, dtype: str | None = None) -> Lowered:
-    """A model's kernels as `compile_model` would choose them without a tuning database; no weight is read.
+    """A model's kernels as `compile_model` would choose them without a tuning database; weights are made up.
 
     Raises:
         ModelError, UnsupportedError: see `compile_model`.

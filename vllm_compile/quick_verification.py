@@ -7,6 +7,7 @@ references, and waits to be told that the artifact is whole.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,8 @@ def quick_verification(
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=messages, text=True)
 
         def verdict() -> Verdict:
+            if (code := process.poll()) is not None and code < 0:
+                return {"outcome": "not-run", "reason": f"Hugging Face's references were ended by signal {-code}"}
             printed, _ = process.communicate("the artifact is whole\n")
             messages.seek(0)
             return _verdict(process.returncode, printed, messages.read())
@@ -57,6 +60,8 @@ def not_run(reason: str) -> AbstractContextManager[Callable[[], Verdict]]:
 
 
 def _verdict(code: int, printed: str, messages: str) -> Verdict:
+    if code == -signal.SIGKILL:
+        return {"outcome": "not-run", "reason": "the process was killed: is there memory for it?"}
     if code < 0:
         return {"outcome": "fail", "reason": f"a kernel crashed (signal {-code})"}
     if code != 0:

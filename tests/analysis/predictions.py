@@ -107,7 +107,7 @@ def _calls(model: str) -> Sequence[Call]:
 def predicted(row: Row) -> Row:
     """The row as the analysis says it is today."""
     workload = Workload(row.batch, 1, row.context) if row.phase == "decode" else Workload(row.batch, row.context, 0)
-    execution = library if row.engine == "vLLM" else Chooser(resolve("cuda")).compiled
+    execution = library if row.engine == "vLLM" else Chooser(resolve(row.chip)).compiled
     step = Step(workload, "bfloat16", CHIPS["cuda"][row.chip])
     milliseconds = float(f"{step.total(_calls(row.model), execution).time.total * 1e3:.4g}")
     return replace(row, predicted=milliseconds, error=round(100 * (milliseconds / row.measured - 1)))

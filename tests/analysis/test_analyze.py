@@ -15,7 +15,8 @@ from vllm_compile.analysis.analyze import analyze
 from vllm_compile.analysis.report import render
 from vllm_compile.errors import TargetError
 from vllm_compile.lossless import offsets
-from vllm_compile.targets.cuda import H200
+from vllm_compile.schedules.cuda import records
+from vllm_compile.targets.cuda import H100, H200
 
 # Family -> norms outside and inside a layer, residual adds of a layer (parallel blocks share one).
 STRUCTURE = {
@@ -140,6 +141,15 @@ def test_what_the_target_has_no_kernel_for_is_said(tmp_path):
     found = analyze(tmp_path, "cuda", [1], [8], dtype="bfloat16")
     assert any("would be refused: target cuda has no kernel for layer_norm" in warning for warning in found.warnings)
     assert found.steps[0].predicted_ms > 0
+
+
+@pytest.mark.parametrize(("target", "chip"), [("h100", None), ("cuda", "h100")])
+def test_a_chips_own_kernels_are_counted(config_directory, target, chip, monkeypatch):
+    asked = []
+    monkeypatch.setattr(records, "find", lambda *call: asked.append(call[-1]))
+    found = analyze(config_directory(), target, [1], [8], chip)
+    assert found.chip == H100
+    assert set(asked) == {"h100"}
 
 
 def test_unknown_chip(config_directory):

@@ -116,12 +116,37 @@ def scattered_under_a_view(y, a, b):
     return view
 
 
-REFUSED = [with_a_gap, twice, read_before, every_other, over_a_value, added, scattered_under_a_view]
+def taken_but_looked_at_below(y, a, b):
+    z = a * 1
+    taken = z[:, :2].add_(1)
+    return z + taken.sum()
+
+
+REFUSED = [
+    taken_but_looked_at_below,
+    with_a_gap,
+    twice,
+    read_before,
+    every_other,
+    over_a_value,
+    added,
+    scattered_under_a_view,
+]
 
 
 @pytest.mark.parametrize("fill", REFUSED)
 def test_other_writes_are_refused(fill, generator):
-    """They would be lost: nobody uses what they return."""
+    """They would be lost: nobody uses what they return, or somebody looks at what was written to."""
     program, _ = traced(fill, generator)
     with pytest.raises(UnsupportedError, match=r"operator (copy_|add_|scatter_)\..* writes in place"):
         replace_writes(program.graph)
+
+
+def test_a_write_of_which_only_the_result_is_seen(generator):
+    """Its converter gives a value, which is all that anybody takes."""
+
+    def fill(y, a, b):
+        return (a * 1).add_(1)
+
+    program, _ = traced(fill, generator)
+    replace_writes(program.graph)

@@ -26,5 +26,12 @@ def test_the_same_bits_on_a_gpu(generator):
     placed = upload(given, device)
     assert list(placed) == list(given)
     for name, tensor in given.items():
-        assert placed[name].device.type == "cuda"
+        assert placed[name].device == torch.device("cuda", torch.cuda.current_device())
         assert torch.equal(placed[name].cpu(), tensor.cpu()), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_the_device_that_is_current(generator):
+    with torch.cuda.device(1):
+        placed = upload(tensors(generator), torch.device("cuda"))
+    assert {tensor.device.index for tensor in placed.values()} == {1}

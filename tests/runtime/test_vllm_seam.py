@@ -28,7 +28,7 @@ from tests.runtime import torch_program
 from tests.runtime.tiny_llama import TEXT, as_artifact, save_model
 from vllm_compile.errors import ArtifactError, UnsupportedError
 from vllm_compile.runtime import program as programs
-from vllm_compile.runtime.vllm_config import refuse_unknown_version
+from vllm_compile.runtime.vllm_config import refuse_uneven_cache, refuse_unknown_version
 
 NEW_TOKENS = 24
 OPTIONS = {
@@ -218,7 +218,7 @@ def test_refusals(artifact, options, words):
         LLM(artifact, **OPTIONS | options)
 
 
-@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "0.34.0.dev3+g1234567", "1.0.0"])
+@pytest.mark.parametrize("version", ["dev", "0.25.1", "0.34.0", "0.34.0.dev3+g1234567", "1.0.0"])
 def test_untested_version(artifact, version, monkeypatch):
     monkeypatch.setattr("vllm.__version__", version)
     with pytest.raises(UnsupportedError, match=rf"vLLM {re.escape(version)} .*: install vLLM >=0.26,<0.34"):
@@ -228,6 +228,15 @@ def test_untested_version(artifact, version, monkeypatch):
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.1rc1", "0.33.2.dev5+gabc"])
 def test_tested_versions(version):
     refuse_unknown_version(version)
+
+
+def test_a_cache_of_two_widths_needs_a_newer_vllm(artifact):
+    program = programs.load(artifact, weights=False)
+    refuse_uneven_cache(program, "0.26.0")
+    program.cache_width = 0
+    refuse_uneven_cache(program, "0.31.0")
+    with pytest.raises(UnsupportedError, match=r"install vLLM 0\.31 or newer"):
+        refuse_uneven_cache(program, "0.30.2")
 
 
 def test_damage_is_reported_before_an_engine_starts(artifact, monkeypatch):

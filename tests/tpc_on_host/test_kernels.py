@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -106,7 +108,11 @@ def test_elementwise(op, dtype, generator, tmp_path):
     inputs = {"x": torch.randn(3, 70, generator=generator), "w": torch.randn(70, generator=generator)}
     inputs = {name: value.to(DTYPES[dtype]) for name, value in inputs.items()}
     expected = (ELEMENTWISE.reference(nodes, **inputs),)
-    check(Fused(nodes, (5,)), inputs, expected, ELEMENTWISE.tolerance[dtype], tmp_path)
+    once = ELEMENTWISE.tolerance[dtype]
+    twice = replace(
+        once, rtol=2 * once.rtol, reason="the operator's value may be rounded to its neighbour, and the product"
+    )
+    check(Fused(nodes, (5,)), inputs, expected, twice, tmp_path)
 
 
 @both_dtypes

@@ -22,6 +22,7 @@ from vllm_compile.relax_passes.pipeline import run_passes
 from vllm_compile.relax_passes.record import PassRecord
 from vllm_compile.spec import TensorSpec
 from vllm_compile.targets import CHIPS, Chip, Target, resolve
+from vllm_compile.targets.cuda import CudaTarget
 
 from .blocks import find_blocks
 from .cost import Workload, kv_token_bytes
@@ -156,7 +157,7 @@ def analyze(
         target: what to compile for.
         batches, contexts: each batch with each context is a decode step (`context` cached tokens a request) and a
             prefill (a prompt of `context` tokens a request).
-        chip: of the target, itself or by its name in `targets`; None is the first, or this machine's CPU, measured.
+        chip: of the target, itself or by name; None: the target's own, or this machine's CPU, measured.
         dtype: bfloat16 or float32; None keeps the model's own.
         pack: `lossless` or `none`, as for `compile_model`.
 
@@ -165,6 +166,8 @@ def analyze(
         TargetError: the target or chip is unknown.
     """
     machine = resolve(target)
+    if isinstance(machine, CudaTarget) and isinstance(chip, str) and chip in CHIPS[machine.name]:
+        machine = resolve(chip)  # kernels are chosen by chip
     where = _chip(machine, chip)
     stages: list[Stage] = []
     config, dtype, records = _fuse(model, dtype, lambda name, module: stages.append(Stage(name, calls(module))))
@@ -229,7 +232,8 @@ def _chip(machine: Target, name: str | Chip | None) -> Chip:
     if name is not None and name not in known:
         has = f"it has: {', '.join(known)}" if known else "its only one is this machine's"
         raise TargetError(f"target {machine.name} has no chip {name!r}; {has}")
-    return known[name or next(iter(known))]
+    own = machine.chip if isinstance(machine, CudaTarget) else next(iter(known))
+    return known[name or own]
 
 
 def _figures(

@@ -27,20 +27,39 @@ def replace_writes(graph: fx.Graph) -> None:
         z = scatter(zeros_like(...), axis, index, 1)
 
     Raises:
-        UnsupportedError: another write is left whose result nobody takes, so that it would be lost; operator and
-            module are named.
+        UnsupportedError: another write is left that would be lost, as nobody takes its result, or somebody looks at
+            what was written to; operator and module are named.
     """
     for buffer in [node for node in graph.nodes if node.target in EMPTY]:
         _join(buffer)
     for write in [node for node in graph.nodes if node.target is aten.scatter_.value]:
         _scatter(write)
-    if left := next((node for node in graph.nodes if _writes(node) and not node.users), None):
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    if left := next((node for node in graph.nodes if _writes(node) and _would_be_lost(node, order)), None):
         raise UnsupportedError(f"operator {name(left)} ({place(left)}) is not supported: it writes in place")
 
 
 def _writes(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def _would_be_lost(write: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether what a converter makes of a write, a value of its own, leaves a reader behind."""
+    if not write.users:
+        return True
+    written = args(write)[0]
+    while isinstance(written, fx.Node):
+        if any(order[reader] > order[write] for reader in written.users):
+            return True
+        written = args(written)[0] if _is_view(written) else None
+    return False
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether its result is its first argument's memory."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
 
 
 def _scatter(write: fx.Node) -> None:
