@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -122,3 +123,9 @@ def test_half_the_graphs_at_less_padding_and_half_the_padding_at_as_many():
             assert ours.work <= share * peer.work
             assert ours.tokens <= share * peer.tokens
             assert ours.blocks <= share * peer.blocks
+
+
+@pytest.mark.parametrize("wrong", [{"max_requests": 0}, {"max_tokens": 1}, {"block_size": 0}, {"cache_blocks": 0}])
+def test_limits_that_serve_nothing(wrong):
+    with pytest.raises(BucketError, match="limits must be 1 or more"):
+        replace(SMALL, **wrong)

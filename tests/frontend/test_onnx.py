@@ -22,6 +22,7 @@ from tests.test_families import FAMILIES, random_model
 from vllm_compile.accuracy import relative_error
 from vllm_compile.errors import ModelError, UnsupportedError, VllmCompileError
 from vllm_compile.frontend.model import Model
+from vllm_compile.frontend.onnx.operators import SKIP_EPSILON
 from vllm_compile.frontend.read_model import read_model
 from vllm_compile.model_files import find_files
 from vllm_compile.relax_passes.pipeline import run_passes
@@ -119,6 +120,18 @@ def test_attributes(name, change, tmp_path, ids):
     theirs = logits(directory, ids)
     assert relative_error(before, theirs) > 1e-4
     assert relative_error(ours(opened(directory), ids), theirs) < 1e-5
+
+
+def test_an_epsilon_that_is_left_out():
+    """What ONNX Runtime's own schemas say."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as runtime
+
+    skips = {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
+    found = {schema.name: schema for schema in runtime.get_all_operator_schema() if schema.name in skips}
+    assert found.keys() == skips
+    for schema in found.values():
+        default = onnx.AttributeProto.FromString(schema.attributes["epsilon"]._default_value)
+        assert default.f == pytest.approx(SKIP_EPSILON)
 
 
 def test_operators_that_no_builders_model_here_has(plain, ids):

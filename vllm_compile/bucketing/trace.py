@@ -44,6 +44,10 @@ class Limits:
     block_size: int
     cache_blocks: int
 
+    def __post_init__(self) -> None:
+        if min(self.max_requests, self.max_length, self.block_size, self.cache_blocks) < 1 or self.max_tokens < 2:
+            raise BucketError(f"limits must be 1 or more, of a step's tokens 2 or more: {self}")
+
     def blocks(self, tokens: int) -> int:
         """Blocks that so many tokens of one request take."""
         return -(-tokens // self.block_size)

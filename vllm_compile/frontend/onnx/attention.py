@@ -78,7 +78,12 @@ def _group_query_attention(node: Node, context: Context) -> tuple[relax.Expr]:
     _check_inputs(node, past, context)
     heads, kv_heads = int(given["num_heads"]), int(given["kv_num_heads"])
     q, k, v, head_dim = _heads(node, context, past, (heads, kv_heads), float(given["qk_norm_epsilon"]))
-    context.shapes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    shapes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    if before := {
+        name: context.shapes[name] for name in shapes if context.shapes.get(name, shapes[name]) != shapes[name]
+    }:
+        raise UnsupportedError(f"heads unlike those of the layers before: {shapes}, where they have {before}")
+    context.shapes |= shapes
     if given["do_rotary"]:
         interleaved = bool(given["rotary_interleaved"])
         q, k = (rotate(context, x, past.cos, past.sin, interleaved) for x in (q, k))

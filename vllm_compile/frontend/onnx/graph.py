@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_compile.errors import UnsupportedError
+from vllm_compile.errors import ModelError, UnsupportedError
 
 from .file import parse
 from .tensors import Initializers
@@ -95,6 +95,8 @@ def read_graph(file: Path) -> OnnxGraph:
         if proto.op_type == "Constant" and len(attributes) == 1:
             (value,) = attributes.values()
             is_tensor = "value" in attributes
+            if is_tensor and value.data_location == value.EXTERNAL:
+                raise ModelError(f"{file}: constant {proto.output[0]} lies outside the graph; make it an initializer")
             constants[proto.output[0]] = numpy_helper.to_array(value) if is_tensor else np.asarray(value)
             continue
         plain = {name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()}

@@ -25,6 +25,8 @@ def mark_layers(module: tvm.IRModule) -> tvm.IRModule:
     bindings = Definitions(main).bindings
     cuts = _cuts(main)
     attentions = [i for i, binding in enumerate(bindings) if CAUSAL_ATTENTION.matches(binding.value)]
+    if not attentions:
+        raise UnsupportedError("its logits depend on no attention")
     linear = [binding.value for binding in bindings if LINEAR.matches(binding.value)]
     hidden = arguments_of(linear[-1])["x"] if linear else None
     head = next((i for i in cuts if bindings[i].var.same_as(hidden)), -1)

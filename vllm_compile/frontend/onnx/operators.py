@@ -21,6 +21,8 @@ from .values import Folded, GraphInput, Weight
 if TYPE_CHECKING:
     from .context import Context
 
+SKIP_EPSILON = 1e-12  # where a node of these two has none: by ONNX Runtime's schemas
+
 Converter = Callable[[Node, "Context"], Any]
 
 
@@ -66,7 +68,7 @@ def _simplified_layer_norm(node: Node, context: Context) -> Any:
 def _skip_simplified_layer_norm(node: Node, context: Context) -> tuple[Any, ...]:
     """The norm of a sum, and the sum: outputs 0 and 3."""
     only_first(node, 4)
-    eps = float(attributes(node, {"epsilon": 1e-5})["epsilon"])
+    eps = float(attributes(node, {"epsilon": SKIP_EPSILON})["epsilon"])
     total = _residual_sum(node, context, node.input(3))
     return rms_norm(context, total, context.operand(node.inputs[2]), eps), None, None, total
 
@@ -78,7 +80,7 @@ def _layer_norm(node: Node, context: Context) -> relax.Var:
 
 
 def _skip_layer_norm(node: Node, context: Context) -> tuple[Any, ...]:
-    eps = float(attributes(node, {"epsilon": 1e-5})["epsilon"])
+    eps = float(attributes(node, {"epsilon": SKIP_EPSILON})["epsilon"])
     total = _residual_sum(node, context, node.input(4))
     inputs = {
         "x": total,
