@@ -123,7 +123,8 @@ def test_float32_is_as_good_as_float32_can_be(target, generator):
     inputs, attributes = sample(generator, torch.float32, lengths=((1, 3001), (200, 1000)), block_size=128)
     double = {**inputs, "q": inputs["q"].double()}
     error = attend(inputs, attributes, target) - PAGED_ATTENTION.reference(**double, **attributes)
-    assert error.abs().max() < 1e-6
+    # A score of 4 to 8 is known to 2^-22, and so is its share of a sum, in which the largest value is below 6.
+    assert error.abs().max() < 6 * 2**-22
 
 
 @pytest.mark.parametrize("target", TARGETS)
