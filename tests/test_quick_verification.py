@@ -1,0 +1,31 @@
+"""The process that verifies: the verdict when it ends before its time.  What it compares is tested in test_compile."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from vllm_compile import quick_verification
+
+OUTCOMES = {
+    "killed before it is told": ("kill -9 $$", "not-run", "references were ended by signal 9"),
+    "killed afterwards": ("read line; kill -9 $$", "not-run", "is there memory for it"),
+    "crashed afterwards": ("read line; kill -11 $$", "fail", r"a kernel crashed \(signal 11\)"),
+    "an error": ("read line; echo the reason >&2; exit 3", "not-run", "^the reason$"),
+}
+
+
+@pytest.mark.parametrize(("script", "outcome", "reason"), OUTCOMES.values(), ids=OUTCOMES)
+def test_what_ends_early(script, outcome, reason, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(quick_verification.sys, "executable", str(python))
+    with quick_verification.quick_verification(Path("artifact"), Path("model"), "cpu", None) as verdict:
+        time.sleep(0.2)  # as kernels are compiled meanwhile
+        found = verdict()
+    assert found["outcome"] == outcome
+    assert re.search(reason, found["reason"])
