@@ -165,7 +165,9 @@ def _named(convert: Callable[..., Any]) -> Callable[..., Any]:
 
 def _select(node: fx.Node, importer: _Importer) -> relax.Var:
     """One index of an axis, as a slice without the axis."""
-    x, axis, index = importer.env[node.args[0]], cast(int, node.args[1]), cast(int, node.args[2])
+    x, axis, index = importer.env[node.args[0]], cast(int, node.args[1]), node.args[2]
+    if not isinstance(index, int):
+        raise UnsupportedError("its index depends on the number of tokens")
     shape = x.ty.shape.values
     axis %= len(shape)
     if index < 0:
