@@ -230,7 +230,8 @@ def _verification(
     if options.weightless:
         return not_run("compiled without weights")
     if source.graph is not None:
-        return not_run("made from an ONNX graph; `vllm-compile verify` takes the model that the graph was built from")
+        verifier = "`vllm-compile verify` takes the model that the graph was built from"
+        return not_run(f"made from the ONNX graph {source.graph}; {verifier}")
     try:
         check_target(machine.name, machine.features, directory)
     except TargetError as error:

@@ -318,10 +318,15 @@ def test_the_file_or_its_directory(plain):
 
 
 def test_safetensors_come_first(plain, tmp_path):
-    """A directory with both is Hugging Face's; its graph can be named."""
-    shutil.copy(plain / GRAPH, tmp_path / "hf")
-    assert find_files(tmp_path / "hf").graph is None
-    assert find_files(tmp_path / "hf" / GRAPH).graph == GRAPH
+    """A directory with both is Hugging Face's, one with weights in its older format nobody's; its graph can be named."""
+    directory = tmp_path / "hf"
+    shutil.copy(plain / GRAPH, directory)
+    assert find_files(directory).graph is None
+    assert find_files(directory / GRAPH).graph == GRAPH
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=rf"{GRAPH} or pytorch_model.bin, which is to be compiled"):
+        find_files(directory)
+    assert find_files(directory / GRAPH).graph == GRAPH
 
 
 ATTENTION = "/model/layers.0/attn/GroupQueryAttention"
