@@ -71,7 +71,7 @@ def find_files(model: Path) -> ModelFiles:
     A directory is ONNX's if it has no safetensors, and names a graph in genai_config.json or holds just one.
 
     Raises:
-        ModelError: genai_config.json is damaged; or there is a graph beside Hugging Face's weights in another format, so
+        ModelError: genai_config.json is damaged; or there is a graph beside weights in Hugging Face's older format, so
             that either could be meant.
     """
     if model.suffix == ONNX_SUFFIX and not model.is_dir():
@@ -83,8 +83,8 @@ def find_files(model: Path) -> ModelFiles:
         if len(graphs) == 1:
             if pickled := next(model.glob(PICKLED_WEIGHTS), None):
                 raise ModelError(
-                    f"{model}: {graphs[0].name} or {pickled.name}, which is to be compiled?  Name the graph to take it; "
-                    "weights of Hugging Face's are read from safetensors alone"
+                    f"{model}: {graphs[0].name} or {pickled.name}, which is to be compiled?  Name the graph to take "
+                    "that; Hugging Face's weights are read from safetensors alone"
                 )
             return ModelFiles(model, graphs[0].name)
     return ModelFiles(model)

@@ -318,7 +318,7 @@ def test_the_file_or_its_directory(plain):
 
 
 def test_safetensors_come_first(plain, tmp_path):
-    """A directory with both is Hugging Face's, one with weights in its older format nobody's; its graph can be named."""
+    """A directory with both is Hugging Face's, with weights in its older format neither's; its graph can be named."""
     directory = tmp_path / "hf"
     shutil.copy(plain / GRAPH, directory)
     assert find_files(directory).graph is None
