@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
+from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_compile.errors import ArtifactError, TargetError, UnsupportedError
-from vllm_compile.targets import rocm
+from vllm_compile.targets import cuda, rocm
 
 from .manifest import PLAN
 from .plan import from_json
 
 if TYPE_CHECKING:
     from .program import Program
+
+logger = init_logger("vllm.compiled_artifact")  # below vLLM's own, which says where lines go
 
 LOAD_FORMAT, DUMMY_FORMAT = "vllm_compile", "vllm_compile_dummy"
 UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -69,6 +72,7 @@ class ServingConfig(VerifyAndUpdateConfig):
             size_cache(vllm_config, program)
             return
         refuse_small_gpu(program, vllm_config.cache_config.gpu_memory_utilization)
+        tell_other_chip(program)
         if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_piecewise_cudagraphs():
             # Said aloud: vLLM 0.26 drops graphs without a word where torch compiles nothing.
             compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
@@ -150,6 +154,21 @@ def refuse_small_gpu(program: Program, utilization: float) -> None:
             f"{program.directory}: its weights take {needed / 1e9:.1f} GB of GPU memory, vLLM may use {utilization:.0%}"
             f" of the {card.memory_bytes / 1e9:.1f} GB of {card.name}: raise --gpu-memory-utilization, "
             "take a larger GPU, or compile with --pack none, which keeps no second copy for large batches"
+        )
+
+
+def tell_other_chip(program: Program) -> None:
+    """One line of vLLM's log where the kernels were chosen for another chip; they run, but others may be faster."""
+    from . import gpu
+
+    compiled = program.manifest["target"].get("chip")  # of CUDA; artifacts of earlier versions have none
+    if compiled is not None and (here := cuda.chip_of(gpu.detect().memory_bytes)) != compiled:
+        logger.warning(
+            "%s: its kernels were chosen for %s, this is %s; compiled with --target %s it may be faster",
+            program.directory,
+            cuda.CHIPS[compiled].name,
+            cuda.CHIPS[here].name,
+            here,
         )
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,11 @@ from tests.runtime import torch_program
 from tests.runtime.tiny_llama import TEXT, as_artifact, save_model
 from vllm_compile.errors import ArtifactError, UnsupportedError
 from vllm_compile.runtime import program as programs
+from vllm_compile.runtime import vllm_config
+from vllm_compile.runtime.gpu import Gpu
 from vllm_compile.runtime.vllm_config import refuse_uneven_cache, refuse_unknown_version
+from vllm_compile.targets import resolve
+from vllm_compile.targets.cuda import CHIPS
 
 NEW_TOKENS = 24
 OPTIONS = {
@@ -237,6 +242,20 @@ def test_a_cache_of_two_widths_needs_a_newer_vllm(artifact):
     refuse_uneven_cache(program, "0.31.0")
     with pytest.raises(UnsupportedError, match=r"install vLLM 0\.31 or newer"):
         refuse_uneven_cache(program, "0.30.2")
+
+
+@pytest.mark.parametrize(
+    ("chip", "memory", "told"), [("h100", 80, 0), ("h100", 140, 1), ("h200", 79, 1), (None, 140, 0)]
+)
+def test_another_chip_is_told_in_one_line(chip, memory, told, monkeypatch):
+    card = Gpu("NVIDIA H200", (9, 0), (580, 0), memory * 10**9)
+    monkeypatch.setattr("vllm_compile.runtime.gpu.detect", lambda: card)
+    lines = []
+    monkeypatch.setattr(vllm_config.logger, "warning", lambda text, *values: lines.append(text % values))
+    target = {"name": "rocm"} if chip is None else resolve(chip).described()
+    vllm_config.tell_other_chip(SimpleNamespace(directory="artifact", manifest={"target": target}))
+    assert [line.count("\n") for line in lines] == [0] * told
+    assert all(f"chosen for {CHIPS[chip].name}" in line for line in lines)
 
 
 def test_damage_is_reported_before_an_engine_starts(artifact, monkeypatch):
