@@ -14,7 +14,7 @@ from vllm_compile.cache import user_cache
 from vllm_compile.errors import ArtifactError
 from vllm_compile.file_digests import FileDigests
 from vllm_compile.spec import DUMMY_STD, TensorSpec
-from vllm_compile.targets import cuda, gaudi, rocm
+from vllm_compile.targets import cuda, gaudi, resolve, rocm
 
 from . import manifest as artifact
 from . import tpc_kernels
@@ -29,10 +29,15 @@ Observer = Callable[[int, torch.Tensor], None]
 
 
 def device_of(target: str) -> torch.device:
-    """Where programs for a target run."""
-    if target in gaudi.TARGETS:
+    """Where programs for a target run, which may be named as `--target` is.
+
+    Raises:
+        TargetError: there is no such target.
+    """
+    name = resolve(target).name  # of h100: cuda
+    if name in gaudi.TARGETS:
         return tpc_kernels.device()
-    return torch.device("cuda" if target in (cuda.NAME, rocm.NAME) else "cpu")  # torch calls HIP devices so too
+    return torch.device("cuda" if name in (cuda.NAME, rocm.NAME) else "cpu")  # torch calls HIP devices so too
 
 
 class Program:
