@@ -13,10 +13,21 @@ import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
+from tvm import relax
 
 from tests import interpreter, models
 from tests.conftest import SEED
-from tests.onnx_models import GRAPH, VOCABULARY, build, edit, logits, onnx, set_attribute, set_input
+from tests.onnx_models import (
+    GRAPH,
+    VOCABULARY,
+    build,
+    edit,
+    logits,
+    onnx,
+    set_attribute,
+    set_input,
+    write_out_norms,
+)
 from tests.relax_passes.harness import operators
 from tests.test_families import FAMILIES, random_model
 from vllm_compile.accuracy import relative_error
@@ -25,6 +36,7 @@ from vllm_compile.frontend.model import Model
 from vllm_compile.frontend.onnx.operators import SKIP_EPSILON
 from vllm_compile.frontend.read_model import read_model
 from vllm_compile.model_files import find_files
+from vllm_compile.relax_passes.base import Definitions
 from vllm_compile.relax_passes.pipeline import run_passes
 
 SIZES = {"hidden_size": 64, "vocab_size": VOCABULARY, "max_position_embeddings": 96}
@@ -168,6 +180,32 @@ def test_operators_that_no_builders_model_here_has(plain, ids):
     theirs = logits(plain, ids)
     assert relative_error(before, theirs) > 1e-2
     assert relative_error(ours(opened(plain), ids), theirs) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("reciprocal", "opset"), [(True, 22), (True, 13), (False, 22)], ids=["as Hugging Face", "axes given", "a quotient"]
+)
+def test_norms_that_are_written_out(reciprocal, opset, plain, ids):
+    """In bfloat16 they are computed in float32 all the same, and are norms to the passes if they are Hugging Face's."""
+    norms = opened(plain, "bfloat16")
+    edit(plain, partial(write_out_norms, reciprocal=reciprocal, opset=opset))
+    written = opened(plain, "bfloat16")
+    ours_wide = ours(opened(plain), ids)
+    if opset == 22:
+        assert relative_error(ours_wide, logits(plain, ids)) < 1e-5
+    one, other = ours(norms, ids), ours(written, ids)
+    if reciprocal:
+        assert torch.equal(one, other)
+        assert run_passes(written.module)[1] == run_passes(norms.module)[1]
+        return
+    assert relative_error(other, one) < 2e-2, "some are rounded otherwise"
+    computed = {
+        (binding.value.op.name, str(binding.var.ty.dtype))
+        for binding in Definitions(written.module["main"]).bindings
+        if isinstance(binding.value, relax.Call)
+        and binding.value.op.name in ("relax.mean", "relax.sqrt", "relax.divide")
+    }
+    assert computed == {(f"relax.{name}", "float32") for name in ("mean", "sqrt", "divide")}
 
 
 def test_a_broken_weight_is_noticed(plain, ids):
