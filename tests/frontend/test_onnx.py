@@ -325,10 +325,12 @@ class TestConfiguration:
         with pytest.raises(ModelError, match=r"genai_config\.json: "):
             opened(plain)
 
-    @pytest.mark.parametrize("field", ["context_length", "bos_token_id"])
-    def test_that_has_words_for_numbers(self, field, plain):
+    @pytest.mark.parametrize(
+        ("field", "value"), [("context_length", "many"), ("context_length", 0), ("bos_token_id", "many")]
+    )
+    def test_that_has_words_for_numbers(self, field, value, plain):
         genai = json.loads((plain / "genai_config.json").read_text())
-        genai["model"][field] = "many"
+        genai["model"][field] = value
         (plain / "genai_config.json").write_text(json.dumps(genai))
         with pytest.raises(ModelError, match=rf"genai_config\.json.*{field}"):
             opened(plain)
@@ -384,6 +386,8 @@ ATTENTION = "/model/layers.0/attn/GroupQueryAttention"
         (partial(set_input, op="GroupQueryAttention", index=10, name="attention_mask"), "attention_bias"),
         (partial(set_input, op="GroupQueryAttention", index=11, name="attention_mask"), "head_sink"),
         (partial(set_input, op="GroupQueryAttention", index=3, name="past_key_values.1.key"), "shared with"),
+        (partial(set_input, op="GroupQueryAttention", index=4, name="past_key_values.1.value"), "shared with"),
+        (partial(set_input, op="GroupQueryAttention", index=4, name="past_key_values.0.key"), "both past_key_values.0"),
         (partial(set_input, op="GroupQueryAttention", index=5, name="past_key_values.1.key"), "lengths that depend"),
         (partial(set_input, op="GroupQueryAttention", index=7, name="attention_mask"), "angles attention_mask"),
     ],
@@ -402,6 +406,24 @@ def test_an_operator_that_is_not_known_is_named(plain):
     edit(plain, change)
     where = "HardSigmoid /model/layers.1/mlp/act_fn/Sigmoid (behind the attention of layer 1)"
     with pytest.raises(UnsupportedError, match=re.escape(where)):
+        opened(plain)
+
+
+@pytest.mark.parametrize("axes", [[0, 2, 1], [1, 0, 2], None])
+def test_a_transposition_that_moves_tokens_is_named(axes, plain):
+    """In front of the second layer's product of gate and up, there and back."""
+
+    def change(graph):
+        place = next(i for i, node in enumerate(graph.node) if node.name == "/model/layers.1/mlp/Mul")
+        x = graph.node[place].input[0]
+        given = {} if axes is None else {"perm": axes}
+        there, back = (onnx.helper.make_node("Transpose", [a], [b], name=b, **given) for a, b in ((x, "t"), ("t", "b")))
+        graph.node[place].input[0] = "b"
+        graph.node.insert(place, back)
+        graph.node.insert(place, there)
+
+    edit(plain, change)
+    with pytest.raises(UnsupportedError, match=r"Transpose t .*layer 1.*tokens are batched as they come"):
         opened(plain)
 
 
@@ -482,6 +504,21 @@ def _elsewhere(directory: Path) -> None:
     edit(directory, change)
 
 
+def _nowhere(directory: Path) -> None:
+    def change(graph):
+        data = graph.initializer[1].external_data
+        data.remove(next(entry for entry in data if entry.key == "location"))
+
+    edit(directory, change)
+
+
+def _negative(directory: Path) -> None:
+    def change(graph):
+        next(e for e in graph.initializer[0].external_data if e.key == "length").value = "-12"
+
+    edit(directory, change)
+
+
 def _wrong_length(directory: Path) -> None:
     def change(graph):
         next(e for e in graph.initializer[0].external_data if e.key == "length").value = "12"
@@ -495,6 +532,8 @@ def _wrong_length(directory: Path) -> None:
         (lambda directory: (directory / f"{GRAPH}.data").unlink(), r"model\.onnx\.data: missing"),
         (_cut, r"model\.onnx\.data: too short for lm_head"),
         (_elsewhere, r"'\.\./secret', outside the model's directory"),
+        (_nowhere, "kept beside the graph, but not in which file"),
+        (_negative, "-12 bytes from 0 on"),
         (_wrong_length, "bytes by its shape, 12 by its entry"),
         (lambda directory: (directory / GRAPH).write_bytes(b"not a graph"), "not an ONNX file"),
         (lambda directory: (directory / GRAPH).write_bytes(b""), "not an ONNX file"),
