@@ -33,6 +33,7 @@ from vllm_compile.runtime.plan import KernelStep, Plan, VendorCall, from_json, k
 from vllm_compile.runtime.program import Program
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import cuda
+from vllm_compile.whole_file import write_whole
 
 CONTEXT = 128  # cached tokens of each request
 BATCHES = {1: (1, 8), 9: (16,), 17: (32,), 33: (64,)}  # by least tokens of a variant: the steps that are timed
@@ -197,9 +198,7 @@ def write_records(path: Path, old: Sequence[Mapping[str, Any]], found: Sequence[
     """Records, one a line; old ones of other calls stay."""
     merged = {tuple(record[name] for name in KEY): record for record in (*old, *found)}
     lines = ",\n".join(json.dumps(merged[key]) for key in sorted(merged))
-    whole = path.with_suffix(".new")
-    whole.write_text(f"[\n{lines}\n]\n")
-    whole.replace(path)
+    write_whole(path, f"[\n{lines}\n]\n")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vllm_compile.errors import BucketError
+from vllm_compile.whole_file import write_whole
 
 SCHEMA = 1
 
@@ -91,7 +92,7 @@ class BucketPlan:
         lines = ",\n  ".join(json.dumps(list(bucket)) for bucket in self.buckets)
         text = json.dumps(head, indent=1)[:-2] + f',\n "buckets": [\n  {lines}\n ]\n}}\n'
         try:
-            path.write_text(text)
+            write_whole(path, text)
         except OSError as error:
             raise BucketError(f"{path}: cannot be written ({error.strerror})") from error
 

@@ -20,6 +20,21 @@ def test_written_and_read(tmp_path):
     assert read_buckets(tmp_path / "b.json") == PLAN
 
 
+@pytest.mark.parametrize("write", [PLAN.write, lambda path: write_trace(path, "nothing", [])], ids=["buckets", "trace"])
+def test_a_full_disk_leaves_the_old_file(write, tmp_path, monkeypatch):
+    path = tmp_path / "b.json"
+    path.write_text("old")
+
+    def half(self, text):
+        self.write_bytes(text[: len(text) // 2].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", half)
+    with pytest.raises(BucketError, match=r"b\.json: cannot be written \(No space left on device"):
+        write(path)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("b.json", "old")]
+
+
 def test_the_cheapest_cover():
     plan = BucketPlan((Bucket(2, 1, 50), Bucket(3, 1, 4)), Work(1.0, 1.0), 128)
     assert plan.find(Bucket(2, 1, 4)) == Bucket(3, 1, 4)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from vllm_compile.errors import BucketError
 from vllm_compile.runtime.buckets import Bucket
+from vllm_compile.whole_file import write_whole
 
 
 class Request(NamedTuple):
@@ -135,6 +136,13 @@ def read_trace(path: Path) -> list[Request]:
 
 
 def write_trace(path: Path, about: str, requests: Sequence[Request]) -> None:
-    """Write a trace file; `about` says what it is of."""
+    """Write a trace file; `about` says what it is of.
+
+    Raises:
+        BucketError: it cannot be written.
+    """
     rows = ",\n  ".join(json.dumps(list(request)) for request in requests)
-    path.write_text(f'{{"about": {json.dumps(about)},\n "requests": [\n  {rows}\n ]}}\n')
+    try:
+        write_whole(path, f'{{"about": {json.dumps(about)},\n "requests": [\n  {rows}\n ]}}\n')
+    except OSError as error:
+        raise BucketError(f"{path}: cannot be written ({error.strerror})") from error
