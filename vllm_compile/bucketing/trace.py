@@ -1,8 +1,8 @@
 """A trace of requests, and the shapes of the steps in which a scheduler serves it.
 
 The scheduler is vLLM's in outline: each step first gives every running request its next token, then spends what is left
-of `max_tokens` on prompts in the order of their arrival, in chunks.  As in vLLM-Gaudi, the requests that decode run
-as one batch and each chunk of a prompt as a batch of its own.
+of `max_tokens` on prompts in the order of their arrival, in chunks.  As in `runtime/padded_steps.py`, the requests that
+have one token run as one batch, be it the last of a prompt, and each longer chunk of a prompt as a batch of its own.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ def steps_of(requests: Sequence[Request], limits: Limits) -> Counter[Bucket]:
                 f"request {number} has {request.prompt} + {request.output} tokens; the server takes from 1 + 1 "
                 f"to {limits.max_length} in all"
             )
+        if (blocks := limits.blocks(_Running(request).length)) > limits.cache_blocks:
+            raise BucketError(f"request {number} takes {blocks} KV blocks; the cache has {limits.cache_blocks} in all")
     waiting, running = deque(sorted(requests)), list[_Running]()
     shapes: Counter[Bucket] = Counter()
     step = 0
@@ -105,19 +107,19 @@ def steps_of(requests: Sequence[Request], limits: Limits) -> Counter[Bucket]:
 def _one_step(running: Sequence[_Running], limits: Limits, shapes: Counter[Bucket]) -> None:
     decoding = [r for r in running if r.cached >= r.request.prompt]
     budget = limits.max_tokens - len(decoding)
-    prompts = [r for r in running if r.cached < r.request.prompt]
-    if decoding:
-        for r in decoding:
-            r.cached += 1
-        shapes[Bucket(len(decoding), 1, sum(limits.blocks(r.cached) for r in decoding))] += 1
-    for r in prompts:
+    single = list(decoding)  # requests with one token in this step
+    for r in running:
         chunk = min(budget, r.request.prompt - r.cached)
-        if chunk < 1:
-            return
-        # A last chunk of one token still runs as a prefill: in a bucket of two.
-        shapes[Bucket(1, max(chunk, 2), limits.blocks(r.cached))] += 1
-        r.cached += chunk
-        budget -= chunk
+        if chunk == 1:
+            single.append(r)
+        elif chunk > 1:
+            shapes[Bucket(1, chunk, limits.blocks(r.cached))] += 1
+            r.cached += chunk
+        budget -= max(chunk, 0)
+    for r in single:
+        r.cached += 1
+    if single:
+        shapes[Bucket(len(single), 1, sum(limits.blocks(r.cached) for r in single))] += 1
 
 
 def read_trace(path: Path) -> list[Request]:
