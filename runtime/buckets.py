@@ -73,9 +73,9 @@ class BucketPlan:
         """The bucket that runs a step with the least work, None if none can."""
         return min((b for b in self.buckets if b.covers(step)), key=self.work.of, default=None)
 
-    def prune(self, used: Iterable[Bucket], keep: Iterable[Bucket] = ()) -> BucketPlan:
-        """The plan without the buckets that are neither among `used` nor among `keep`."""
-        kept = {*used, *keep}
+    def prune(self, used: Iterable[Bucket]) -> BucketPlan:
+        """The plan without the buckets that are not among `used`; the largest stay: those that no other covers."""
+        kept = {*used, *(b for b in self.buckets if not any(o.covers(b) for o in self.buckets if o != b))}
         return BucketPlan(tuple(b for b in self.buckets if b in kept), self.work, self.block_size)
 
     def write(self, path: Path) -> None:
