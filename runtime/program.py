@@ -47,6 +47,7 @@ class Program:
         num_layers, num_heads, num_kv_heads, head_dim, hidden_size, vocab_size: shape of the model.
         cache_width: columns that a cached token takes in each KV head.
         max_positions, long_positions: of a sequence; see `ModelShape`.
+        buckets: what it was compiled with, None if without: each batch runs in its own shape.
         dtype: of weights, activations and KV cache.
         device: where they are, and all arguments of a call must be.
     """
@@ -64,8 +65,9 @@ class Program:
         self.max_positions, self.long_positions = model.max_positions, model.long_positions
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.device = device_of(manifest["target"]["name"])
+        self.buckets = _buckets(directory)
         self._executor: Executor | TorchExecutor = (
-            TorchExecutor(plan, self.device, _buckets(directory))
+            TorchExecutor(plan, self.device, self.buckets)
             if plan.runs_in_torch
             else Executor(plan, self.kernels(), self.device)
         )

@@ -13,8 +13,7 @@ from .errors import BucketError
 
 if TYPE_CHECKING:
     from .bucketing.padding import Padding
-    from .bucketing.trace import Limits
-    from .runtime.buckets import Bucket
+    from .runtime.buckets import Bucket, Limits
 
 console = Console(stderr=True)
 
@@ -62,7 +61,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _limits(options: argparse.Namespace) -> Limits:
-    from .bucketing.trace import Limits
+    from .runtime.buckets import Limits
 
     return Limits(
         options.max_num_seqs,

@@ -13,11 +13,11 @@ import pytest
 from tests.conftest import SEED
 from vllm_compile.bucketing.padding import padding_of
 from vllm_compile.bucketing.plan import plan_buckets
-from vllm_compile.bucketing.trace import Limits, Request, read_trace, steps_of
+from vllm_compile.bucketing.trace import Request, read_trace, steps_of
 from vllm_compile.bucketing.vllm_gaudi import exponential_buckets, exponential_range, first_cover, linear_range
 from vllm_compile.cli import main
 from vllm_compile.errors import BucketError
-from vllm_compile.runtime.buckets import Bucket, Work
+from vllm_compile.runtime.buckets import Bucket, Limits, Work
 from vllm_compile.runtime.padded_steps import Lengths, batches_of, shape_of
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from tests.bucketing.test_plan import TRACES
-from vllm_compile.bucketing.trace import Limits, Request, write_trace
+from vllm_compile.bucketing.trace import Request, write_trace
 from vllm_compile.cli import main
 from vllm_compile.errors import BucketError
-from vllm_compile.runtime.buckets import Bucket, BucketPlan, Work, read_buckets
+from vllm_compile.runtime.buckets import Bucket, BucketPlan, Limits, Work, read_buckets
 
 PLAN = BucketPlan((Bucket(1, 1, 4), Bucket(1, 64, 0), Bucket(4, 1, 16)), Work(2.5, 1.0), 128)
 

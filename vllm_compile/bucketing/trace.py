@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vllm_compile.errors import BucketError
-from vllm_compile.runtime.buckets import Bucket
+from vllm_compile.runtime.buckets import Bucket, Limits
 from vllm_compile.whole_file import write_whole
 
 
@@ -25,40 +25,6 @@ class Request(NamedTuple):
     step: int
     prompt: int
     output: int
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server is started with.
-
-    Attributes:
-        max_requests: that run at once (vLLM's max_num_seqs).
-        max_tokens: of one step (max_num_batched_tokens).
-        max_length: of a request, its output included (max_model_len).
-        block_size: tokens of a block of the KV cache.
-        cache_blocks: of the whole KV cache.
-    """
-
-    max_requests: int
-    max_tokens: int
-    max_length: int
-    block_size: int
-    cache_blocks: int
-
-    def __post_init__(self) -> None:
-        if min(self.max_requests, self.max_length, self.block_size, self.cache_blocks) < 1 or self.max_tokens < 2:
-            raise BucketError(f"limits must be 1 or more, of a step's tokens 2 or more: {self}")
-
-    def blocks(self, tokens: int) -> int:
-        """Blocks that so many tokens of one request take."""
-        return -(-tokens // self.block_size)
-
-    @property
-    def largest(self) -> tuple[Bucket, Bucket]:
-        """Buckets that any step fits into: of decodes, and of a prompt's chunk."""
-        longest = self.blocks(self.max_length)
-        decode = Bucket(self.max_requests, 1, min(self.max_requests * longest, self.cache_blocks))
-        return decode, Bucket(1, min(self.max_tokens, self.max_length), self.blocks(self.max_length - 1))
 
 
 @dataclass
