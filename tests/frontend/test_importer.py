@@ -13,7 +13,8 @@ from tests.relax_passes.harness import operators
 from vllm_compile.accuracy import relative_error
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.frontend.hf import trace
-from vllm_compile.frontend.importer import _Importer, import_model
+from vllm_compile.frontend.importer import import_model
+from vllm_compile.frontend.torch_converters import CONVERTERS
 
 
 def logits(pair, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,11 +154,11 @@ def test_a_wrong_converter_is_found(broken, reason, monkeypatch, computing):
     def convert(node, importer):
         return importer.block_builder.emit(broken(importer.env[node.args[0]]))
 
-    right = _Importer.converters
-    monkeypatch.setattr(_Importer, "converters", lambda self: right(self) | {"relu.default": convert})
-    with pytest.raises(UnsupportedError, match=rf"operator relu.default \(model.layers.0.mlp.act_fn\) .*: it {reason}"):
-        import_model(computing(torch.relu), MAX_POSITIONS)
-    monkeypatch.setattr(_Importer, "converters", right)
+    with monkeypatch.context() as patch:
+        patch.setitem(CONVERTERS, "relu.default", convert)
+        named = rf"operator relu.default \(model.layers.0.mlp.act_fn\) .*: it {reason}"
+        with pytest.raises(UnsupportedError, match=named):
+            import_model(computing(torch.relu), MAX_POSITIONS)
     import_model(computing(torch.relu), MAX_POSITIONS)
 
 
