@@ -29,6 +29,10 @@ class Target:
         """The dictionary that `tvm.target.Target` takes."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in self.tvm}
 
+    def described(self) -> dict[str, object]:
+        """What an artifact's manifest says of it."""
+        return {"name": self.name, "features": sorted(self.features), "tvm": self.tvm_config()}
+
     def has(self, feature: str) -> bool:
         return feature in self.features
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm_compile.lowering import Kernels, Lowered
+from vllm_compile.kernel_table import Kernels
+from vllm_compile.lowering import Lowered
 from vllm_compile.runtime.plan import kernel_steps
 from vllm_compile.targets import Target
 
