@@ -26,19 +26,20 @@ def upgrade() -> None:
     if op.get_bind().dialect.name == "sqlite":
         # SQLite changes a column by copying the table; only newer SQLAlchemy finds its CHECK constraints.
         before = sa.Table("records", sa.MetaData(), autoload_with=op.get_bind())
+        checks = tuple(sa.CheckConstraint(text, _named(name)) for name, text in (CHECKS | UNCHANGED).items())
         before.constraints -= {c for c in before.constraints if isinstance(c, sa.CheckConstraint)}
-        with op.batch_alter_table("records", copy_from=before, table_args=_checks(CHECKS | UNCHANGED)) as table:
+        with op.batch_alter_table("records", copy_from=before, table_args=checks) as table:
             _nullable(table)
         return
     with op.batch_alter_table("records") as table:
         _nullable(table)
-        table.drop_constraint(op.f("ck_records_compared"), type_="check")
-        for check in _checks(CHECKS):
-            table.create_check_constraint(check.name, check.sqltext)
+        table.drop_constraint(_named("compared"), type_="check")
+        for name, text in CHECKS.items():
+            table.create_check_constraint(_named(name), text)
 
 
-def _checks(texts: dict[str, str]) -> list[sa.CheckConstraint]:
-    return [sa.CheckConstraint(text, name=op.f(f"ck_records_{name}")) for name, text in texts.items()]
+def _named(check: str) -> str:
+    return op.f(f"ck_records_{check}")
 
 
 def _nullable(table: BatchOperations) -> None:
