@@ -192,16 +192,6 @@ def test_preemption(artifact, model, prompts):
         assert metric(llm, "vllm:num_preemptions") > 0
 
 
-@pytest.mark.slow
-def test_ngram_speculation(artifact, model, prompts, expected):
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    repeating = [prompts[2] * 4, prompts[3] * 3]
-    with serving(artifact, speculative_config=ngram) as llm:
-        assert greedy_by_vllm(llm, repeating) == [greedy_by_hugging_face(model, prompt) for prompt in repeating]
-        assert greedy_by_vllm(llm, prompts) == expected
-        assert metric(llm, "vllm:spec_decode_num_draft_tokens") > 0
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
