@@ -91,6 +91,16 @@ def test_more_rows_than_tokens_are_passed_over(database):
     assert choose(CALL, target, tuned=TunedKernels(database, fingerprint(target))).variants[0].record is None
 
 
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("rocm", "AMD Instinct MI300X"), ("gfx90a", "AMD Instinct MI250X"), ("gaudi2", "Intel Gaudi 2")],
+)
+def test_what_is_not_there_is_no_cpu(name, device):
+    machine = fingerprint(resolve(name))
+    assert (machine.device, machine.driver, machine.core_mhz) == (device, "", 0)
+    assert machine.cores == {"rocm": 304, "gfx90a": 110, "gaudi2": 24}[name]
+
+
 def test_a_gpu_that_is_not_there_matches_by_architecture(database):
     target = resolve("cuda")
     here = replace(fingerprint(target), driver="", device="", core_mhz=0, memory_mhz=0)

@@ -113,6 +113,15 @@ def test_what_was_measured_comes_first(task, outcome, database):
     assert (answer.record, answer.match) == (measured, Match.EXACT)
 
 
+def test_another_chip_by_name(task):
+    """Built for it, and said to be."""
+    there = resolve("gfx950")
+    one = replace(task.only(()), target=there.resolved_by, ranges=task.ranges[:1])
+    record = estimating.estimate(one.payload()).records[0]
+    assert (record.target.arch, record.target.device, record.target.cores) == ("gfx950", "AMD Instinct MI355X", 256)
+    assert record.gb_per_s == pytest.approx(record.roofline_share * there.bandwidth / 1e9)
+
+
 def test_from_the_command_line_to_the_manifest(model, tmp_path, capsys):
     url, artifact = str(tmp_path / "tuning.db"), tmp_path / "artifact"
     command = ["tune", "--model", str(model), "--target", "rocm", "--db", url, "--trials", "3", "--json"]
