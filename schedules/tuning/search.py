@@ -23,7 +23,7 @@ class Progress:
     """What is known of one task so far.
 
     Attributes:
-        state: waiting, queued, measuring, done, known (the database has all of it) or failed.
+        state: waiting, queued, running, done, known (the database has all of it) or failed.
         tried, wrong, failed: candidates that were measured or estimated; whose result was wrong; that crashed, hung,
             or do not fit the chip.
         speedups: of each range, the default's time over the best's.
@@ -63,7 +63,7 @@ def pending(
     return found
 
 
-def estimate(tasks: Sequence[Task], gb_per_s: float) -> float:
+def expected_seconds(tasks: Sequence[Task], gb_per_s: float) -> float:
     """Seconds that a search will take, roughly: building, and reading the weights at so many GB/s (or never: inf)."""
     seconds = 0.0
     for task in tasks:
@@ -74,9 +74,9 @@ def estimate(tasks: Sequence[Task], gb_per_s: float) -> float:
 
 
 def time_left(work: Sequence[Progress], gb_per_s: float, spent: float) -> float:
-    """Seconds that what is not done yet will take, by `estimate`, and by how long (`spent`) took what is done."""
-    done = estimate([p.task for p in work if p.state in ("done", "failed")], gb_per_s)
-    rest = estimate([p.task for p in work if p.state in ("waiting", "measuring")], gb_per_s)
+    """Seconds that what is not done yet will take, by `expected_seconds` and the time (`spent`) of what is done."""
+    done = expected_seconds([p.task for p in work if p.state in ("done", "failed")], gb_per_s)
+    rest = expected_seconds([p.task for p in work if p.state in ("waiting", "running")], gb_per_s)
     return rest * (spent / done if done else 1.0)
 
 
@@ -112,7 +112,7 @@ def tune(
             continue
         if over():
             return
-        progress.state = "measuring"
+        progress.state = "running"
         report(progress)
         try:
             outcome = _measured(progress, executor, over)

@@ -18,7 +18,7 @@ from vllm_compile.schedules.database.executors import Outcome, TaskCrashedError,
 from vllm_compile.schedules.database.machine import fingerprint
 from vllm_compile.schedules.database.store import select_where
 from vllm_compile.schedules.database.tasks import all_tasks
-from vllm_compile.schedules.tuning.search import Progress, estimate, pending, submit, time_left, tune
+from vllm_compile.schedules.tuning.search import Progress, expected_seconds, pending, submit, time_left, tune
 from vllm_compile.schedules.tuning.task import tasks_of
 from vllm_compile.targets import resolve
 
@@ -127,16 +127,16 @@ def test_workers_get_the_tasks(tasks, database):
     assert submit(database, pending(database, tasks, MACHINE), replace(MACHINE, tvm="newer")) == len(tasks)
 
 
-def test_an_estimate_grows_with_the_work(tasks):
-    assert estimate(tasks, 10.0) > estimate(tasks[:1], 10.0) > estimate(tasks[:1], 100.0) > 0
+def test_more_work_is_expected_to_take_longer(tasks):
+    assert expected_seconds(tasks, 10.0) > expected_seconds(tasks[:1], 10.0) > expected_seconds(tasks[:1], 100.0) > 0
 
 
 def test_time_left_follows_the_pace(tasks):
     """What took twice as long as was thought makes the rest twice as long; at the end there is none."""
     work = [Progress(task) for task in tasks]
-    assert time_left(work, 10.0, 0.0) == estimate(tasks, 10.0)
+    assert time_left(work, 10.0, 0.0) == expected_seconds(tasks, 10.0)
     work[0].state = "done"
-    spent, rest = estimate(tasks[:1], 10.0), estimate(tasks[1:], 10.0)
+    spent, rest = expected_seconds(tasks[:1], 10.0), expected_seconds(tasks[1:], 10.0)
     assert time_left(work, 10.0, spent) == pytest.approx(rest)
     assert time_left(work, 10.0, 2 * spent) == pytest.approx(2 * rest)
     for progress in work:
