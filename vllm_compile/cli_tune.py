@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 console = Console(stderr=True)
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+NAME_WIDTH = 12  # of the table's first column at least, on a narrow terminal
 TASK_SECONDS = 1800  # after which a task is taken for hung
 
 
@@ -182,24 +184,25 @@ def _chosen(tasks: Sequence[Task], only: Sequence[str]) -> list[Task]:
 
 def _table(work: Sequence[Progress], left: float | None = None) -> Table:
     """What is known of each task, and how many seconds are left; µs and rates are of the fewest tokens."""
-    table = Table(caption=None if left is None else f"about {left / 60:.1f} minutes left")
-    titles = ("candidates", "", "tried", "wrong", "failed", "best µs", "GB/s", "roofline", "gain")
-    for title in ("weight", "calls", *titles):
-        table.add_column(title, overflow="fold")
+    table = Table(
+        box=SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+        caption=None if left is None else f"about {left / 60:.1f} minutes left",
+    )
+    table.add_column("weight", overflow="fold", min_width=NAME_WIDTH)
+    for title in ("calls", "", "tried", "wrong", "failed", "µs", "GB/s", "roofline", "gain"):
+        table.add_column(title)
     for progress in work:
         task = progress.task
-        counts = (progress.tried, progress.wrong, progress.failed)
-        done = progress.state == "done"
+        best = (f"{progress.best_us:.1f}", f"{progress.gb_per_s:.0f}", f"{progress.roofline_share:.0%}")
         table.add_row(
             ", ".join(task.names),
             str(task.calls),
-            str(sum(len(r.configs) for r in task.ranges)),
             progress.state,
-            *(str(count) if count else "" for count in counts),
-            f"{progress.best_us:.1f}" if done else "",
-            f"{progress.gb_per_s:.0f}" if done else "",
-            f"{progress.roofline_share:.0%}" if done else "",
-            f"{progress.gain():.2f}x" if done else "",
+            f"{progress.tried}/{sum(len(r.configs) for r in task.ranges)}",
+            *(str(count) if count else "" for count in (progress.wrong, progress.failed)),
+            *((*best, f"{progress.gain():.2f}x") if progress.state == "done" else ()),
         )
     return table
 

@@ -148,9 +148,12 @@ def test_the_table_says_how_far_it_is(tasks):
     """Roofline and time of what is done, nothing of what is not."""
     work = [Progress(task) for task in tasks[:2]]
     work[0].state, work[0].best_us, work[0].roofline_share = "done", 12.34, 0.567
-    output = StringIO()
+    work[0].speedups = [1.5]
+    narrow, output = StringIO(), StringIO()
+    Console(file=narrow, width=80).print(_table(work, 90.0))
+    assert "1.50x" in narrow.getvalue()
     Console(file=output, width=200).print(_table(work, 90.0))
-    done, waiting = (line for line in output.getvalue().splitlines() if "│" in line)
+    done, waiting = (line for line in output.getvalue().splitlines() if "_weight" in line)
     assert "12.3" in done
     assert "57%" in done
     assert "%" not in waiting
