@@ -115,7 +115,8 @@ def _target(
     )
 
 
-# L2 is that of one accelerator die (XCD), of which gfx942 and gfx950 have eight.
+# L2 is that of one accelerator die (XCD), of which gfx942 and gfx950 have eight.  Its bytes a clock on gfx950 are taken
+# to be those of gfx942.
 ARCHS = {
     target.arch: target
     for target in (

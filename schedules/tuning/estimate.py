@@ -60,7 +60,7 @@ class _Case:
         default, *others = [(self._seconds(config, tokens), config) for config in configs]
         if default[0] == inf:
             raise RuntimeError(f"the default {configs[0]} does not fit {self._target.device}")
-        told_apart = [c for c in others if c[0] < NO_WORSE * default[0] or default[0] <= c[0] < inf]
+        told_apart = [c for c in others if c[0] < NO_WORSE * default[0] or default[0] < c[0] < inf]
         ranking = sorted([default, *told_apart], key=lambda candidate: candidate[0])
         summary = {
             "tokens": tokens,
