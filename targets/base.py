@@ -25,6 +25,11 @@ class Target:
     l1_bytes: int
     l2_bytes: int
 
+    @property
+    def resolved_by(self) -> str:
+        """The name that `resolve` gives this target for."""
+        return self.name
+
     def tvm_config(self) -> dict[str, object]:
         """The dictionary that `tvm.target.Target` takes."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in self.tvm}

@@ -157,12 +157,15 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _sentence(record: Record, state: State, source: Mapping[str, Any]) -> str:
     """What `explain` says of one kernel."""
+    from .schedules.database.record import How
+
     schedule, provenance = record.schedule.content(), record.provenance
     config = " ".join(f"{name}={value}" for name, value in sorted(schedule["config"].items()))
     day = time.strftime("%Y-%m-%d", time.gmtime(provenance.measured_at))
+    where = "for" if record.how == How.ESTIMATED else "on"
     stale = f"; stale: {', '.join(source['changed'])} changed since" if source["changed"] else ""
     return (
-        f"runs {schedule['family']} {config}, {record.how} on {record.target.device} ({provenance.host}) by "
+        f"runs {schedule['family']} {config}, {record.how} {where} {record.target.device} ({provenance.host}) by "
         f"{provenance.author} on {day} at {provenance.commit[:SHORT]}: {record.times.median:.1f} µs, "
         f"{record.gb_per_s:.0f} GB/s, {record.roofline_share:.0%} of roofline; record {record.id[:SHORT]}, {state}, "
         f"match {source['match']}{stale}"
@@ -170,13 +173,15 @@ def _sentence(record: Record, state: State, source: Mapping[str, Any]) -> str:
 
 
 def _stats(options: argparse.Namespace) -> int:
+    from .schedules.database.record import How
     from .schedules.database.store import count
     from .schedules.database.tasks import counts
 
     with opened(options, writable=False) as database:
-        answer = {"records": count(database), "tasks": counts(database)}
+        answer = {"records": count(database), "estimates": count(database, How.ESTIMATED), "tasks": counts(database)}
     for state, number in answer["records"].items():
         console.print(f"records, {state}: {number}")
+    console.print(f"estimates: {sum(answer['estimates'].values())}")
     for state, number in answer["tasks"].items():
         console.print(f"tasks, {state}: {number}")
     return _answer(options, answer)

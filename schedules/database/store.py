@@ -45,7 +45,7 @@ def insert(connection: Connection, new: Iterable[tuple[Record, State]]) -> list[
 
     rows = []
     for record, state in new:
-        check(record)
+        check(record, state)
         workload = number(workloads, record.workload.text, record.workload.key)
         machine = record.target
         target = number(targets, machine.text, machine.key, kind=machine.kind, arch=machine.arch)
@@ -68,7 +68,7 @@ def promote(database: Database, prefix: str) -> str:
     """Prefer the schedule of this record to faster ones; gives the record's id.
 
     Raises:
-        DatabaseError: no such record, or it is not verified.
+        DatabaseError: no such record, or it is not verified, as an estimate never is.
     """
     return _move(database, prefix, State.PROMOTED, from_=(State.VERIFIED,))
 
@@ -97,11 +97,11 @@ def select_where(database: Database, state: str | None = None) -> list[tuple[Rec
         return [record_of(row, database.name) for row in connection.execute(statement)]
 
 
-def count(database: Database) -> dict[str, int]:
-    """How many records are in each state."""
+def count(database: Database, how: How = How.MEASURED) -> dict[str, int]:
+    """How many measured (or estimated) records are in each state."""
     with database.reading() as connection:
-        rows = connection.execute(select(records.c.state, func.count()).group_by(records.c.state)).all()
-    found = {row[0]: int(row[1]) for row in rows}
+        counted = select(records.c.state, func.count()).where(records.c.how == how).group_by(records.c.state)
+        found = {row[0]: int(row[1]) for row in connection.execute(counted)}
     return {state.value: found.get(state, 0) for state in State}
 
 
@@ -122,8 +122,10 @@ def _move(database: Database, prefix: str, to: State, from_: tuple[State, ...]) 
         if State(row.state) not in from_:
             needed = " or ".join(from_)
             hint = f"; it takes measurements on {HOSTS} hosts to verify it" if row.state == State.CANDIDATE else ""
+            estimate = "an estimate and " if row.how == How.ESTIMATED else ""
             raise DatabaseError(
-                f"{database.name}: record {row.id[:12]} is {row.state}, only what is {needed} can be {to}{hint}"
+                f"{database.name}: record {row.id[:12]} is {estimate}{row.state}, "
+                f"only what is {needed} can be {to}{hint}"
             )
         same = and_(*(column == row._mapping[column.name] for column in GROUP))
         connection.execute(update(records).where(same).values(state=to))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import SEED
 from vllm_compile.errors import DatabaseError
-from vllm_compile.schedules.database import State, commit, open_database
+from vllm_compile.schedules.database import How, State, commit, open_database
 from vllm_compile.schedules.database.bundle import all_records, export_bundle, import_bundle, write_bundle
 from vllm_compile.schedules.database.record import STATES
 from vllm_compile.schedules.database.store import insert
@@ -27,6 +27,7 @@ POOL = [
     for c in (1, 2)
     for host in ("alpha", "beta", "gamma")
 ]
+ESTIMATE = record(how=How.ESTIMATED, verdict=None)
 CONTENTS = st.dictionaries(st.sampled_from(range(len(POOL))), st.sampled_from(STATES))
 
 
@@ -80,9 +81,20 @@ def test_retired_in_one_is_retired_in_both(tmp_path):
     assert both == {POOL[0].id: State.RETIRED, POOL[1].id: State.RETIRED, POOL[3].id: State.PROMOTED}
 
 
+@pytest.mark.parametrize("state", [State.CANDIDATE, State.VERIFIED, State.PROMOTED, State.RETIRED])
+def test_estimates_are_never_preferred(tmp_path, state):
+    """Whatever a bundle says of them."""
+    write_bundle(tmp_path / "a.bundle", [(ESTIMATE, state)])
+    if state in (State.VERIFIED, State.PROMOTED):
+        with pytest.raises(DatabaseError, match=f"it is an estimate, which cannot be {state}"):
+            merged(tmp_path / "a.db", tmp_path / "a.bundle")
+    else:
+        assert merged(tmp_path / "a.db", tmp_path / "a.bundle") == {ESTIMATE.id: state}
+
+
 @pytest.mark.parametrize("suffix", [".bundle", ".gz"])
 def test_between_homes(database, tmp_path, suffix):
-    made = random_records(SEED, 300)
+    made = [*random_records(SEED, 299), ESTIMATE]
     commit(database, made)
     export_bundle(database, tmp_path / f"a{suffix}")
     with open_database(tmp_path / "copy.db") as copy:

@@ -64,7 +64,7 @@ def test_unknown_driver_is_not_a_changed_one(database):
 
 
 def test_estimates_only_if_asked_for(database):
-    commit(database, [record(us=1, how=How.ESTIMATED)])
+    commit(database, [record(us=1, how=How.ESTIMATED, verdict=None)])
     assert best(database) is None
     assert best(database, hows=(How.MEASURED, How.ESTIMATED)) == (1, Match.EXACT, ())
     commit(database, [record(us=2)])
