@@ -194,9 +194,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def write_records(path: Path, old: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> None:
-    """Records, one a line; old ones of other calls stay."""
-    merged = {tuple(record[name] for name in KEY): record for record in (*old, *found)}
+def write_records(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
+    """Records, one a line; those of other calls stay, whoever has written them meanwhile."""
+    merged = {tuple(record[name] for name in KEY): record for record in (*read_records(path), *found)}
     lines = ",\n".join(json.dumps(merged[key]) for key in sorted(merged))
     write_whole(path, f"[\n{lines}\n]\n")
 
@@ -212,7 +212,7 @@ def main() -> None:
     plan = from_json((options.artifact / PLAN).read_text())
     if options.action == "build":
         return build(plan, options.folder, options.buckets)
-    old = read_records(options.records)
+    read_records(options.records)  # what cannot be added to is said before the search
     torch.manual_seed(0)
     calls = linear_calls(plan)
     found = {(c, least): Kernels(library(options.folder, c, least)) for c in calls for least in options.buckets}
@@ -226,7 +226,7 @@ def main() -> None:
             kernels = found[call, least]
             if names := right(call, least, kernels):
                 records.append(search(program, call, least, names, kernels.configs))
-                write_records(options.records, old, records)
+                write_records(options.records, records)
         steps = {batch: step_us(program, batch, CONTEXT) for batch in BATCHES[least]}
         print(f"from {least} tokens: steps of {steps} us", flush=True)
     return None

@@ -72,7 +72,8 @@ class Limits:
         """Buckets that any step fits into: of decodes, and of a prompt's chunk."""
         longest = self.blocks(self.max_length)
         decode = Bucket(self.max_requests, 1, min(self.max_requests * longest, self.cache_blocks))
-        return decode, Bucket(1, min(self.max_tokens, self.max_length), self.blocks(self.max_length - 1))
+        context = min(self.blocks(self.max_length - 1), self.cache_blocks)
+        return decode, Bucket(1, min(self.max_tokens, self.max_length), context)
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ class BucketPlan:
                 raise BucketError(
                     f"no bucket covers {list(largest)} (requests, tokens of each, KV blocks), which may come with "
                     f"--max-num-seqs {limits.max_requests} --max-num-batched-tokens {limits.max_tokens} "
-                    f"--max-model-len {limits.max_length}: lower them to what was planned for, or plan for these"
+                    f"--max-model-len {limits.max_length} --num-gpu-blocks-override {limits.cache_blocks}: "
+                    "lower them to what was planned for, or plan for these"
                 )
 
     def prune(self, used: Iterable[Bucket]) -> BucketPlan:

@@ -53,7 +53,8 @@ def test_records_of_an_older_form_are_one_line_before_the_search(tmp_path):
     path = tmp_path / "records.json"
     assert read_records(path) == []
     known = read_records(RECORDS)
-    write_records(path, known[:2], [known[1] | {"gain_us": -1.0}, known[2]])
+    write_records(path, known[:2])
+    write_records(path, [known[1] | {"gain_us": -1.0}, known[2]])
     assert read_records(path) == [known[0], known[1] | {"gain_us": -1.0}, known[2]]
     path.write_text(json.dumps([known[0], {name: value for name, value in known[1].items() if name != "chip"}]))
     with pytest.raises(SystemExit, match=r"records\.json: record 2 has no chip") as caught:

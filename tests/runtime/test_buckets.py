@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -33,6 +35,20 @@ def test_a_full_disk_leaves_the_old_file(write, tmp_path, monkeypatch):
     with pytest.raises(BucketError, match=r"b\.json: cannot be written \(No space left on device"):
         write(path)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("b.json", "old")]
+
+
+def test_a_pipe_is_written_to_and_a_mode_is_kept(tmp_path):
+    """What is no file, /dev/null for one, is not replaced by one."""
+    pipe, path = tmp_path / "pipe", tmp_path / "b.json"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(pipe.read_text)
+        PLAN.write(pipe)
+        assert '"buckets"' in written.result()
+    assert pipe.is_fifo()
+    path.touch(mode=0o640)
+    PLAN.write(path)
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_the_cheapest_cover():

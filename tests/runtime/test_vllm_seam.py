@@ -255,13 +255,22 @@ class TestBuckets:
         for more in ({}, {"max_num_seqs": 2}, {"num_gpu_blocks_override": 9}):
             assert configured(**more).cache_config.block_size == 32
 
+    def test_decide_how_large_the_cache_is(self, configured, monkeypatch):
+        """Where nobody else does: free memory must not decide whether a server starts."""
+        own = {"kv_cache_memory_bytes": None, "num_gpu_blocks_override": None}
+        cache = configured(**own).cache_config
+        assert cache.kv_cache_memory_bytes == 30 << 14, "blocks of 16 KB"
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        with pytest.raises(BucketError, match=r"\[4, 1, 32\].*--num-gpu-blocks-override 65536"):
+            configured(**own)
+
     @pytest.mark.parametrize(
         ("more", "words"),
         [
             ({"max_num_seqs": 5}, r"no bucket covers \[5, 1, 30\].*--max-num-seqs 5"),
             ({"max_num_batched_tokens": 128}, r"no bucket covers \[1, 128, 8\].*--max-num-batched-tokens 128"),
             ({"max_model_len": 289}, r"no bucket covers \[1, 64, 9\].*--max-model-len 289"),
-            ({"num_gpu_blocks_override": 31}, r"no bucket covers \[4, 1, 31\]"),
+            ({"num_gpu_blocks_override": 31}, r"no bucket covers \[4, 1, 31\].*--num-gpu-blocks-override 31"),
             ({"num_gpu_blocks_override": None}, r"no bucket covers \[4, 1, 32\]"),
             ({"block_size": 64}, "for KV blocks of 32 tokens, not 64"),
         ],
@@ -284,6 +293,7 @@ def test_another_chip_is_told_in_one_line(chip, memory, told, monkeypatch):
     vllm_config.tell_other_chip(SimpleNamespace(directory="artifact", manifest={"target": target}))
     assert [line.count("\n") for line in lines] == [0] * told
     assert all(f"chosen for {CHIPS[chip].name}" in line for line in lines)
+    assert all(f"--target {'h200' if chip == 'h100' else 'h100'}" in line for line in lines)
 
 
 def test_damage_is_reported_before_an_engine_starts(artifact, monkeypatch):
