@@ -1,9 +1,9 @@
 """AMD GPUs with matrix cores for bf16: MI200 (gfx90a), MI300 (gfx942), MI350 (gfx950).  Compiling needs no GPU.
 
 Sources: AMD's data sheets of Instinct MI250X, MI300X and MI355X (compute units, memory, peaks), the white papers of
-CDNA 2, 3 and 4 (caches, LDS, bytes a clock), LLVM's "User Guide for AMDGPU Backend" (registers, waves), and LLVM 22's
-scheduling model (passes of matrix instructions).  A figure is of what one HIP device is: half an MI250X, a whole MI300X
-or MI355X.
+CDNA 2, 3 and 4 (caches, LDS, bytes a clock), AMD's ROCm Compute Profiler (peak of L1), LLVM's "User Guide for AMDGPU
+Backend" (registers, waves), and LLVM 22's scheduling model (passes of matrix instructions).  A figure is of what one
+HIP device is: half an MI250X, a whole MI300X or MI355X.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REGISTERS = 512  # 32-bit vector registers that the waves of a SIMD share, per l
 REGISTER_GRANULE = 8  # registers are handed out so many at a time
 MOST_WAVES = 8  # of a SIMD
 SIMDS = 4  # of a compute unit
-L1_CLOCK_BYTES, LDS_CLOCK_BYTES = 64, 128  # that a compute unit loads through L1, and from LDS, in a clock
+LDS_CLOCK_BYTES = 128  # that a compute unit loads from LDS in a clock; of gfx950 taken to be gfx942's
 ISSUE_CLOCKS = 4  # that a SIMD of 16 lanes takes for a vector instruction of a wave
 
 
@@ -39,6 +39,7 @@ class RocmTarget(Target):
         bandwidth: peak of the device's memory, bytes a second.
         matrix_flops: dense bf16 peak, operations a second.
         clock: peak, 1/s.
+        l1_clock_bytes: that a compute unit loads through L1 in a clock.
         l2_clock_bytes: that all of L2 gives in a clock: 128 a channel.
         mfma_clocks: that V_MFMA_F32_16X16X16_BF16 occupies a SIMD's matrix core.
     """
@@ -50,6 +51,7 @@ class RocmTarget(Target):
     bandwidth: float
     matrix_flops: float
     clock: float
+    l1_clock_bytes: int
     l2_clock_bytes: int
     mfma_clocks: int
 
@@ -76,7 +78,7 @@ def _waves_of(registers: int) -> int:
 
 
 def _target(
-    device: str,
+    model: str,
     arch: str,
     compute_units: int,
     l1_bytes: int,
@@ -85,6 +87,7 @@ def _target(
     bandwidth: float,
     matrix_flops: float,
     clock: float,
+    l1_clock_bytes: int,
     l2_clock_bytes: int,
     mfma_clocks: int,
 ) -> RocmTarget:
@@ -103,13 +106,14 @@ def _target(
         vector_lanes=WAVE,
         l1_bytes=l1_bytes,
         l2_bytes=l2_bytes,
-        device=device,
+        device=f"AMD Instinct {model}",
         arch=arch,
         compute_units=compute_units,
         lds_bytes=lds_bytes,
         bandwidth=bandwidth,
         matrix_flops=matrix_flops,
         clock=clock,
+        l1_clock_bytes=l1_clock_bytes,
         l2_clock_bytes=l2_clock_bytes,
         mfma_clocks=mfma_clocks,
     )
@@ -120,15 +124,9 @@ def _target(
 ARCHS = {
     target.arch: target
     for target in (
-        _target(
-            "AMD Instinct MI250X", "gfx90a", 110, 16 << 10, 8 << 20, 64 << 10, 1.6e12, 191.5e12, 1.7e9, 32 * 128, 32
-        ),
-        _target(
-            "AMD Instinct MI300X", "gfx942", 304, 32 << 10, 4 << 20, 64 << 10, 5.3e12, 1307.4e12, 2.1e9, 128 * 128, 16
-        ),
-        _target(
-            "AMD Instinct MI355X", "gfx950", 256, 32 << 10, 4 << 20, 160 << 10, 8.0e12, 2516.6e12, 2.4e9, 128 * 128, 16
-        ),
+        _target("MI250X", "gfx90a", 110, 16 << 10, 8 << 20, 64 << 10, 1.6e12, 191.5e12, 1.7e9, 64, 32 * 128, 32),
+        _target("MI300X", "gfx942", 304, 32 << 10, 4 << 20, 64 << 10, 5.3e12, 1307.4e12, 2.1e9, 128, 128 * 128, 16),
+        _target("MI355X", "gfx950", 256, 32 << 10, 4 << 20, 160 << 10, 8.0e12, 2516.6e12, 2.4e9, 128, 128 * 128, 16),
     )
 }
 

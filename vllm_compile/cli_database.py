@@ -43,7 +43,7 @@ def add_database(commands: Any) -> None:
         action.set_defaults(run=run)
         return action
 
-    listing = add("list", _list, "records, the fastest of each workload first")
+    listing = add("list", _list, "records by workload and machine, measured before estimated, the fastest first")
     listing.add_argument("--op", help="of this operator only")
     listing.add_argument("--state", choices=("candidate", "verified", "promoted", "retired"))
     listing.add_argument("--limit", type=int, default=50, help="rows at most (default: 50)")
@@ -106,7 +106,12 @@ def _summary(record: Record, state: State) -> dict[str, Any]:
 
 
 def _list(options: argparse.Namespace) -> int:
+    from .schedules.database.record import How
     from .schedules.database.store import select_where
+
+    def order(item: tuple[Record, State]) -> tuple[str, str, bool, float]:
+        record, _ = item
+        return record.workload.text, record.target.key, record.how != How.MEASURED, record.times.median
 
     with opened(options, writable=False) as database:
         found = [
@@ -114,7 +119,7 @@ def _list(options: argparse.Namespace) -> int:
             for record, state in select_where(database, options.state)
             if options.op is None or json.loads(record.workload.text).get("op") == options.op
         ]
-    found.sort(key=lambda item: (item[0].workload.text, item[0].target.key, item[0].times.median))
+    found.sort(key=order)
     shown = found[: options.limit]
     table = Table("id", "state", "workload", "device", "µs", "GB/s", "roofline", "how", "by", "host")
     for record, state in shown:

@@ -266,7 +266,7 @@ class PagedAttention(KernelFamily):
         return config in self.space(spec, target)
 
     def footprint(self, spec: OpSpec, config: Config, tokens: int, target: RocmTarget) -> Footprint:
-        """Of so many requests that decode, each behind `CONTEXT` cached tokens."""
+        """Of so many requests that decode (tuning ranks at 4 alone), each behind `CONTEXT` cached tokens."""
         heads, head_dim, kv_heads = spec.input("q").size(1), spec.input("q").size(2), spec.input("kv").size(1)
         waves, own = config["waves"], head_dim // TILE
         turns = -(-CONTEXT // TILE // waves)

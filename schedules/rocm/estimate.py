@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from math import hypot, inf
 
-from vllm_compile.targets.rocm import ISSUE_CLOCKS, L1_CLOCK_BYTES, LDS_CLOCK_BYTES, SIMDS, RocmTarget
+from vllm_compile.targets.rocm import ISSUE_CLOCKS, LDS_CLOCK_BYTES, SIMDS, RocmTarget
 
 from .build import Resources
 from .footprint import Footprint
@@ -46,5 +46,5 @@ def _pass(footprint: Footprint, blocks: int, target: RocmTarget) -> float:
     matrix, vector = footprint.mfmas * target.mfma_clocks, footprint.instructions * ISSUE_CLOCKS
     wave = footprint.rounds * LATENCY + (matrix + vector) / target.clock
     a_simd = -(-blocks * footprint.waves // SIMDS)
-    moved = footprint.block_bytes / L1_CLOCK_BYTES + footprint.lds_bytes / LDS_CLOCK_BYTES
+    moved = footprint.block_bytes / target.l1_clock_bytes + footprint.lds_bytes / LDS_CLOCK_BYTES
     return max(wave, blocks * moved / target.clock, a_simd * max(matrix, vector) / target.clock)

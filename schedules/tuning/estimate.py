@@ -1,7 +1,8 @@
 """Ranks the candidates of a task for a chip that is not at hand: built, and timed by a model of it; nothing is run.
 
 Candidates whose machine code keeps registers in memory are left out.  All others leave a record that says `estimated`,
-but for those that would take the default's place although the model can hardly tell them apart.
+but for those that would take the default's place although the model can hardly tell them apart, and for all but the
+first of those that it cannot tell apart at all.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import platform
 import time
 from importlib.metadata import version
+from itertools import groupby
 from math import inf
 from typing import Any
 
@@ -61,7 +63,8 @@ class _Case:
         if default[0] == inf:
             raise RuntimeError(f"the default {configs[0]} does not fit {self._target.device}")
         told_apart = [c for c in others if c[0] < NO_WORSE * default[0] or default[0] < c[0] < inf]
-        ranking = sorted([default, *told_apart], key=lambda candidate: candidate[0])
+        ascending = sorted([default, *told_apart], key=lambda candidate: candidate[0])
+        ranking = [next(equal) for _, equal in groupby(ascending, key=lambda candidate: candidate[0])]
         summary = {
             "tokens": tokens,
             "tried": len(configs),

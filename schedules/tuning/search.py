@@ -53,8 +53,8 @@ def pending(
     """The tasks, less the ranges that this very machine has fresh records of; `hows` says which ones count."""
 
     def known(workload: Any) -> bool:
-        answer = lookup(database, workload, machine, hows)
-        return answer is not None and answer.match == Match.EXACT and not answer.stale
+        answers = [lookup(database, workload, machine, (how,)) for how in hows]  # a stale one hides no fresh one
+        return any(a is not None and a.match == Match.EXACT and not a.stale for a in answers)
 
     found = []
     for task in tasks:

@@ -109,10 +109,11 @@ def test_matches_reference(name, generator, tmp_path):
 
 
 MOST_UNROLLED = 8  # tiles of products in a loop's body: PoCL takes many seconds to compile the largest
+MOST_STEPS = 8  # that the model of the chip likes best: the first that is tried has them
 # op, sizes of its sample, configurations that are tried: others each run
 SPACES = {
     "linear": (LINEAR, {"tokens": 19, "K": 512, "N": 64}, 2),
-    "gate_up_silu": (GATE_UP_SILU, {"tokens": 37, "K": 512, "intermediate": 64}, 1),
+    "gate_up_silu": (GATE_UP_SILU, {"tokens": 37, "K": 512, "intermediate": 64}, 2),
     "paged_attention": (PAGED_ATTENTION, {"head_dim": 64}, 1),
 }
 
@@ -125,11 +126,10 @@ def test_what_tuning_may_choose(name, generator, tmp_path):
     spec = harness.op_spec(op, inputs, attributes)
     family = choose(spec, TARGET).family
     space = family.space(spec, TARGET)
-    others = [
-        c for c in space if c not in [v.config for v in family.variants(spec, TARGET)] and c.get("row_tiles") != 1
-    ]
+    others = [c for c in space if c not in [v.config for v in family.variants(spec, TARGET)]]
     small = [config for config in others if prod(config.values()) <= MOST_UNROLLED * config["waves"]]
-    chosen = [small[i] for i in torch.randperm(len(small), generator=generator)[:most]]
+    drawn = [small[i] for i in torch.randperm(len(small), generator=generator)]
+    chosen = sorted(drawn, key=lambda config: config.get("steps") != MOST_STEPS)[:most]
     assert all(any(family.admits(spec, c, least, TARGET) for least in (1, 17, 33)) for c in space)
     on_host = OnHost({f"k{i}": family.build(spec, c, TARGET) for i, c in enumerate(chosen)}, TARGET, tmp_path)
     expected = harness.results(op, inputs, attributes)

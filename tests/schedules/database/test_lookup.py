@@ -90,6 +90,34 @@ def test_retired_whoever_measures_it_again(database):
     assert best(database) is None
 
 
+@pytest.mark.parametrize("when", ["before", "later"])
+def test_retired_as_measured_is_not_estimated_again(database, when):
+    hows = (How.MEASURED, How.ESTIMATED)
+    other = record(us=9, config={"n": 1}, how=How.ESTIMATED, verdict=None)
+    estimates = [record(us=1, how=How.ESTIMATED, verdict=None), other]
+    if when == "before":
+        commit(database, estimates)
+    (measured,) = commit(database, [record(us=5)])
+    assert best(database, hows=hows)[0] == 5
+    retire(database, measured)
+    if when == "later":
+        commit(database, estimates)
+    assert best(database, hows=hows)[0] == 9, "the other schedule's"
+
+
+def test_a_retired_estimate_forbids_nothing(database):
+    """The model of the machine may have changed since."""
+    hows = (How.MEASURED, How.ESTIMATED)
+    estimates = [record(us=us, how=How.ESTIMATED, verdict=None) for us in (1, 2, 3)]
+    first, _ = commit(database, estimates[:2])
+    retire(database, first)
+    assert best(database, hows=hows) is None, "all that are there"
+    commit(database, estimates[2:])
+    assert best(database, hows=hows)[0] == 3
+    commit(database, [record(us=5)])
+    assert best(database, hows=hows)[0] == 5
+
+
 def test_collision_of_digests(database, monkeypatch):
     """Workloads with one SHA-256 are told apart by their texts."""
     monkeypatch.setattr(workload, "sha256", lambda text: "0" * 64)

@@ -13,6 +13,7 @@ from sqlalchemy import insert, update
 
 from vllm_compile.errors import DatabaseError
 from vllm_compile.schedules.database import How, State, Times, Verdict, commit, lookup, migrate, open_database, store
+from vllm_compile.schedules.database.bundle import all_records
 from vllm_compile.schedules.database.home import migrate_database
 from vllm_compile.schedules.database.rows import row_of
 from vllm_compile.schedules.database.schema import metadata, records
@@ -157,6 +158,11 @@ def test_migrating_keeps_what_is_there(database, url):
         DatabaseError, match=r"schema \(0001\) is older than this version's; run: vllm-compile db migrate"
     ):
         open_database(url)
+    for salvage in (False, True):
+        with pytest.raises(DatabaseError, match="is older"):
+            open_database(url, writable=salvage, salvage=salvage)
+    with open_database(url, writable=False, salvage=True) as reader:  # a damaged one cannot be migrated
+        assert [item[0].id for item in all_records(reader, salvage=True)] == [key]
     with pytest.raises(DatabaseError, match=r"(?i)not.null"):
         commit(database, [ESTIMATE])
     assert migrate_database(url) == "0002"

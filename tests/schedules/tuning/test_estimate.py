@@ -74,6 +74,7 @@ def test_every_configuration_is_ranked(task, outcome):
     [
         ([10, 9, 11, 12], [1, 0, 2, 3]),
         ([10, 9.9, 11, 10], [0, 2]),  # hardly told apart from the default
+        ([10, 9, 11, 9], [1, 0, 2]),  # not told apart at all
         ([10, inf, 12, 11], [0, 3, 2]),
         ([inf, 9, 11, 12], None),
     ],
@@ -91,7 +92,7 @@ def test_what_is_stored(task, monkeypatch, times, kept):
     assert outcome.result[0]["unfit"] == [configs[i] for i, taken in enumerate(times) if taken == inf]
 
 
-def test_what_was_measured_comes_first(task, outcome, database):
+def test_what_was_measured_comes_first(task, outcome, database, tmp_path):
     """However fast the estimate; and on another architecture there is neither."""
     best, machine = outcome.records[0], fingerprint(TARGET)
     workload = best.workload
@@ -107,6 +108,11 @@ def test_what_was_measured_comes_first(task, outcome, database):
         verdict=Verdict(0.0, 1.0, "a GPU"),
     )
     assert lookup(database, workload, machine, tuple(How)).record == best
+    with open_database(tmp_path / "stale.db") as other:  # what was measured with an older TVM hides no estimate
+        commit(other, [replace(measured, target=replace(machine, tvm="older"))])
+        assert [progress.state for progress in pending(other, [task], machine, tuple(How))] == ["waiting"]
+        commit(other, outcome.records)
+        assert [progress.state for progress in pending(other, [task], machine, tuple(How))] == ["known"]
     assert lookup(database, workload, fingerprint(resolve("gfx950")), tuple(How)) is None
     commit(database, [measured])
     answer = lookup(database, workload, machine, tuple(How))
