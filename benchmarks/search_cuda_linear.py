@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,9 +33,11 @@ from vllm_compile.runtime.plan import KernelStep, Plan, VendorCall, from_json, k
 from vllm_compile.runtime.program import Program
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import cuda
+from vllm_compile.whole_file import write_whole
 
 CONTEXT = 128  # cached tokens of each request
 BATCHES = {1: (1, 8), 9: (16,), 17: (32,), 33: (64,)}  # by least tokens of a variant: the steps that are timed
+KEY = ("chip", "op", "N", "K", "residual", "lossless", "min_tokens")  # of a record: what it is found by
 FINALISTS = 3  # are timed again, more often
 RECORDS = Path(__file__).parents[1] / "schedules/cuda/records.json"
 
@@ -175,20 +178,27 @@ def search(program: Candidates, call: LinearCall, least: int, names: Sequence[st
 
 
 def chip() -> str:
-    """Which of the target's chips this machine has, by the size of its memory."""
+    """Which of the target's chips this machine has."""
     _, total = torch.cuda.mem_get_info()
-    return min(cuda.CHIPS, key=lambda name: abs(cuda.CHIPS[name].memory_bytes - total))
+    return cuda.chip_of(total)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records in a file, none if there is no such; ends the program with one line if they are of an older form."""
+    records = json.loads(path.read_text()) if path.exists() else []
+    for number, record in enumerate(records, 1):
+        if missing := [name for name in KEY if name not in record]:
+            sys.exit(
+                f"{path}: record {number} has no {', '.join(missing)}, being of an older form: name another --records"
+            )
+    return records
 
 
 def write_records(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
-    """Records, one a line; those of other calls stay."""
-    names = ("chip", "op", "N", "K", "residual", "lossless", "min_tokens")
-    old = json.loads(path.read_text()) if path.exists() else []
-    merged = {tuple(record[name] for name in names): record for record in (*old, *found)}
+    """Records, one a line; those of other calls stay, whoever has written them meanwhile."""
+    merged = {tuple(record[name] for name in KEY): record for record in (*read_records(path), *found)}
     lines = ",\n".join(json.dumps(merged[key]) for key in sorted(merged))
-    whole = path.with_suffix(".new")
-    whole.write_text(f"[\n{lines}\n]\n")
-    whole.replace(path)
+    write_whole(path, f"[\n{lines}\n]\n")
 
 
 def main() -> None:
@@ -202,6 +212,7 @@ def main() -> None:
     plan = from_json((options.artifact / PLAN).read_text())
     if options.action == "build":
         return build(plan, options.folder, options.buckets)
+    read_records(options.records)  # what cannot be added to is said before the search
     torch.manual_seed(0)
     calls = linear_calls(plan)
     found = {(c, least): Kernels(library(options.folder, c, least)) for c in calls for least in options.buckets}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vllm_compile.errors import BucketError
+from vllm_compile.whole_file import write_whole
 
 SCHEMA = 1
 
@@ -38,6 +39,41 @@ class Bucket(NamedTuple):
         """True if a graph of this bucket can run the step: a decode in one of decodes, a prefill in one of prefills."""
         larger = self.batch >= step.batch and self.queries >= step.queries and self.blocks >= step.blocks
         return larger and self.decodes == step.decodes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server is started with.
+
+    Attributes:
+        max_requests: that run at once (vLLM's max_num_seqs).
+        max_tokens: of one step (max_num_batched_tokens).
+        max_length: of a request, its output included (max_model_len).
+        block_size: tokens of a block of the KV cache.
+        cache_blocks: of the whole KV cache.
+    """
+
+    max_requests: int
+    max_tokens: int
+    max_length: int
+    block_size: int
+    cache_blocks: int
+
+    def __post_init__(self) -> None:
+        if min(self.max_requests, self.max_length, self.block_size, self.cache_blocks) < 1 or self.max_tokens < 2:
+            raise BucketError(f"limits must be 1 or more, of a step's tokens 2 or more: {self}")
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that so many tokens of one request take."""
+        return -(-tokens // self.block_size)
+
+    @property
+    def largest(self) -> tuple[Bucket, Bucket]:
+        """Buckets that any step fits into: of decodes, and of a prompt's chunk."""
+        longest = self.blocks(self.max_length)
+        decode = Bucket(self.max_requests, 1, min(self.max_requests * longest, self.cache_blocks))
+        context = min(self.blocks(self.max_length - 1), self.cache_blocks)
+        return decode, Bucket(1, min(self.max_tokens, self.max_length), context)
 
 
 @dataclass(frozen=True)
@@ -72,9 +108,29 @@ class BucketPlan:
         """The bucket that runs a step with the least work, None if none can."""
         return min((b for b in self.buckets if b.covers(step)), key=self.work.of, default=None)
 
-    def prune(self, used: Iterable[Bucket], keep: Iterable[Bucket] = ()) -> BucketPlan:
-        """The plan without the buckets that are neither among `used` nor among `keep`."""
-        kept = {*used, *keep}
+    def check(self, limits: Limits) -> None:
+        """See that every step within a server's limits has a bucket.
+
+        Raises:
+            BucketError: one has none; or the blocks are of another size.
+        """
+        if self.block_size != limits.block_size:
+            raise BucketError(
+                f"the buckets are for KV blocks of {self.block_size} tokens, not {limits.block_size}: "
+                f"serve with --block-size {self.block_size}, or plan for others"
+            )
+        for largest in limits.largest:
+            if self.find(largest) is None:
+                raise BucketError(
+                    f"no bucket covers {list(largest)} (requests, tokens of each, KV blocks), which may come with "
+                    f"--max-num-seqs {limits.max_requests} --max-num-batched-tokens {limits.max_tokens} "
+                    f"--max-model-len {limits.max_length} --num-gpu-blocks-override {limits.cache_blocks}: "
+                    "lower them to what was planned for, or plan for these"
+                )
+
+    def prune(self, used: Iterable[Bucket]) -> BucketPlan:
+        """The plan without the buckets that are not among `used`; the largest stay: those that no other covers."""
+        kept = {*used, *(b for b in self.buckets if not any(o.covers(b) for o in self.buckets if o != b))}
         return BucketPlan(tuple(b for b in self.buckets if b in kept), self.work, self.block_size)
 
     def write(self, path: Path) -> None:
@@ -91,7 +147,7 @@ class BucketPlan:
         lines = ",\n  ".join(json.dumps(list(bucket)) for bucket in self.buckets)
         text = json.dumps(head, indent=1)[:-2] + f',\n "buckets": [\n  {lines}\n ]\n}}\n'
         try:
-            path.write_text(text)
+            write_whole(path, text)
         except OSError as error:
             raise BucketError(f"{path}: cannot be written ({error.strerror})") from error
 

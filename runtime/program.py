@@ -14,7 +14,7 @@ from vllm_compile.cache import user_cache
 from vllm_compile.errors import ArtifactError
 from vllm_compile.file_digests import FileDigests
 from vllm_compile.spec import DUMMY_STD, TensorSpec
-from vllm_compile.targets import cuda, gaudi, rocm
+from vllm_compile.targets import cuda, gaudi, resolve, rocm
 
 from . import manifest as artifact
 from . import tpc_kernels
@@ -29,10 +29,15 @@ Observer = Callable[[int, torch.Tensor], None]
 
 
 def device_of(target: str) -> torch.device:
-    """Where programs for a target run."""
-    if target in gaudi.TARGETS:
+    """Where programs for a target run, which may be named as `--target` is.
+
+    Raises:
+        TargetError: there is no such target.
+    """
+    name = resolve(target).name  # of h100: cuda
+    if name in gaudi.TARGETS:
         return tpc_kernels.device()
-    return torch.device("cuda" if target in (cuda.NAME, rocm.NAME) else "cpu")  # torch calls HIP devices so too
+    return torch.device("cuda" if name in (cuda.NAME, rocm.NAME) else "cpu")  # torch calls HIP devices so too
 
 
 class Program:
@@ -42,6 +47,7 @@ class Program:
         num_layers, num_heads, num_kv_heads, head_dim, hidden_size, vocab_size: shape of the model.
         cache_width: columns that a cached token takes in each KV head.
         max_positions, long_positions: of a sequence; see `ModelShape`.
+        buckets: what it was compiled with, None if without: each batch runs in its own shape.
         dtype: of weights, activations and KV cache.
         device: where they are, and all arguments of a call must be.
     """
@@ -59,8 +65,9 @@ class Program:
         self.max_positions, self.long_positions = model.max_positions, model.long_positions
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.device = device_of(manifest["target"]["name"])
+        self.buckets = _buckets(directory)
         self._executor: Executor | TorchExecutor = (
-            TorchExecutor(plan, self.device, _buckets(directory))
+            TorchExecutor(plan, self.device, self.buckets)
             if plan.runs_in_torch
             else Executor(plan, self.kernels(), self.device)
         )

@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
+from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_compile.errors import ArtifactError, TargetError, UnsupportedError
-from vllm_compile.targets import rocm
+from vllm_compile.targets import cuda, gaudi, rocm
 
+from .buckets import BucketPlan, Limits
 from .manifest import PLAN
 from .plan import from_json
 
 if TYPE_CHECKING:
     from .program import Program
+
+logger = init_logger("vllm.compiled_artifact")  # below vLLM's own, which says where lines go
 
 LOAD_FORMAT, DUMMY_FORMAT = "vllm_compile", "vllm_compile_dummy"
 UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -63,12 +67,16 @@ class ServingConfig(VerifyAndUpdateConfig):
         vllm_config.model_config.disable_cascade_attn = True
         compilation = vllm_config.compilation_config
         compilation.mode = CompilationMode.NONE
-        if current_platform.is_cpu():
-            compilation.cudagraph_mode = CUDAGraphMode.NONE
+        if on_cpu := current_platform.is_cpu():
             run_in_engine_process(vllm_config.parallel_config)
             size_cache(vllm_config, program)
+        if program.buckets is not None:
+            follow_buckets(vllm_config, program, program.buckets)
+        if on_cpu or program.manifest["target"]["name"] in gaudi.TARGETS:
+            compilation.cudagraph_mode = CUDAGraphMode.NONE
             return
         refuse_small_gpu(program, vllm_config.cache_config.gpu_memory_utilization)
+        tell_other_chip(program)
         if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_piecewise_cudagraphs():
             # Said aloud: vLLM 0.26 drops graphs without a word where torch compiles nothing.
             compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
@@ -153,6 +161,21 @@ def refuse_small_gpu(program: Program, utilization: float) -> None:
         )
 
 
+def tell_other_chip(program: Program) -> None:
+    """One line of vLLM's log where the kernels were chosen for another chip; they run, but others may be faster."""
+    from . import gpu
+
+    compiled = program.manifest["target"].get("chip")  # of CUDA; artifacts of earlier versions have none
+    if compiled is not None and (here := cuda.chip_of(gpu.detect().memory_bytes)) != compiled:
+        logger.warning(
+            "%s: its kernels were chosen for %s, this is %s; compiled with --target %s it may be faster",
+            program.directory,
+            cuda.CHIPS[compiled].name if compiled in cuda.CHIPS else compiled,  # one of a later version's
+            cuda.CHIPS[here].name,
+            here,
+        )
+
+
 def run_in_engine_process(parallel_config: Any) -> None:
     """Runs the one worker inside the engine's process, with a thread for each physical core.
 
@@ -191,10 +214,44 @@ def size_cache(vllm_config: Any, program: Program) -> None:
         return
     weights = sum(file.stat().st_size for file in Path(model.model).glob("*.safetensors"))
     free = max(get_memory_node_info(get_visible_memory_node()[0]).available_memory - weights, 0)
-    token = program.num_layers * program.num_kv_heads * program.cache_width * program.dtype.itemsize
+    token = cached_bytes(program)
     wanted = max(free // 32, 16384 * token)
     if model.original_max_model_len is None:
         model.original_max_model_len = -1  # vLLM's word for "as long a context as the cache can hold"
     else:
         wanted = max(wanted, (model.max_model_len + SPARE_TOKENS) * token)
     cache.kv_cache_memory_bytes = max(min(wanted, free // 2), SPARE_TOKENS * token)
+    if (buckets := program.buckets) is not None:
+        most = max(planned_blocks(buckets), 1) * buckets.block_size * token
+        cache.kv_cache_memory_bytes = min(cache.kv_cache_memory_bytes, most)
+
+
+def follow_buckets(vllm_config: Any, program: Program, buckets: BucketPlan) -> None:
+    """Serves in KV blocks of the buckets' size; BucketError where a step may come that none of them covers."""
+    from vllm.platforms import current_platform
+
+    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+    if not cache.user_specified_block_size:
+        cache.block_size, cache.user_specified_block_size = buckets.block_size, True
+    memory, block = cache.kv_cache_memory_bytes, cached_bytes(program) * cache.block_size
+    if (gigabytes := os.environ.get("VLLM_CPU_KVCACHE_SPACE")) and current_platform.is_cpu():
+        memory = int(gigabytes) << 30  # vLLM reads it later, and prefers it
+    limits = Limits(
+        scheduler.max_num_seqs,
+        scheduler.max_num_batched_tokens,
+        vllm_config.model_config.max_model_len,
+        cache.block_size,
+        # Of a cache that takes a share of memory, what was planned for has to do.
+        cache.num_gpu_blocks_override or (planned_blocks(buckets) if memory is None else max(memory // block, 1)),
+    )
+    buckets.check(limits)
+
+
+def planned_blocks(buckets: BucketPlan) -> int:
+    """Blocks of the KV cache that all decoding requests together may have."""
+    return max((bucket.blocks for bucket in buckets.buckets if bucket.decodes), default=1)
+
+
+def cached_bytes(program: Program) -> int:
+    """Bytes that a token takes in the caches of all layers."""
+    return program.num_layers * program.num_kv_heads * program.cache_width * program.dtype.itemsize

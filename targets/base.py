@@ -25,9 +25,18 @@ class Target:
     l1_bytes: int
     l2_bytes: int
 
+    @property
+    def resolved_by(self) -> str:
+        """The name that `resolve` gives this target for."""
+        return self.name
+
     def tvm_config(self) -> dict[str, object]:
         """The dictionary that `tvm.target.Target` takes."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in self.tvm}
+
+    def described(self) -> dict[str, object]:
+        """What an artifact's manifest says of it."""
+        return {"name": self.name, "features": sorted(self.features), "tvm": self.tvm_config()}
 
     def has(self, feature: str) -> bool:
         return feature in self.features

@@ -67,6 +67,9 @@ class CudaTarget(Target):
     multiprocessors: int
     shared_bytes: int
 
+    def described(self) -> dict[str, object]:
+        return super().described() | {"chip": self.chip}
+
 
 def for_chip(chip: str = DEFAULT_CHIP) -> CudaTarget:
     """A Hopper GPU, present or not: kernels for it are the same on every machine."""
@@ -82,6 +85,11 @@ def for_chip(chip: str = DEFAULT_CHIP) -> CudaTarget:
         multiprocessors=132,
         shared_bytes=227 << 10,
     )
+
+
+def chip_of(memory_bytes: int) -> str:
+    """Which of `CHIPS` a Hopper GPU is, by the memory of its card."""
+    return min(CHIPS, key=lambda name: abs(CHIPS[name].memory_bytes - memory_bytes))
 
 
 def require(capability: tuple[int, int], driver: tuple[int, int], name: str = "this GPU") -> None:

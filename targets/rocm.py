@@ -1,8 +1,9 @@
 """AMD GPUs with matrix cores for bf16: MI200 (gfx90a), MI300 (gfx942), MI350 (gfx950).  Compiling needs no GPU.
 
 Sources: AMD's data sheets of Instinct MI250X, MI300X and MI355X (compute units, memory, peaks), the white papers of
-CDNA 2, 3 and 4 (caches, LDS), and LLVM's "User Guide for AMDGPU Backend" (registers, waves).  A figure is of what
-one HIP device is: half an MI250X, a whole MI300X or MI355X.
+CDNA 2, 3 and 4 (caches, LDS, bytes a clock), AMD's ROCm Compute Profiler (peak of L1), LLVM's "User Guide for AMDGPU
+Backend" (registers, waves), and LLVM 22's scheduling model (passes of matrix instructions).  A figure is of what one
+HIP device is: half an MI250X, a whole MI300X or MI355X.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ REGISTERS = 512  # 32-bit vector registers that the waves of a SIMD share, per l
 REGISTER_GRANULE = 8  # registers are handed out so many at a time
 MOST_WAVES = 8  # of a SIMD
 SIMDS = 4  # of a compute unit
+LDS_CLOCK_BYTES = 128  # that a compute unit loads from LDS in a clock; of gfx950 taken to be gfx942's
+ISSUE_CLOCKS = 4  # that a SIMD of 16 lanes takes for a vector instruction of a wave
 
 
 @dataclass(frozen=True)
@@ -29,29 +32,64 @@ class RocmTarget(Target):
     """A GPU: a `Target` whose vector is a wave and whose caches are a compute unit's and the chip's.
 
     Attributes:
+        device: what AMD calls the chip.
         arch: machine code that LLVM makes.
         compute_units: of the whole device.
         lds_bytes: local data share (shared memory) of a compute unit.
         bandwidth: peak of the device's memory, bytes a second.
         matrix_flops: dense bf16 peak, operations a second.
+        clock: peak, 1/s.
+        l1_clock_bytes: that a compute unit loads through L1 in a clock.
+        l2_clock_bytes: that all of L2 gives in a clock: 128 a channel.
+        mfma_clocks: that V_MFMA_F32_16X16X16_BF16 occupies a SIMD's matrix core.
     """
 
+    device: str
     arch: str
     compute_units: int
     lds_bytes: int
     bandwidth: float
     matrix_flops: float
+    clock: float
+    l1_clock_bytes: int
+    l2_clock_bytes: int
+    mfma_clocks: int
+
+    @property
+    def resolved_by(self) -> str:
+        return self.arch
 
     def waves(self, registers: int, lds_bytes: int, threads: int) -> int:
         """Waves of a SIMD that are resident at once, of a kernel that needs so much a thread and a thread block."""
-        by_registers = REGISTERS // max(-(-registers // REGISTER_GRANULE) * REGISTER_GRANULE, REGISTER_GRANULE)
         block_waves = -(-threads // WAVE)
         blocks = self.lds_bytes // lds_bytes if lds_bytes else MOST_WAVES * SIMDS
-        return min(MOST_WAVES, by_registers, blocks * block_waves // SIMDS)
+        return min(_waves_of(registers), blocks * block_waves // SIMDS)
+
+    def blocks(self, registers: int, lds_bytes: int, waves: int) -> int:
+        """Thread blocks of so many waves that a compute unit holds at once."""
+        by_waves = SIMDS * _waves_of(registers) // waves
+        return min(by_waves, self.lds_bytes // lds_bytes) if lds_bytes else by_waves
+
+
+def _waves_of(registers: int) -> int:
+    """Waves that the registers of a SIMD are enough for."""
+    granules = max(-(-registers // REGISTER_GRANULE), 1)
+    return min(MOST_WAVES, REGISTERS // (granules * REGISTER_GRANULE))
 
 
 def _target(
-    arch: str, compute_units: int, l1_bytes: int, l2_bytes: int, lds_bytes: int, bandwidth: float, matrix_flops: float
+    model: str,
+    arch: str,
+    compute_units: int,
+    l1_bytes: int,
+    l2_bytes: int,
+    lds_bytes: int,
+    bandwidth: float,
+    matrix_flops: float,
+    clock: float,
+    l1_clock_bytes: int,
+    l2_clock_bytes: int,
+    mfma_clocks: int,
 ) -> RocmTarget:
     return RocmTarget(
         name=NAME,
@@ -68,21 +106,27 @@ def _target(
         vector_lanes=WAVE,
         l1_bytes=l1_bytes,
         l2_bytes=l2_bytes,
+        device=f"AMD Instinct {model}",
         arch=arch,
         compute_units=compute_units,
         lds_bytes=lds_bytes,
         bandwidth=bandwidth,
         matrix_flops=matrix_flops,
+        clock=clock,
+        l1_clock_bytes=l1_clock_bytes,
+        l2_clock_bytes=l2_clock_bytes,
+        mfma_clocks=mfma_clocks,
     )
 
 
-# L2 is that of one accelerator die (XCD), of which gfx942 and gfx950 have eight.
+# L2 is that of one accelerator die (XCD), of which gfx942 and gfx950 have eight.  Its bytes a clock on gfx950 are taken
+# to be those of gfx942.
 ARCHS = {
     target.arch: target
     for target in (
-        _target("gfx90a", 110, 16 << 10, 8 << 20, 64 << 10, 1.6e12, 191.5e12),
-        _target("gfx942", 304, 32 << 10, 4 << 20, 64 << 10, 5.3e12, 1307.4e12),
-        _target("gfx950", 256, 32 << 10, 4 << 20, 160 << 10, 8.0e12, 2516.6e12),
+        _target("MI250X", "gfx90a", 110, 16 << 10, 8 << 20, 64 << 10, 1.6e12, 191.5e12, 1.7e9, 64, 32 * 128, 32),
+        _target("MI300X", "gfx942", 304, 32 << 10, 4 << 20, 64 << 10, 5.3e12, 1307.4e12, 2.1e9, 128, 128 * 128, 16),
+        _target("MI355X", "gfx950", 256, 32 << 10, 4 << 20, 160 << 10, 8.0e12, 2516.6e12, 2.4e9, 128, 128 * 128, 16),
     )
 }
 

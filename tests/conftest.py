@@ -76,7 +76,7 @@ def trained_llama(tmp_path_factory):
     """Directory of a small Llama that has learnt some Python, in float32, with held-out text beside it."""
     directory = tmp_path_factory.mktemp("trained") / "model"
     script = Path(__file__).parents[1] / "examples" / "train_llama.py"
-    subprocess.run([sys.executable, script, "--out", directory, "--steps", "150"], check=True)
+    subprocess.run([sys.executable, script, "--out", directory, "--steps", "100"], check=True)
     return directory
 
 

@@ -88,6 +88,38 @@ def set_attribute(graph: Any, op: str, name: str, value: Any) -> None:
     node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
 
 
+def write_out_norms(graph: Any, reciprocal: bool, opset: int) -> None:
+    """SimplifiedLayerNormalization, and that of a sum, in plain operators: x times one over the root, or x over it."""
+    make, nodes = onnx.helper.make_node, []
+    numbers = {"two": np.asarray(2, np.float32), "one": np.asarray(1, np.float32), "last": np.asarray([-1])}
+    for node in graph.node:
+        if "SimplifiedLayerNormalization" not in node.op_type:
+            nodes.append(node)
+            continue
+        x, weight, y = node.input[0], node.input[-1], node.output[0]
+        if node.op_type.startswith("Skip"):
+            x = node.output[3] if len(node.output) > 3 else f"{y}/sum"
+            nodes.append(make("Add", [*node.input[:2]], [x]))
+        epsilon = next(attribute.f for attribute in node.attribute if attribute.name == "epsilon")
+        numbers[f"{y}/epsilon"] = np.asarray(epsilon, np.float32)
+        axes = (["last"], {}) if opset >= 18 else ([], {"axes": [-1]})
+        nodes += [
+            make("Pow", [x, "two"], [f"{y}/squares"]) if reciprocal else make("Mul", [x, x], [f"{y}/squares"]),
+            make("ReduceMean", [f"{y}/squares", *axes[0]], [f"{y}/mean"], **axes[1]),
+            make("Add", [f"{y}/mean", f"{y}/epsilon"], [f"{y}/variance"]),
+            make("Sqrt", [f"{y}/variance"], [f"{y}/root"]),
+            *([make("Div", ["one", f"{y}/root"], [f"{y}/reciprocal"])] if reciprocal else []),
+            make("Mul", [x, f"{y}/reciprocal"], [f"{y}/wide"])
+            if reciprocal
+            else make("Div", [x, f"{y}/root"], [f"{y}/wide"]),
+            make("Cast", [f"{y}/wide"], [f"{y}/normed"], to=onnx.TensorProto.FLOAT),
+            make("Mul", [f"{y}/normed", weight], [y]),
+        ]
+    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in numbers.items())
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def set_input(graph: Any, op: str, index: int, name: str) -> None:
     """Of the first node of that operator."""
     node = next(node for node in graph.node if node.op_type == op)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_compile.accuracy import BF16_RATIO, OUTLIERS, as_accurate, as_accurate_by_token, outliers
+from vllm_compile.accuracy import BF16_RATIO, OUTLIERS, as_accurate, as_accurate_by_token, outliers, relative_error
 
 TOKENS, VOCABULARY = 400, 50
 ROUNDING = 1e-2
@@ -49,6 +49,19 @@ def test_an_expert_of_few_tokens_is_seen_in_its_layer(exact, generator):
     assert as_accurate_by_token(ours, reference, exact, [(layer, exact)] * 2)
     wrong = rerouted(layer, OUTLIERS + 0.01)
     assert not as_accurate_by_token(rerouted(ours, OUTLIERS + 0.01), reference, exact, [(layer, exact), (wrong, exact)])
+
+
+def test_where_most_tokens_are_equal_to_the_last_bit(exact, generator):
+    """Tokens that were rounded once more are no outliers beside them, those of another expert are."""
+    rounded_once_more = exact.clone()
+    rounded_once_more[: TOKENS // 4] = exact[: TOKENS // 4].bfloat16()
+    assert outliers(rounded_once_more, exact) == 0
+    assert outliers(rerouted(exact, OUTLIERS + 0.01), exact) > OUTLIERS
+
+
+def test_nothing_beside_nothing(exact):
+    assert relative_error(torch.zeros_like(exact), torch.zeros_like(exact)) == 0
+    assert relative_error(exact, torch.zeros_like(exact)) == float("inf")
 
 
 def test_tokens_that_everyone_makes_nothing_of(exact, generator):

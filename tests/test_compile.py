@@ -205,12 +205,12 @@ print(peak() - start)
 
 @pytest.mark.slow
 def test_peak_memory(tmp_path):
-    """A model of 600 MB in shards of 50 MB: at no time is it in memory as a whole."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 25, "vocab_size": 8192}
+    """A model of 430 MB in shards of 50 MB: at no time is it in memory as a whole."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 17, "vocab_size": 8192}
     model = models.llama(SEED, dtype="bfloat16", initializer_range=0.02, **sizes | {"max_position_embeddings": 256})
     model.save_pretrained(tmp_path / "model", max_shard_size="50MB")
     shards = [path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors")]
-    assert sum(shards) > 600e6
+    assert sum(shards) > 400e6
     assert max(shards) < 60e6
 
     def run(script: str) -> list[int]:

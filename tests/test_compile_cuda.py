@@ -149,7 +149,8 @@ def test_other_gpu_or_old_driver(packed, monkeypatch, capability, driver, messag
 def test_changed_manifest(packed, tmp_path):
     copy = Path(shutil.copytree(packed.artifact, tmp_path / "artifact"))
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["target"]["name"] = "cpu"
+    assert manifest["target"]["chip"] == "h200"
+    manifest["target"]["chip"] = "h100"
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="differs"):
         read_manifest(copy)

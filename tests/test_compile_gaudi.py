@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from vllm_compile.driver import compile_model
 from vllm_compile.errors import BucketError, TargetError, UnsupportedError
 from vllm_compile.runtime.buckets import Bucket, BucketPlan, Work
 from vllm_compile.runtime.manifest import BUCKETS, LIBRARY, PLAN, TPC_SOURCES, read_manifest
+from vllm_compile.runtime.padded_steps import Lengths, batches_of, shape_of
 from vllm_compile.runtime.plan import TorchStep, from_json
 from vllm_compile.runtime.program import load
 from vllm_compile.verify import verify
@@ -121,7 +123,9 @@ def test_prefill_decode_and_both_equal_hugging_face(plan, artifact, hugging_face
     if plan is not None:  # nothing but the shapes that there are graphs of
         own = {(b.batch, b.queries, b.blocks if b.decodes else b.blocks + -(-b.queries // BLOCK)) for b in plan.buckets}
         assert shapes <= own
-        assert len(shapes) < len(plan.buckets) + 1
+        steps = [Lengths([e - b for b, e in zip(*pair, strict=True)], pair[1]) for pair in pairwise([[0] * 4, *STEPS])]
+        exact = {shape_of(batch, step, BLOCK) for step in steps for batch in batches_of(step, together=False)}
+        assert len(shapes) < len(exact), "steps of several shapes run in one graph"
 
 
 def test_buckets_in_the_artifact(model, tmp_path, hugging_face, generator):

@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_compile.errors import UnsupportedError
-from vllm_compile.lowering import Lowered, assign_slots, lower
+from vllm_compile.lowering import Lowered, lower
 from vllm_compile.relax_passes.pipeline import PIPELINE, run_passes
 from vllm_compile.runtime.plan import Argument, CallStep, KernelStep, ModelShape, Plan, from_json
 from vllm_compile.schedules.family import Variant
 from vllm_compile.schedules.layouts import Panels
 from vllm_compile.schedules.select import Choice
+from vllm_compile.slots import assign_slots
 from vllm_compile.spec import DTYPE_BYTES, OpSpec, Sym, TensorSpec
 
 SHAPE = ModelShape(2, 4, 2, 12, 48, 80, 64, "float32")

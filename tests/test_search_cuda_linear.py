@@ -1,5 +1,6 @@
 """The search over CUDA's linear kernels: what it finds in a plan, and how it changes one.  No GPU is needed."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from vllm_compile.runtime.plan import ModelShape, Plan, kernel_steps
 from vllm_compile.targets import resolve
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from search_cuda_linear import linear_calls, with_kernel
+from search_cuda_linear import RECORDS, linear_calls, read_records, with_kernel, write_records
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +47,16 @@ def test_a_vendor_takes_over(plan):
     changed = with_kernel(plan, call.spec, 9, None)
     (after,) = {step for _, step in kernel_steps(changed.functions)} - {s for _, s in kernel_steps(plan.functions)}
     assert after.large.min_tokens == 9
+
+
+def test_records_of_an_older_form_are_one_line_before_the_search(tmp_path):
+    path = tmp_path / "records.json"
+    assert read_records(path) == []
+    known = read_records(RECORDS)
+    write_records(path, known[:2])
+    write_records(path, [known[1] | {"gain_us": -1.0}, known[2]])
+    assert read_records(path) == [known[0], known[1] | {"gain_us": -1.0}, known[2]]
+    path.write_text(json.dumps([known[0], {name: value for name, value in known[1].items() if name != "chip"}]))
+    with pytest.raises(SystemExit, match=r"records\.json: record 2 has no chip") as caught:
+        read_records(path)
+    assert "\n" not in str(caught.value)

@@ -67,7 +67,7 @@ def write_manifest(
         "schema": files.SCHEMA,
         "compiler": {"vllm_compile": __version__, "tvm": version("apache-tvm")},
         "source": source,
-        "target": {"name": target.name, "features": sorted(target.features), "tvm": target.tvm_config()},
+        "target": target.described(),
         "abi": {"apache_tvm_ffi": ">=0.1.10"},
         "passes": passes,
         "kernels": kernels,

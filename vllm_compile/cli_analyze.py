@@ -14,7 +14,8 @@ from .errors import ArtifactError
 from .quantities import binary, count, duration
 
 if TYPE_CHECKING:
-    from .analysis.analyze import Analysis, StepFigures
+    from .analysis.analyze import Analysis
+    from .analysis.figures import StepFigures
 
 console = Console(stderr=True)
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from .errors import BucketError
+
 if TYPE_CHECKING:
     from .bucketing.padding import Padding
-    from .bucketing.trace import Limits
-    from .runtime.buckets import Bucket
+    from .runtime.buckets import Bucket, Limits
 
 console = Console(stderr=True)
 
@@ -45,7 +46,7 @@ def add_buckets(commands: Any) -> None:
     plan = add("plan", _plan, "write a bucket file")
     plan.add_argument("--budget", type=int, required=True, metavar="N", help="graphs to warm up at most")
     plan.add_argument("--out", type=Path, required=True, metavar="FILE")
-    prune = add("prune", _prune, "leave out the buckets that a trace does not use")
+    prune = add("prune", _prune, "leave out the buckets that a trace does not use, but for the largest")
     prune.add_argument("buckets", type=Path, metavar="FILE", help="bucket file")
     prune.add_argument("--out", type=Path, required=True, metavar="FILE")
     compare = add("compare", _compare, "a table: this planner beside vLLM-Gaudi's rules")
@@ -60,7 +61,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _limits(options: argparse.Namespace) -> Limits:
-    from .bucketing.trace import Limits
+    from .runtime.buckets import Limits
 
     return Limits(
         options.max_num_seqs,
@@ -93,10 +94,16 @@ def _prune(options: argparse.Namespace) -> int:
     from .runtime.buckets import read_buckets
 
     limits, plan = _limits(options), read_buckets(options.buckets)
+    if plan.block_size != limits.block_size:
+        raise BucketError(
+            f"{options.buckets}: for KV blocks of {plan.block_size} tokens, not {limits.block_size}: "
+            f"pass --block-size {plan.block_size}"
+        )
     padding = padding_of(plan.find, steps_of(read_trace(options.trace), limits), plan.work)
-    pruned = plan.prune(padding.used, limits.largest)
+    pruned = plan.prune(padding.used)
     pruned.write(options.out)
-    console.print(f"wrote {options.out}: {len(pruned.buckets)} of {len(plan.buckets)} buckets", soft_wrap=True)
+    made = f"{len(pruned.buckets)} of {len(plan.buckets)} buckets{_missed(padding)}"
+    console.print(f"wrote {options.out}: {made}", soft_wrap=True)
     return 0
 
 
@@ -108,24 +115,30 @@ def _compare(options: argparse.Namespace) -> int:
     from .runtime.buckets import Work
 
     limits, work = _limits(options), Work(options.token_us, options.block_us)
-    traces = {path.stem: steps_of(read_trace(path), limits) for path in (options.trace, *options.held_out)}
+    paths = [options.trace, *options.held_out]
+    traces = [steps_of(read_trace(path), limits) for path in paths]
     exponential, linear = exponential_buckets(limits), linear_buckets(limits)
     rules: list[tuple[str, int, Callable[[Bucket], Bucket | None]]] = [
         ("vLLM-Gaudi, exponential (default)", len(exponential), lambda step: first_cover(exponential, step)),
         ("vLLM-Gaudi, linear", len(linear), lambda step: first_cover(linear, step)),
     ]
     for budget in options.budget or [len(exponential) // 4, len(exponential) // 2, len(exponential)]:
-        plan = plan_buckets(traces[options.trace.stem], limits, work, budget)
+        plan = plan_buckets(traces[0], limits, work, budget)
         rules.append(("planned", len(plan.buckets), plan.find))
-    names = [options.trace.stem, *(f"{path.stem} (held out)" for path in options.held_out)]
+    stems = [path.stem for path in paths]
+    names = stems if len(set(stems)) == len(stems) else list(map(str, paths))
+    names[1:] = [f"{name} (held out)" for name in names[1:]]
     print("| buckets | graphs |", " | ".join(f"{name}: work, tokens, blocks" for name in names), "|")
     print("|---" * (2 + len(traces)) + "|")
     for name, graphs, find in rules:
-        cells = [_cell(padding_of(find, steps, work)) for steps in traces.values()]
+        cells = [_cell(padding_of(find, steps, work)) for steps in traces]
         print(f"| {name} | {graphs} |", " | ".join(cells), "|")
     return 0
 
 
 def _cell(padding: Padding) -> str:
-    missed = f"; {padding.missed} shapes without a graph" if padding.missed else ""
-    return f"{padding.work:.1%}, {padding.tokens:.1%}, {padding.blocks:.1%}{missed}"
+    return f"{padding.work:.1%}, {padding.tokens:.1%}, {padding.blocks:.1%}{_missed(padding)}"
+
+
+def _missed(padding: Padding) -> str:
+    return f"; {padding.missed} shapes without a graph" if padding.missed else ""

@@ -43,7 +43,7 @@ def add_database(commands: Any) -> None:
         action.set_defaults(run=run)
         return action
 
-    listing = add("list", _list, "records, the fastest of each workload first")
+    listing = add("list", _list, "records by workload and machine, measured before estimated, the fastest first")
     listing.add_argument("--op", help="of this operator only")
     listing.add_argument("--state", choices=("candidate", "verified", "promoted", "retired"))
     listing.add_argument("--limit", type=int, default=50, help="rows at most (default: 50)")
@@ -106,7 +106,12 @@ def _summary(record: Record, state: State) -> dict[str, Any]:
 
 
 def _list(options: argparse.Namespace) -> int:
+    from .schedules.database.record import How
     from .schedules.database.store import select_where
+
+    def order(item: tuple[Record, State]) -> tuple[str, str, bool, float]:
+        record, _ = item
+        return record.workload.text, record.target.key, record.how != How.MEASURED, record.times.median
 
     with opened(options, writable=False) as database:
         found = [
@@ -114,7 +119,7 @@ def _list(options: argparse.Namespace) -> int:
             for record, state in select_where(database, options.state)
             if options.op is None or json.loads(record.workload.text).get("op") == options.op
         ]
-    found.sort(key=lambda item: (item[0].workload.text, item[0].target.key, item[0].times.median))
+    found.sort(key=order)
     shown = found[: options.limit]
     table = Table("id", "state", "workload", "device", "µs", "GB/s", "roofline", "how", "by", "host")
     for record, state in shown:
@@ -157,12 +162,15 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _sentence(record: Record, state: State, source: Mapping[str, Any]) -> str:
     """What `explain` says of one kernel."""
+    from .schedules.database.record import How
+
     schedule, provenance = record.schedule.content(), record.provenance
     config = " ".join(f"{name}={value}" for name, value in sorted(schedule["config"].items()))
     day = time.strftime("%Y-%m-%d", time.gmtime(provenance.measured_at))
+    where = "for" if record.how == How.ESTIMATED else "on"
     stale = f"; stale: {', '.join(source['changed'])} changed since" if source["changed"] else ""
     return (
-        f"runs {schedule['family']} {config}, {record.how} on {record.target.device} ({provenance.host}) by "
+        f"runs {schedule['family']} {config}, {record.how} {where} {record.target.device} ({provenance.host}) by "
         f"{provenance.author} on {day} at {provenance.commit[:SHORT]}: {record.times.median:.1f} µs, "
         f"{record.gb_per_s:.0f} GB/s, {record.roofline_share:.0%} of roofline; record {record.id[:SHORT]}, {state}, "
         f"match {source['match']}{stale}"
@@ -170,13 +178,15 @@ def _sentence(record: Record, state: State, source: Mapping[str, Any]) -> str:
 
 
 def _stats(options: argparse.Namespace) -> int:
+    from .schedules.database.record import How
     from .schedules.database.store import count
     from .schedules.database.tasks import counts
 
     with opened(options, writable=False) as database:
-        answer = {"records": count(database), "tasks": counts(database)}
+        answer = {"records": count(database), "estimates": count(database, How.ESTIMATED), "tasks": counts(database)}
     for state, number in answer["records"].items():
         console.print(f"records, {state}: {number}")
+    console.print(f"estimates: {sum(answer['estimates'].values())}")
     for state, number in answer["tasks"].items():
         console.print(f"tasks, {state}: {number}")
     return _answer(options, answer)

@@ -7,11 +7,13 @@ import json
 import re
 import signal
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -21,20 +23,24 @@ from .errors import DatabaseError, TargetError, VllmCompileError
 
 if TYPE_CHECKING:
     from .schedules.database import Database
+    from .schedules.database.executors import Executor
     from .schedules.tuning.search import Progress
     from .schedules.tuning.task import Task
     from .targets import Target
 
 console = Console(stderr=True)
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+NAME_WIDTH = 12  # of the table's first column at least, on a narrow terminal
 TASK_SECONDS = 1800  # after which a task is taken for hung
 
 
 def add_tune(commands: Any) -> None:
     """Add `tune`."""
-    parser = commands.add_parser("tune", help="find the fastest configurations of a model's kernels on this machine")
+    parser = commands.add_parser("tune", help="find the fastest configurations of a model's kernels")
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory, or artifact")
-    parser.add_argument("--target", default="cpu", help="what to tune for (default: cpu)")
+    parser.add_argument(
+        "--target", default="cpu", help="cpu: measured here (default); rocm, gfx90a, gfx950: estimated, by a model"
+    )
     parser.add_argument("--db", metavar="URL", help="the tuning database, where records go")
     parser.add_argument(
         "--trials", type=positive, default=64, metavar="N", help="configurations of a range of tokens at most"
@@ -64,43 +70,50 @@ def seconds_of(text: str) -> float:
 
 
 def _tune(options: argparse.Namespace) -> int:
+    import torch
+
+    from .bandwidth import read_bandwidth
     from .driver import lower_model
     from .schedules.tuning.search import Progress
-    from .schedules.tuning.task import tasks_of
+    from .schedules.tuning.task import ESTIMATE, METHODS, tasks_of
     from .targets import resolve
 
     target = resolve(options.target)
-    if target.name != "cpu":
-        raise TargetError("tune searches for cpu; benchmarks/search_cuda_linear.py does for cuda")
+    if target.name not in METHODS:
+        raise TargetError("tune searches for cpu and rocm; benchmarks/search_cuda_linear.py does for cuda")
+    estimated = METHODS[target.name] == ESTIMATE
+    if estimated and options.submit:
+        raise TargetError("estimates need no machine of their own, hence no workers; leave out --submit")
     if options.db is None and not options.dry_run:
         raise DatabaseError("--db URL is needed: the records have to go somewhere (a file will do, tuning.db)")
     with tempfile.TemporaryDirectory() as scratch:
         console.print("reading the model", highlight=False)
         lowered = lower_model(_plain_model(options.model, Path(scratch)), target, options.dtype)
     tasks = _chosen(tasks_of(lowered, target, options.trials), options.only)
+    bandwidth = float("inf") if estimated else read_bandwidth(torch.device("cpu"))
     if options.db is None:
         work: Sequence[Progress] = [Progress(task) for task in tasks]
-        _say_how_long(work)
+        _say_how_long(work, bandwidth)
     else:
         with opened(options, writable=not options.dry_run) as database:
-            work = _searched(database, tasks, target, options)
+            work = _searched(database, tasks, target, bandwidth, options)
     if options.dry_run:
         console.print(_table(work))
     return _answer(options, work)
 
 
 def _searched(
-    database: Database, tasks: Sequence[Task], target: Target, options: argparse.Namespace
+    database: Database, tasks: Sequence[Task], target: Target, bandwidth: float, options: argparse.Namespace
 ) -> Sequence[Progress]:
     """What became of the tasks; Ctrl-C ends the search after the one under way, a second one at once."""
-    from .schedules.database.executors import LocalExecutor
     from .schedules.database.machine import fingerprint
-    from .schedules.tuning.measure import measure
-    from .schedules.tuning.search import KIND, pending, submit, tune
+    from .schedules.database.record import How
+    from .schedules.tuning.search import pending, submit, time_left, tune
+    from .schedules.tuning.task import ESTIMATE, METHODS
 
-    machine = fingerprint(target)
-    work = pending(database, tasks, machine)
-    _say_how_long(work)
+    machine, method = fingerprint(target), METHODS[target.name]
+    work = pending(database, tasks, machine, tuple(How) if method == ESTIMATE else (How.MEASURED,))
+    _say_how_long(work, bandwidth)
     if options.dry_run:
         return work
     if options.submit:
@@ -113,24 +126,40 @@ def _searched(
         signal.signal(signal.SIGINT, before)  # a second Ctrl-C does not wait
 
     signal.signal(signal.SIGINT, end)
-    executor = LocalExecutor({KIND: measure}, TASK_SECONDS)
+    executor, began = _executor(method), time.monotonic()
+
+    def table() -> Table:
+        return _table(work, time_left(work, bandwidth, time.monotonic() - began))
+
     try:
-        with Live(_table(work), console=console, auto_refresh=False) as live:
-            tune(database, work, executor, stop, options.budget, lambda _: live.update(_table(work), refresh=True))
+        with Live(table(), console=console, auto_refresh=False) as live:
+            tune(database, work, executor, stop, options.budget, lambda _: live.update(table(), refresh=True))
     finally:
         executor.close()
         signal.signal(signal.SIGINT, before)
     return work
 
 
-def _say_how_long(work: Sequence[Progress]) -> None:
-    import torch
+def _executor(method: str) -> Executor:
+    """A process for this kind of tasks alone: where kernels are timed there must be no TVM, which estimates need."""
+    from .schedules.database.executors import LocalExecutor
+    from .schedules.tuning.task import ESTIMATE
 
-    from .bandwidth import read_bandwidth
-    from .schedules.tuning.search import estimate
+    if method == ESTIMATE:
+        from .schedules.tuning.estimate import estimate
 
-    left = estimate([p.task for p in work if p.state == "waiting"], read_bandwidth(torch.device("cpu")))
-    console.print(f"about {left / 60:.0f} minutes to measure what is not known yet", highlight=False)
+        return LocalExecutor({method: estimate}, TASK_SECONDS)
+    from .schedules.tuning.measure import measure
+
+    return LocalExecutor({method: measure}, TASK_SECONDS)
+
+
+def _say_how_long(work: Sequence[Progress], bandwidth: float) -> None:
+    from .schedules.tuning.search import time_left
+
+    left = time_left(work, bandwidth, spent=0.0)
+    verbs = " or ".join(sorted({progress.task.method for progress in work}))
+    console.print(f"about {left / 60:.0f} minutes to {verbs} what is not known yet", highlight=False)
 
 
 def _plain_model(model: Path, scratch: Path) -> Path:
@@ -153,23 +182,27 @@ def _chosen(tasks: Sequence[Task], only: Sequence[str]) -> list[Task]:
     return chosen
 
 
-def _table(work: Sequence[Progress]) -> Table:
-    table = Table()
-    for title in ("weight", "calls", "ranges", "candidates", "", "tried", "wrong", "failed", "GB/s", "gain"):
-        table.add_column(title, overflow="fold")
+def _table(work: Sequence[Progress], left: float | None = None) -> Table:
+    """What is known of each task, and how many seconds are left; µs and rates are of the fewest tokens."""
+    table = Table(
+        box=SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+        caption=None if left is None else f"about {left / 60:.1f} minutes left",
+    )
+    table.add_column("weight", overflow="fold", min_width=NAME_WIDTH)
+    for title in ("calls", "", "tried", "wrong", "failed", "µs", "GB/s", "roofline", "gain"):
+        table.add_column(title)
     for progress in work:
         task = progress.task
-        counts = (progress.tried, progress.wrong, progress.failed)
-        done = progress.state == "done"
+        best = (f"{progress.best_us:.1f}", f"{progress.gb_per_s:.0f}", f"{progress.roofline_share:.0%}")
         table.add_row(
             ", ".join(task.names),
             str(task.calls),
-            str(len(task.ranges)),
-            str(sum(len(r.configs) for r in task.ranges)),
             progress.state,
-            *(str(count) if count else "" for count in counts),
-            f"{progress.gb_per_s:.1f}" if done else "",
-            f"{progress.gain():.2f}x" if done else "",
+            f"{progress.tried}/{sum(len(r.configs) for r in task.ranges)}",
+            *(str(count) if count else "" for count in (progress.wrong, progress.failed)),
+            *((*best, f"{progress.gain():.2f}x") if progress.state == "done" else ()),
         )
     return table
 
@@ -187,6 +220,9 @@ def _answer(options: argparse.Namespace, work: Sequence[Progress]) -> int:
                 "failed": progress.failed,
                 "reason": progress.reason,
                 "speedups": progress.speedups,
+                "best_us": progress.best_us,
+                "gb_per_s": progress.gb_per_s,
+                "roofline_share": progress.roofline_share,
             }
             for progress in work
         ]

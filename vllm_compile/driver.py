@@ -17,6 +17,7 @@ from tvm import relax, tirx
 
 from .artifact import source_digest, write_config, write_manifest
 from .cache import Cache
+from .call_specs import dimension, op_spec
 from .compilation import CompileOptions, CompileResult, remember, request_key
 from .errors import ArtifactError, DatabaseError, ModelError, TargetError, UnsupportedError
 from .file_digests import FileDigests, status_of
@@ -26,7 +27,7 @@ from .frontend.importer import import_model
 from .frontend.model import DTYPES, Model
 from .frontend.read_model import read_model
 from .kernel_cache import KernelCache
-from .lowering import Lowered, dimension, lower, op_spec
+from .lowering import Lowered, lower
 from .model_files import ModelFiles, find_files
 from .ops import op_of
 from .ops.qkv_rope_attention import attention_of
@@ -235,7 +236,8 @@ def _verification(
     if options.weightless:
         return not_run("compiled without weights")
     if source.graph is not None:
-        return not_run("made from an ONNX graph; `vllm-compile verify` takes the model that the graph was built from")
+        verifier = "`vllm-compile verify` takes the model that the graph was built from"
+        return not_run(f"made from the ONNX graph {source.graph}; {verifier}")
     try:
         check_target(machine.name, machine.features, directory)
     except TargetError as error:

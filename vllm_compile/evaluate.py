@@ -53,7 +53,7 @@ def _value(
             device = next(iter(inputs.values())).device
             return torch.full(shape, node.parameters[0], dtype=torch.float32, device=device)
         case "power":
-            return operands[0] ** node.parameters[0]
+            return operands[0].to(wide) ** node.parameters[0]
         case "cast":
             return operands[0]
         case "slice":

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import tvm
-from tvm import relax, tirx
+from tvm import relax
 
+from .call_specs import op_spec, tensor_spec
 from .errors import UnsupportedError
+from .kernel_table import Kernels, KernelTable
 from .ops import OwnOp, op_of
-from .ops.base import arguments_of, attributes_of
+from .ops.base import arguments_of
 from .relax_passes.base import Definitions
 from .relax_passes.lift_weights import WEIGHTS
 from .relax_passes.outline_layers import FORWARD, LOGITS, place
-from .runtime.plan import Argument, Buffer, CallStep, Function, KernelStep, Large, TorchStep, VendorCall
-from .schedules.family import TorchCall, Variant, Vendor
+from .runtime.plan import Argument, CallStep, Function, KernelStep, Large, TorchStep, VendorCall
+from .schedules.family import TorchCall, Vendor
 from .schedules.layouts import Layout
 from .schedules.select import Choice
-from .spec import OpSpec, Sym, TensorSpec
+from .slots import assign_slots
+from .spec import OpSpec, TensorSpec
 
 VIEWS = {"relax.reshape", "relax.expand_dims", "relax.squeeze"}
 
@@ -52,19 +54,6 @@ def stored_name(parameter: str, layout: Layout | None) -> str:
     return parameter if layout is None else f"{parameter}.{layout.name}"
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """The kernels of one call: for each variant of the family chosen, the symbol that serves it."""
-
-    spec: OpSpec
-    choice: Choice
-    symbols: tuple[str, ...]
-
-    def distinct(self) -> dict[str, Variant]:
-        """Each kernel to be built, with the first variant that it serves."""
-        return {symbol: v for v, symbol in reversed(list(zip(self.choice.variants, self.symbols, strict=True)))}
-
-
 @dataclass
 class Lowered:
     """Functions of the plan, kernels of each distinct call, and the weights of the entry points.
@@ -85,12 +74,12 @@ def lower(module: tvm.IRModule, choose: Callable[[OpSpec], Choice]) -> Lowered:
         UnsupportedError: an operator is left that no pass turned into one of ours, or for which there is no kernel;
             it is named, with its layers.
     """
-    lowered = Lowered()
+    lowered, kernels = Lowered(), KernelTable(choose)
     functions = {var.name_hint: f for var, f in module.functions_items()}
     weight_names = _weight_parameters(functions)
     weights: dict[str, list[StoredWeight]] = {}
     for name in [*sorted(set(functions) - {FORWARD, LOGITS, WEIGHTS}), FORWARD, LOGITS]:
-        lowering = _FunctionLowering(functions, weight_names, weights, lowered.kernels, choose)
+        lowering = _FunctionLowering(functions, weight_names, weights, kernels)
         try:
             lowered.functions[name] = lowering.run(name)
         except UnsupportedError as error:
@@ -101,6 +90,7 @@ def lower(module: tvm.IRModule, choose: Callable[[OpSpec], Choice]) -> Lowered:
             lowered.weights[weight.name] = weight
         else:
             lowered.restored[weight.name] = stored_name(weight.parameter, weight.restored)
+    lowered.kernels = kernels.known
     # A weight that is stored plain for another call need not be restored.
     lowered.restored = {name: source for name, source in lowered.restored.items() if name not in lowered.weights}
     return lowered
@@ -119,30 +109,6 @@ def _weight_parameters(functions: dict[str, relax.Function]) -> dict[str, set[st
     return names
 
 
-def dimension(dim: Any) -> int | Sym:
-    """A Relax dimension as plain data."""
-    return int(dim) if isinstance(dim, tirx.IntImm | int) else Sym(dim.name)
-
-
-def tensor_spec(type_: relax.TensorType) -> TensorSpec:
-    """Type of an argument as plain data; leading unit axes before the tokens are dropped."""
-    shape = tuple(dimension(dim) for dim in type_.shape.values)
-    if Sym.TOKENS in shape:
-        shape = shape[shape.index(Sym.TOKENS) :]
-    return TensorSpec(shape, str(type_.dtype), strided=Sym.BLOCKS in shape)
-
-
-def op_spec(op: OwnOp, call: relax.Call) -> OpSpec:
-    """A call of one of our operators as plain data."""
-    inputs = tuple((name, tensor_spec(arg.ty)) for name, arg in arguments_of(call).items())
-    types = call.ty.fields if isinstance(call.ty, relax.TupleType) else [call.ty]
-    written = types[: len(types) - len(op.updates)]
-    attributes = attributes_of(call)
-    outputs = tuple(tensor_spec(t) for t in written)
-    options = frozenset(name for name in op.options if name in attributes)
-    return OpSpec(op.name, inputs, outputs, tuple(sorted(attributes.items())), options)
-
-
 class _FunctionLowering:
     """Walks one function, giving every variable a buffer."""
 
@@ -151,11 +117,10 @@ class _FunctionLowering:
         functions: dict[str, relax.Function],
         weight_names: dict[str, set[str]],
         callee_weights: dict[str, list[StoredWeight]],
-        kernels: dict[OpSpec, Kernels],
-        choose: Callable[[OpSpec], Choice],
+        kernels: KernelTable,
     ) -> None:
         self._functions, self._weight_names = functions, weight_names
-        self._callee_weights, self._kernels, self._choose = callee_weights, kernels, choose
+        self._callee_weights, self._kernels = callee_weights, kernels
         self.weights: dict[str, StoredWeight] = {}
         self._names: dict[relax.Var, str] = {}
         self._tuples: dict[relax.Var, list[str]] = {}
@@ -208,7 +173,7 @@ class _FunctionLowering:
 
     def _kernel(self, var: relax.Var, call: relax.Call, op: OwnOp) -> None:
         spec = op_spec(op, call)
-        kernels = self._kernels_for(spec)
+        kernels = self._kernels.of(spec)
         arguments = []
         for (name, tensor), expr in zip(spec.inputs, call.args, strict=True):
             if isinstance(expr, relax.Var) and self._names[expr] in self._own_weights:
@@ -282,22 +247,9 @@ class _FunctionLowering:
 
     def _own_step(self, spec: OpSpec, arguments: list[Argument]) -> KernelStep:
         """A call of ours beside a vendor's."""
-        kernels = self._kernels_for(spec)
+        kernels = self._kernels.of(spec)
         variants = tuple((v.min_tokens, s) for v, s in zip(kernels.choice.variants, kernels.symbols, strict=True))
         return KernelStep(spec.op, kernels.choice.family.name, variants, tuple(arguments))
-
-    def _kernels_for(self, spec: OpSpec) -> Kernels:
-        if spec not in self._kernels:
-            choice = self._choose(spec)
-            number = sum(known.op == spec.op for known in self._kernels)
-            # Variants of one configuration are one kernel, named after the first of them.
-            first: dict[frozenset, int] = {}
-            for variant in choice.variants:
-                first.setdefault(frozenset(variant.config.items()), variant.min_tokens)
-            minimums = (first[frozenset(variant.config.items())] for variant in choice.variants)
-            symbols = tuple(f"{spec.op}_{number}_t{minimum}" for minimum in minimums)
-            self._kernels[spec] = Kernels(spec, choice, symbols)
-        return self._kernels[spec]
 
     def _weight(self, expr: relax.Var, layout: Layout | None, read_by: OpSpec, restored: Layout | None = None) -> str:
         plain = tensor_spec(expr.ty)
@@ -312,31 +264,3 @@ class _FunctionLowering:
         unique = f"{name}.{len(self._scratch)}"
         self._scratch[unique] = spec
         return unique
-
-
-def assign_slots(
-    scratch: dict[str, TensorSpec], steps: Sequence[KernelStep | TorchStep | CallStep]
-) -> tuple[Buffer, ...]:
-    """Give each scratch buffer a slot that no buffer alive at the same time holds (a linear scan)."""
-    used = [_buffers_of(step) for step in steps]
-    last = {name: index for index, names in enumerate(used) for name in names}
-    live: dict[str, int] = {}
-    buffers = []
-    for index, names in enumerate(used):
-        for name in names:
-            if name in scratch and name not in live:
-                live[name] = next(i for i in range(len(live) + 1) if i not in live.values())
-                buffers.append(Buffer(name, scratch[name], live[name]))
-        live = {name: slot for name, slot in live.items() if last[name] > index}
-    return tuple(buffers)
-
-
-def _buffers_of(step: KernelStep | TorchStep | CallStep | VendorCall) -> list[str]:
-    if isinstance(step, CallStep):
-        return list(step.arguments)
-    if isinstance(step, VendorCall):
-        return [argument.buffer for _, argument in step.arguments]
-    if isinstance(step, TorchStep):
-        return [*(argument.buffer for _, argument in step.inputs), *(result.buffer for result in step.results)]
-    large = step.large.steps if step.large is not None else ()
-    return [*(argument.buffer for argument in step.arguments), *(name for s in large for name in _buffers_of(s))]

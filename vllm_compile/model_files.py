@@ -24,6 +24,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "chat_template*",
 )
+PICKLED_WEIGHTS = "pytorch_model*.bin"  # Hugging Face's older format, which is not read
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -70,7 +71,8 @@ def find_files(model: Path) -> ModelFiles:
     A directory is ONNX's if it has no safetensors, and names a graph in genai_config.json or holds just one.
 
     Raises:
-        ModelError: genai_config.json is damaged.
+        ModelError: genai_config.json is damaged; or there is a graph beside weights in Hugging Face's older format, so
+            that either could be meant.
     """
     if model.suffix == ONNX_SUFFIX and not model.is_dir():
         return ModelFiles(model.parent, model.name)
@@ -79,6 +81,11 @@ def find_files(model: Path) -> ModelFiles:
             return ModelFiles(model, _named_graph(model))
         graphs = list(model.glob(f"*{ONNX_SUFFIX}"))
         if len(graphs) == 1:
+            if pickled := next(model.glob(PICKLED_WEIGHTS), None):
+                raise ModelError(
+                    f"{model}: {graphs[0].name} or {pickled.name}, which is to be compiled?  Name the graph to take "
+                    "that; Hugging Face's weights are read from safetensors alone"
+                )
             return ModelFiles(model, graphs[0].name)
     return ModelFiles(model)
 

@@ -92,7 +92,7 @@ def verify(
     Args:
         artifact: directory with plan.json, kernels.so and model-*.safetensors.
         model: the Hugging Face directory.
-        target: what the artifact is compiled for.
+        target: what the artifact is compiled for, as `--target` names it.
         dummy_seed: seed of the dummy weights, if it was compiled with such.
         lengths: tokens of each prompt, drawn at random from `seed`; None: those of the quick or the full form.
     """

@@ -19,6 +19,13 @@ from .vectors import CACHE_LINE, Vectors, prefetch, scratch
 NEVER = -1e30  # below every score; finite, so that a difference of two is not NaN
 
 
+def settled(value: tirx.Expr) -> tirx.Var:
+    """A variable of this value, of which TVM's simplifier knows no more: else it would reason about it at each use."""
+    register = T.alloc_buffer((1,), str(value.ty.dtype))
+    T.buffer_store(register, value, [0])
+    return T.Bind(register[0])
+
+
 def row_index(m, rows, first_row, heads: int, group: int) -> tirx.Expr:
     """Row of q [T*H, D] that is row m of an item, heads fastest; rows past the end repeat the last."""
     inside = T.min(m, rows - 1)
@@ -120,8 +127,8 @@ class PagedCache:
         """Emit `body(tile)` over the cached tokens of `request` below `limit`, from the block of token `first` on."""
         block_size = T.Cast("int32", self.kv.shape[2])
         block_stride, head_stride, token_stride = self.kv.strides[:3]
-        blocks = T.Bind(T.ceildiv(limit, block_size))
-        skipped = T.Bind(T.truncdiv(first, block_size))
+        blocks = settled(T.ceildiv(limit, block_size))
+        skipped = settled(T.truncdiv(first, block_size))
 
         def start_of(b):
             return T.Cast("int64", self.block_table[request, b]) * block_stride + T.Cast("int64", head) * head_stride
@@ -130,10 +137,10 @@ class PagedCache:
             b = T.Bind(skipped + following_block)
             block = T.Bind(start_of(b))
             next_block = T.Bind(start_of(T.min(b + 1, blocks - 1)))
-            used = T.Bind(T.min(block_size, limit - b * block_size))
+            used = settled(T.min(block_size, limit - b * block_size))
             with T.serial(0, T.ceildiv(used, self.tile)) as t:
-                count = T.Bind(T.min(used - t * self.tile, self.tile))
-                base = T.Bind(block + T.Cast("int64", t * self.tile) * token_stride)
+                count = settled(T.min(used - t * self.tile, self.tile))
+                base = settled(block + T.Cast("int64", t * self.tile) * token_stride)
                 following = T.Select((t + 1) * self.tile < used, base + self.tile * token_stride, next_block)
                 body(self._words(b * block_size + t * self.tile, count, base, T.Bind(following), spare))
 

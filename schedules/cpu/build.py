@@ -12,6 +12,7 @@ from tvm import tirx
 from vllm_compile.targets import Target
 
 from ..gcc import gcc
+from . import pipeline
 
 PARALLEL_SOURCE = Path(__file__).parent / "parallel.c"
 
@@ -28,7 +29,8 @@ def build_library(kernels: Mapping[str, tirx.PrimFunc], target: Target, path: Pa
         symbol: function.with_attr("global_symbol", symbol).with_attr("tirx.noalias", True)
         for symbol, function in sorted(kernels.items())
     }
-    built = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(target.tvm_config()))
+    machine = tvm.target.Target(target.tvm_config())
+    built = tvm.compile(tvm.IRModule(functions), target=machine, tir_pipeline=pipeline.NAME)
     with tempfile.TemporaryDirectory() as scratch:
         parallel = str(Path(scratch) / "parallel.o")
         gcc("-O2", "-fPIC", "-fopenmp", "-c", str(PARALLEL_SOURCE), "-o", parallel)

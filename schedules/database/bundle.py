@@ -2,7 +2,7 @@
 
 A bundle is text, one JSON value a line (gzip-compressed where its name ends in .gz):
 
-    {"bundle": 1}                                       format
+    {"bundle": 2}                                       format
     {"workload": TEXT}                                  numbered 0, 1, ... as they come
     {"target": TEXT}                                    likewise
     {"record": {...}, "workload": 0, "target": 0, "state": "verified"}
@@ -35,7 +35,8 @@ from .schema import records
 from .store import insert
 from .workload import Workload
 
-FORMAT = 1
+FORMAT = 2  # a record's verdict may be null
+FORMATS = (1, FORMAT)  # that are read
 BATCH = 10_000  # records of one transaction
 
 
@@ -182,9 +183,9 @@ def _records(path: Path) -> Iterator[tuple[Record, State]]:
             header = file.readline()
             digest.update(header)
             version = json.loads(header)["bundle"]
-            if version != FORMAT:
+            if version not in FORMATS:
                 raise DatabaseError(
-                    f"{path}: bundle format {version}, this version reads {FORMAT}; update vllm-compile"
+                    f"{path}: bundle format {version}, this version reads {FORMAT} at most; update vllm-compile"
                 )
             for text in file:
                 value = json.loads(text)

@@ -73,7 +73,7 @@ def open_database(url: str | Path, writable: bool = True, token: str | None = No
         url: a file's path, `sqlite:///path`, or `postgresql://user:password@host:port/name`.
         writable: False opens it so that nothing can be changed.
         token: a team's, where the database has tokens.
-        salvage: read also what is left of a torn SQLite file.
+        salvage: read also what is left of a torn SQLite file, of an older schema too if its columns are the same.
 
     Raises:
         UnreachableError: no server answers, or it does not let us in.
@@ -84,9 +84,9 @@ def open_database(url: str | Path, writable: bool = True, token: str | None = No
     engine = _engine(parsed, name, writable, salvage)
     try:
         with reported(name):
-            if parsed.drivername == "sqlite" and writable and Path(name).exists():
+            if writable:
                 _check_pages(engine, name)
-            migrate.require_current(engine, name, writable)
+            migrate.require_current(engine, name, writable, salvage)
             if parsed.drivername == "sqlite" and writable:
                 _use_wal(engine)
     except BaseException:
@@ -106,6 +106,7 @@ def migrate_database(url: str | Path) -> str:
     engine = _engine(parsed, name, writable=True)
     try:
         with reported(name):
+            _check_pages(engine, name)  # what is missing would be missing from a sound file
             return migrate.upgrade(engine, name)
     finally:
         engine.dispose()
@@ -173,7 +174,9 @@ def _use_wal(engine: Engine) -> None:
 
 
 def _check_pages(engine: Engine, name: str) -> None:
-    """Refuse a damaged file before anything is written to it."""
+    """Refuse a damaged SQLite file before anything is written to it."""
+    if engine.dialect.name != "sqlite" or not Path(name).exists():
+        return
     with engine.connect() as connection:
         answers = connection.exec_driver_sql("PRAGMA quick_check(1)").scalars().all()
     if answers != ["ok"]:

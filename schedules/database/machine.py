@@ -7,8 +7,10 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from vllm_compile.targets import Target
+from vllm_compile.targets import CHIPS, Target
 from vllm_compile.targets.cuda import CudaTarget
+from vllm_compile.targets.gaudi import GaudiTarget
+from vllm_compile.targets.rocm import RocmTarget
 
 from .fingerprint import Fingerprint
 
@@ -16,8 +18,21 @@ INTRINSICS = 1  # raise it when a tensor intrinsic changes its meaning: records 
 
 
 def fingerprint(target: Target) -> Fingerprint:
-    """This machine as `target` uses it; what cannot be found out stays unknown, and is not compared then."""
-    return _gpu(target) if isinstance(target, CudaTarget) else _cpu(target)
+    """This machine as `target` uses it; what cannot be found out stays unknown, and is not compared then.
+
+    An accelerator that is not at hand is the one that the target's facts are of.
+    """
+    if isinstance(target, CudaTarget):
+        return _gpu(target)
+    if isinstance(target, RocmTarget):
+        return _absent(target, target.arch, target.device, target.compute_units)
+    if isinstance(target, GaudiTarget):
+        return _absent(target, target.name, CHIPS[target.name][target.name].name, target.tpcs)
+    return _cpu(target)
+
+
+def _absent(target: Target, arch: str, device: str, cores: int) -> Fingerprint:
+    return Fingerprint(target.name, arch, device, cores, 0, 0, "", "", version("apache-tvm"), INTRINSICS)
 
 
 def _cpu(target: Target) -> Fingerprint:

@@ -12,11 +12,14 @@ from sqlalchemy import Connection, Engine, inspect, text
 
 from vllm_compile.errors import DatabaseError
 
+SAME_COLUMNS = {"0001"}  # older schemas whose records are read as this version's are
 LOCK = 7_043_001_377  # PostgreSQL's advisory lock of whoever migrates; any number nobody else uses
 
 
-def require_current(engine: Engine, name: str, writable: bool) -> None:
+def require_current(engine: Engine, name: str, writable: bool, salvage: bool = False) -> None:
     """Check that the database has this version's schema; make it in an empty one that may be written to.
+
+    `salvage` lets an older one pass that can be read: a damaged file is not migrated.
 
     Raises:
         DatabaseError: it has another one.
@@ -27,7 +30,7 @@ def require_current(engine: Engine, name: str, writable: bool) -> None:
         upgrade(engine, name)
     elif found is None:
         raise DatabaseError(f"{name}: no tuning database here; import a bundle or tune into it first")
-    elif found != _scripts().get_current_head():
+    elif found != _scripts().get_current_head() and not (salvage and not writable and found in SAME_COLUMNS):
         raise DatabaseError(f"{name}: its schema ({found}) is older than this version's; run: vllm-compile db migrate")
 
 

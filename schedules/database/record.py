@@ -21,7 +21,7 @@ class How(StrEnum):
     """Where the times come from; the two are never mixed."""
 
     MEASURED = "measured"
-    ESTIMATED = "estimated"
+    ESTIMATED = "estimated"  # by a model of the machine; nothing ran there
 
 
 class ScheduleKind(StrEnum):
@@ -92,7 +92,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Who measured, when (Unix seconds), on which host, at which commit of this project."""
+    """Who measured (or estimated), when (Unix seconds), on which host, at which commit of this project."""
 
     author: str
     measured_at: int
@@ -107,7 +107,7 @@ class Record:
     Attributes:
         gb_per_s: bytes that the workload must move, by the median time, in 1e9 bytes per second.
         roofline_share: of the bound for this machine, 1.0 being all of it.
-        verdict: None where nothing was compared; such a record cannot be committed.
+        verdict: None where nothing was compared; of what is measured, such a record cannot be committed.
     """
 
     workload: Workload
@@ -149,7 +149,7 @@ class Record:
             Times(**content["times"]),
             content["gb_per_s"],
             content["roofline_share"],
-            Verdict(**content["verdict"]),
+            None if content["verdict"] is None else Verdict(**content["verdict"]),
             Provenance(**content["provenance"]),
         )
 
@@ -159,14 +159,18 @@ class Record:
         return sha256(canonical([self.workload.text, self.target.text, self.content()]))
 
 
-def check(record: Record) -> None:
-    """Raise DatabaseError unless the record may be committed."""
+def check(record: Record, state: State = State.CANDIDATE) -> None:
+    """Raise DatabaseError unless the record may be committed, in this state."""
     times, verdict = record.times, record.verdict
     numbers = (times.p10, times.median, times.p90, record.gb_per_s, record.roofline_share)
     if not all(math.isfinite(number) and number > 0 for number in numbers):
         raise _refused(record, f"its times and rates must be positive numbers, not {numbers}")
     if not times.p10 <= times.median <= times.p90:
         raise _refused(record, f"its times are not in order: p10 {times.p10}, median {times.median}, p90 {times.p90}")
+    if record.how == How.ESTIMATED and state in (State.VERIFIED, State.PROMOTED):
+        raise _refused(record, f"it is an estimate, which cannot be {state}")
+    if verdict is None and record.how == How.ESTIMATED:
+        return  # a model of the machine has no output
     if verdict is None or not verdict.executed_on:
         raise _refused(record, "its output was not compared with the reference; compare it first")
     if not (math.isfinite(verdict.tolerance) and 0 <= verdict.error <= verdict.tolerance):

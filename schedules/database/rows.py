@@ -16,8 +16,7 @@ from .workload import Workload
 
 def row_of(record: Record, workload_id: int, target_id: int, state: State) -> dict[str, Any]:
     """The columns of a record that `check` lets pass."""
-    assert record.verdict is not None
-    times, provenance = record.times, record.provenance
+    times, verdict, provenance = record.times, record.verdict, record.provenance
     return {
         "id": record.id,
         "workload_id": workload_id,
@@ -31,9 +30,9 @@ def row_of(record: Record, workload_id: int, target_id: int, state: State) -> di
         "p90_us": times.p90,
         "gb_per_s": record.gb_per_s,
         "roofline_share": record.roofline_share,
-        "error": record.verdict.error,
-        "tolerance": record.verdict.tolerance,
-        "executed_on": record.verdict.executed_on,
+        "error": None if verdict is None else verdict.error,
+        "tolerance": None if verdict is None else verdict.tolerance,
+        "executed_on": None if verdict is None else verdict.executed_on,
         "author": provenance.author,
         "measured_at": provenance.measured_at,
         "host": provenance.host,
@@ -66,7 +65,7 @@ def record_of(row: Row[Any], name: str) -> tuple[Record, State]:
             Times(row.median_us, row.p10_us, row.p90_us),
             row.gb_per_s,
             row.roofline_share,
-            Verdict(row.error, row.tolerance, row.executed_on),
+            None if row.executed_on is None else Verdict(row.error, row.tolerance, row.executed_on),
             Provenance(row.author, row.measured_at, row.host, row.source_commit),
         )
         intact, state = record.id == row.id, State(row.state)

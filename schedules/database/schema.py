@@ -69,9 +69,9 @@ records = Table(
     Column("p90_us", Double, nullable=False),
     Column("gb_per_s", Double, nullable=False),
     Column("roofline_share", Double, nullable=False),
-    Column("error", Double, nullable=False),
-    Column("tolerance", Double, nullable=False),
-    Column("executed_on", Text, nullable=False),
+    Column("error", Double),
+    Column("tolerance", Double),
+    Column("executed_on", Text),
     Column("author", Text, nullable=False),
     Column("measured_at", BigInteger, nullable=False),
     Column("host", Text, nullable=False),
@@ -81,8 +81,15 @@ records = Table(
     CheckConstraint("how IN ('measured', 'estimated')", "how"),
     CheckConstraint("state IN ('candidate', 'verified', 'promoted', 'retired')", "state"),
     CheckConstraint("0 < p10_us AND p10_us <= median_us AND median_us <= p90_us", "times"),
-    CheckConstraint("0 <= error AND error <= tolerance AND tolerance < 1e300", "compared"),
+    # A CHECK lets unknown pass: what must not be NULL is said to be NOT NULL.
+    CheckConstraint(
+        "how = 'estimated' AND error IS NULL AND tolerance IS NULL AND executed_on IS NULL"
+        " OR error IS NOT NULL AND tolerance IS NOT NULL AND executed_on IS NOT NULL"
+        " AND 0 <= error AND error <= tolerance AND tolerance < 1e300",
+        "compared",
+    ),
     CheckConstraint("executed_on <> ''", "executed_on"),
+    CheckConstraint("how <> 'estimated' OR state IN ('candidate', 'retired')", "estimates"),
     # What a lookup reads: the fastest of a state, which is its first entry.
     Index("ix_records_fastest", "workload_id", "target_id", "how", "state", "median_us"),
     Index("ix_records_schedule", "workload_id", "target_id", "how", "schedule_digest"),

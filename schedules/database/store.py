@@ -1,6 +1,7 @@
 """Writing records, and moving their states: candidate -> verified -> promoted -> retired.
 
-A state belongs to a schedule (of a workload, on a machine), whoever measured it: all records of it have the same.
+A state belongs to a schedule (of a workload, on a machine), whoever measured it: all measured records of it have the
+same, and where they are retired, so are its estimates.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .rows import record_of, row_of, select_records
 from .schema import records, targets, workloads
 
 HOSTS = 2  # on so many a schedule must have been measured to be verified
+RETIRED = STATES.index(State.RETIRED)
 CHUNK = 500  # rows of one statement; SQLite has a limit on variables
 RANK = case({state.value: rank for rank, state in enumerate(STATES)}, value=records.c.state)
 GROUP = (records.c.workload_id, records.c.target_id, records.c.how, records.c.schedule_digest)
@@ -45,7 +47,7 @@ def insert(connection: Connection, new: Iterable[tuple[Record, State]]) -> list[
 
     rows = []
     for record, state in new:
-        check(record)
+        check(record, state)
         workload = number(workloads, record.workload.text, record.workload.key)
         machine = record.target
         target = number(targets, machine.text, machine.key, kind=machine.kind, arch=machine.arch)
@@ -68,13 +70,16 @@ def promote(database: Database, prefix: str) -> str:
     """Prefer the schedule of this record to faster ones; gives the record's id.
 
     Raises:
-        DatabaseError: no such record, or it is not verified.
+        DatabaseError: no such record, or it is not verified, as an estimate never is.
     """
     return _move(database, prefix, State.PROMOTED, from_=(State.VERIFIED,))
 
 
 def retire(database: Database, prefix: str) -> str:
     """Never give the schedule of this record as an answer again; gives the record's id.
+
+    A measured one takes the schedule's estimates with it, also those to come.  An estimate takes the other estimates
+    that are there: neither a measurement nor a later estimate (of a model that has changed) is forbidden by it.
 
     Raises:
         DatabaseError: no such record, or it is retired already.
@@ -97,11 +102,11 @@ def select_where(database: Database, state: str | None = None) -> list[tuple[Rec
         return [record_of(row, database.name) for row in connection.execute(statement)]
 
 
-def count(database: Database) -> dict[str, int]:
-    """How many records are in each state."""
+def count(database: Database, how: How = How.MEASURED) -> dict[str, int]:
+    """How many measured (or estimated) records are in each state."""
     with database.reading() as connection:
-        rows = connection.execute(select(records.c.state, func.count()).group_by(records.c.state)).all()
-    found = {row[0]: int(row[1]) for row in rows}
+        counted = select(records.c.state, func.count()).where(records.c.how == how).group_by(records.c.state)
+        found = {row[0]: int(row[1]) for row in connection.execute(counted)}
     return {state.value: found.get(state, 0) for state in State}
 
 
@@ -122,11 +127,14 @@ def _move(database: Database, prefix: str, to: State, from_: tuple[State, ...]) 
         if State(row.state) not in from_:
             needed = " or ".join(from_)
             hint = f"; it takes measurements on {HOSTS} hosts to verify it" if row.state == State.CANDIDATE else ""
+            estimate = "an estimate and " if row.how == How.ESTIMATED else ""
             raise DatabaseError(
-                f"{database.name}: record {row.id[:12]} is {row.state}, only what is {needed} can be {to}{hint}"
+                f"{database.name}: record {row.id[:12]} is {estimate}{row.state}, "
+                f"only what is {needed} can be {to}{hint}"
             )
         same = and_(*(column == row._mapping[column.name] for column in GROUP))
         connection.execute(update(records).where(same).values(state=to))
+        _settle(connection, {tuple(row._mapping[column.name] for column in GROUP)})
         return str(row.id)
 
 
@@ -148,8 +156,16 @@ def _set(connection: Connection, states: Sequence[tuple[str, State]]) -> None:
         connection.execute(statement, [{"key": key, "to": to} for key, to in states])
 
 
+def _schedule(row: Any) -> tuple[int, int, str]:
+    """Which schedule a row is of, measured or estimated."""
+    return row.workload_id, row.target_id, row.schedule_digest
+
+
 def _settle(connection: Connection, groups: set[tuple[Any, ...]]) -> None:
-    """Give all records of a schedule one state: the latest of theirs, and verified if measured on enough hosts."""
+    """Give all measured records of a schedule one state: the latest of theirs, and verified if on enough hosts.
+
+    An estimate keeps its own, but that it is retired where the schedule is as measured.
+    """
     hosts = func.count(distinct(records.c.host)).label("hosts")
     latest, first = func.max(RANK).label("latest"), func.min(RANK).label("first")
     workload_ids = sorted({group[0] for group in groups})
@@ -161,10 +177,13 @@ def _settle(connection: Connection, groups: set[tuple[Any, ...]]) -> None:
         statement = statement.where(records.c.workload_id.in_(workload_ids[start : start + CHUNK]))
         if digests is not None:
             statement = statement.where(records.c.schedule_digest.in_(digests))
-        for row in connection.execute(statement):
-            rank = row.latest
-            if row.how == How.MEASURED and row.hosts >= HOSTS:
-                rank = max(rank, STATES.index(State.VERIFIED))
+        found = connection.execute(statement).all()
+        retired = {_schedule(row) for row in found if row.how == How.MEASURED and row.latest == RETIRED}
+        for row in found:
+            if row.how == How.ESTIMATED:
+                rank = RETIRED if _schedule(row) in retired else row.first
+            else:
+                rank = max(row.latest, STATES.index(State.VERIFIED)) if row.hosts >= HOSTS else row.latest
             if row.first < rank:
                 changes.append(
                     {f"_{column.name}": row._mapping[column.name] for column in GROUP} | {"to": STATES[rank]}

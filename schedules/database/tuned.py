@@ -13,12 +13,14 @@ from .fingerprint import Fingerprint
 from .home import Database, open_database
 from .lookup import lookup
 from .machine import fingerprint
-from .record import ScheduleKind
+from .record import How, ScheduleKind
 from .workload import Workload
+
+HOWS = (How.MEASURED, How.ESTIMATED)
 
 
 class TunedKernels(Tuned):
-    """The best measured configurations for one machine."""
+    """The best configurations known for one machine: measured ones, or estimates where nothing was measured."""
 
     def __init__(self, database: Database, machine: Fingerprint) -> None:
         self._database = database
@@ -32,7 +34,7 @@ class TunedKernels(Tuned):
         Raises:
             DatabaseError: the database cannot be read, or the record is damaged.
         """
-        answer = lookup(self._database, workload_of(spec, layouts, tokens), self._machine)
+        answer = lookup(self._database, workload_of(spec, layouts, tokens), self._machine, HOWS)
         if answer is None or answer.record.schedule.kind != ScheduleKind.PARAMETERS:
             return None
         schedule, record = answer.record.schedule.content(), answer.record

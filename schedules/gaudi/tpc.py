@@ -140,7 +140,7 @@ class _Generator:
         if key not in block.values:
             node = self._nodes[number]
             if node.op == "mean":
-                block.values[key] = self._mean(node, where)
+                block.values[key] = self._mean(number, where)
             else:
                 block.values[key] = self._compute(node, where, block)
         return block.values[key]
@@ -228,11 +228,12 @@ class _Generator:
         wide = "(float128){" + ", ".join(halves) + "}"
         return [f"v_bf16_st_tnsr({_coordinates(where)}, {name}, v_convert_f32_to_bf16_all_b({wide}, SW_RHNE));"]
 
-    def _mean(self, node: Node, where: tuple[At, ...]) -> list[str]:
+    def _mean(self, number: int, where: tuple[At, ...]) -> list[str]:
         """A mean over a row's columns, once a row, before the loop that uses it."""
+        node = self._nodes[number]
         (operand,) = node.operands
         inside = (*where[:-1], At(0, 1, 0))
-        key = operand, inside
+        key = number, inside
         if key not in self._row.values:
             if self._nodes[operand].shape[-1] != self._width:
                 raise NoKernelError("a mean of another number of columns")
@@ -247,7 +248,8 @@ class _Generator:
             self._row.lines += [f"    {total} = {total} + ({added});", "}", f"{total} = v_f32_reduce_add({total});"]
             broadcast = f"v_f32_shuffle_b({total}, (uchar256)0x80, 0, {total})"
             self._row.lines.append(f"const float64 {mean} = {broadcast} * (float64){1 / self._width!r}f;")
-            self._row.values[key] = [mean] * self._halves
+            halves = [mean] * self._halves
+            self._row.values[key] = self._rounded(halves, self._row) if node.dtype == "bfloat16" else halves
         return self._row.values[key]
 
     def _is_zero_beyond(self, number: int) -> bool:

@@ -25,12 +25,16 @@ from vllm_compile.spec import OpSpec
 from vllm_compile.targets.rocm import WAVE, RocmTarget
 
 from ..family import Config, KernelFamily, Variant
+from .footprint import Footprint
 from .intrinsics import block_sum, from_lane, mfma, uniform
 from .norm import ALIGN, VECTOR
 
 TILE = 16  # cached tokens, and queries, of an MFMA
 MOST_HEAD_DIM = 256
 LOWEST = -3e38  # a score that is none: finite, so that differences are numbers
+WAVES = (4, 2, 1)  # of a thread block; they share the rows of a tile evenly
+CONTEXT = 1024  # cached tokens of a request where configurations are ranked, as `analyze` takes them by default
+SOFTMAX = 64  # vector instructions of a tile's scores: scale, mask, maximum, exponentials, rounding, roughly
 LANE_STEPS = (16, 32)  # between the lanes that share a query
 
 
@@ -228,6 +232,12 @@ def paged_attention(heads: int, kv_heads: int, head_dim: int, scale: float, wave
     return kernel
 
 
+def _lds_bytes(spec: OpSpec, waves: int) -> int:
+    """Of what waves leave each other: sums, the largest score and the weight of each query."""
+    heads, head_dim, kv_heads = spec.input("q").size(1), spec.input("q").size(2), spec.input("kv").size(1)
+    return 4 * waves * (head_dim * heads // kv_heads + 2 * TILE)
+
+
 @dataclass(frozen=True)
 class PagedAttention(KernelFamily):
     """`paged_attention` in bf16, up to 16 query heads a KV head, head sizes 64, 128 and 256.
@@ -248,6 +258,29 @@ class PagedAttention(KernelFamily):
     def variants(self, spec: OpSpec, target: RocmTarget) -> Sequence[Variant]:
         """As many waves as there is LDS for what they leave there: 32 KiB at most."""
         return (Variant(1, {"waves": 4 if spec.input("q").size(2) <= 128 else 2}),)
+
+    def space(self, spec: OpSpec, target: RocmTarget) -> Sequence[Config]:
+        return [{"waves": waves} for waves in WAVES if _lds_bytes(spec, waves) <= target.lds_bytes]
+
+    def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: RocmTarget) -> bool:
+        return config in self.space(spec, target)
+
+    def footprint(self, spec: OpSpec, config: Config, tokens: int, target: RocmTarget) -> Footprint:
+        """Of so many requests that decode (tuning ranks at 4 alone), each behind `CONTEXT` cached tokens."""
+        heads, head_dim, kv_heads = spec.input("q").size(1), spec.input("q").size(2), spec.input("kv").size(1)
+        waves, own = config["waves"], head_dim // TILE
+        turns = -(-CONTEXT // TILE // waves)
+        cached, queries = CONTEXT * 4 * head_dim, 4 * heads // kv_heads * head_dim  # bytes; queries and results
+        return Footprint(
+            bytes=tokens * kv_heads * (cached + queries),
+            blocks=tokens * kv_heads,
+            waves=waves,
+            rounds=2 * turns + 2,  # of a turn: the block table, then K and V; before them the request, and its length
+            block_bytes=cached + queries,
+            mfmas=turns * 2 * own,  # D / 16 instructions for scores, as many for sums
+            instructions=turns * (4 * own + SOFTMAX + 2 * own),  # sums rescaled, softmax, loads
+            lds_bytes=2 * _lds_bytes(spec, waves),
+        )
 
     def build(self, spec: OpSpec, config: Config, target: RocmTarget) -> tirx.PrimFunc:
         q, kv_heads = spec.input("q"), spec.input("kv").size(1)

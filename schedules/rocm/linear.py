@@ -12,6 +12,7 @@ from vllm_compile.targets.rocm import RocmTarget
 
 from ..family import Config, KernelFamily, Variant, Vendor
 from . import matmul
+from .footprint import Footprint
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,15 @@ class Linear(KernelFamily):
 
     def variants(self, spec: OpSpec, target: RocmTarget) -> Sequence[Variant]:
         return matmul.variants(spec, target, gated=False)
+
+    def space(self, spec: OpSpec, target: RocmTarget) -> Sequence[Config]:
+        return matmul.space(spec, target, gated=False)
+
+    def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: RocmTarget) -> bool:
+        return matmul.admits(spec, config, min_tokens, target, gated=False)
+
+    def footprint(self, spec: OpSpec, config: Config, tokens: int, target: RocmTarget) -> Footprint:
+        return matmul.footprint(spec, config, tokens, gated=False)
 
     def vendor(self, spec: OpSpec, target: RocmTarget) -> Vendor:
         return Vendor("linear", matmul.VENDOR_TOKENS)
@@ -46,6 +56,15 @@ class GateUpSilu(KernelFamily):
 
     def variants(self, spec: OpSpec, target: RocmTarget) -> Sequence[Variant]:
         return matmul.variants(spec, target, gated=True)
+
+    def space(self, spec: OpSpec, target: RocmTarget) -> Sequence[Config]:
+        return matmul.space(spec, target, gated=True)
+
+    def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: RocmTarget) -> bool:
+        return matmul.admits(spec, config, min_tokens, target, gated=True)
+
+    def footprint(self, spec: OpSpec, config: Config, tokens: int, target: RocmTarget) -> Footprint:
+        return matmul.footprint(spec, config, tokens, gated=True)
 
     def vendor(self, spec: OpSpec, target: RocmTarget) -> Vendor:
         both = TensorSpec((Sym.TOKENS, spec.input("weight").size(0)), "bfloat16")

@@ -14,6 +14,7 @@ microsecond of latency is 17 KiB under way.  A wave's four steps are 8 KiB of we
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from tvm import tirx
@@ -28,6 +29,7 @@ from ..arguments import bind_arguments
 from ..family import Config, Variant
 from ..rounding import rounded
 from .elementwise import silu
+from .footprint import Footprint
 from .intrinsics import mfma, schedule_barrier, uniform
 from .norm import ALIGN, VECTOR
 
@@ -37,6 +39,7 @@ WAVES = (4, 3, 2, 1)  # of a thread block: as many as share the blocks of a row 
 OWN = BLOCK // 4  # of a lane, of each row or token of its
 STEPS = (4, 2, 1)  # blocks whose loads are under way together
 REGISTERS = 96  # that the loads of those blocks may take
+ROW_TILES, ALL_STEPS, ALL_REGISTERS = (1, 2, 4), (8, *STEPS), 256  # what tuning may try
 BUCKETS = {1: 16, 17: 32, 33: 64}  # least and most tokens of a variant
 VENDOR_TOKENS = 65  # beyond, hipBLASLt's tiles are worth their larger blocks
 
@@ -62,6 +65,51 @@ def variants(spec: OpSpec, target: RocmTarget, gated: bool) -> Sequence[Variant]
         steps = next(s for s in STEPS if K // BLOCK % (waves * s) == 0 and (s * loaded <= REGISTERS or s == 1))
         found.append(Variant(least, {"row_tiles": rows, "token_tiles": tokens, "waves": waves, "steps": steps}))
     return found
+
+
+def space(spec: OpSpec, target: RocmTarget, gated: bool) -> Sequence[Config]:
+    """All that fits LDS and, by arithmetic, registers; which of them spill their machine code tells."""
+    N, K = spec.input("weight").size(0), spec.input("weight").size(1)
+    halves = 2 if gated else 1
+    found = []
+    for rows, most, waves, steps in product(ROW_TILES, BUCKETS.values(), WAVES, ALL_STEPS):
+        tokens = most // TILE
+        whole = N // TILE // halves % rows == 0 and K // BLOCK % (waves * steps) == 0
+        loaded = steps * (rows * halves + tokens) * OWN // 2
+        if whole and loaded <= ALL_REGISTERS and _lds_bytes(rows * halves * tokens, waves) <= target.lds_bytes:
+            found.append({"row_tiles": rows, "token_tiles": tokens, "waves": waves, "steps": steps})
+    return found
+
+
+def admits(spec: OpSpec, config: Config, min_tokens: int, target: RocmTarget, gated: bool) -> bool:
+    """True for what `space` lists for the tiles of tokens of that range."""
+    fits = min_tokens in BUCKETS and config.get("token_tiles") == BUCKETS[min_tokens] // TILE
+    return fits and config in space(spec, target, gated)
+
+
+def footprint(spec: OpSpec, config: Config, tokens: int, gated: bool) -> Footprint:
+    """Tokens that a tile lacks are read as its last: they cost what they would if they were there."""
+    N, K = spec.input("weight").size(0), spec.input("weight").size(1)
+    rows, token_tiles, waves, steps = (config[n] for n in ("row_tiles", "token_tiles", "waves", "steps"))
+    tiles = 2 * rows if gated else rows
+    columns = K // BLOCK // waves  # blocks of them that a wave takes
+    loads = columns * (tiles + token_tiles) * OWN // VECTOR
+    written = rows * token_tiles * TILE * TILE * 2
+    return Footprint(
+        bytes=sum(tensor.nbytes(tokens) for tensor in (*dict(spec.inputs).values(), *spec.outputs)),
+        blocks=N // TILE // tiles * -(-tokens // (TILE * token_tiles)),
+        waves=waves,
+        rounds=columns // steps,
+        block_bytes=(tiles + token_tiles) * TILE * K * 2 + written,
+        mfmas=columns * tiles * token_tiles * OWN // 4,
+        instructions=2 * loads,  # and as many addresses
+        lds_bytes=2 * _lds_bytes(tiles * token_tiles, waves),
+    )
+
+
+def _lds_bytes(sums: int, waves: int) -> int:
+    """Of the waves' sums, tiles of float32; what is one wave's only sum stays in registers."""
+    return waves * sums * TILE * TILE * 4 if waves * sums > 1 else 0
 
 
 def matmul(spec: OpSpec, config: Config, gated: bool) -> tirx.PrimFunc:

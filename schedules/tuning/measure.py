@@ -112,7 +112,7 @@ class _Case:
             rate / 1e9,
             rate / self._bandwidth,
             Verdict(error, 1.0, platform.processor() or platform.machine()),
-            Provenance(_author(), int(time.time()), platform.node(), version("vllm-compile")),
+            Provenance(author(), int(time.time()), platform.node(), version("vllm-compile")),
         )
 
     def _copy(self) -> list[torch.Tensor]:
@@ -161,7 +161,7 @@ class _Case:
         return times
 
 
-def _author() -> str:
+def author() -> str:
     """Who measures: the user's name, or number where it has none."""
     try:
         return getpass.getuser()

@@ -9,14 +9,13 @@ from math import exp, log
 from threading import Event
 from typing import Any
 
-from ..database import Database, Fingerprint, Match, commit, lookup
+from ..database import Database, Fingerprint, How, Match, commit, lookup
 from ..database.executors import Executor, Outcome, TaskCrashedError, TaskFailedError
 from ..database.tasks import Lease
 from ..database.tasks import submit as queue
-from .task import Task
+from .task import MEASURE, Task
 
-KIND = "measure"
-BUILD_SECONDS, CALLS = 0.3, 10  # of a candidate: to build it, and how often it is called, for an estimate
+BUILD_SECONDS, CALLS = 0.3, 10  # of a candidate: to build it, and how often it is called, roughly
 
 
 @dataclass
@@ -24,9 +23,11 @@ class Progress:
     """What is known of one task so far.
 
     Attributes:
-        state: waiting, queued, measuring, done, known (the database has all of it) or failed.
-        tried, wrong, failed: candidates that were measured; whose result was wrong; that crashed or hung.
+        state: waiting, queued, running, done, known (the database has all of it) or failed.
+        tried, wrong, failed: candidates that were measured or estimated; whose result was wrong; that crashed, hung,
+            or do not fit the chip.
         speedups: of each range, the default's time over the best's.
+        best_us, gb_per_s, roofline_share: of the best configuration for the fewest tokens.
         reason: why it failed.
     """
 
@@ -36,7 +37,9 @@ class Progress:
     wrong: int = 0
     failed: int = 0
     speedups: list[float] = field(default_factory=list)
+    best_us: float = 0.0
     gb_per_s: float = 0.0
+    roofline_share: float = 0.0
     reason: str = ""
 
     def gain(self) -> float:
@@ -44,12 +47,14 @@ class Progress:
         return exp(sum(map(log, self.speedups)) / len(self.speedups)) if self.speedups else 1.0
 
 
-def pending(database: Database, tasks: Sequence[Task], machine: Fingerprint) -> list[Progress]:
-    """The tasks, less the ranges that this very machine has fresh records of."""
+def pending(
+    database: Database, tasks: Sequence[Task], machine: Fingerprint, hows: Sequence[How] = (How.MEASURED,)
+) -> list[Progress]:
+    """The tasks, less the ranges that this very machine has fresh records of; `hows` says which ones count."""
 
     def known(workload: Any) -> bool:
-        answer = lookup(database, workload, machine)
-        return answer is not None and answer.match == Match.EXACT and not answer.stale
+        answers = [lookup(database, workload, machine, (how,)) for how in hows]  # a stale one hides no fresh one
+        return any(a is not None and a.match == Match.EXACT and not a.stale for a in answers)
 
     found = []
     for task in tasks:
@@ -58,8 +63,8 @@ def pending(database: Database, tasks: Sequence[Task], machine: Fingerprint) -> 
     return found
 
 
-def estimate(tasks: Sequence[Task], gb_per_s: float) -> float:
-    """Seconds that measuring will take, roughly: building, and reading the weights at so many GB/s."""
+def expected_seconds(tasks: Sequence[Task], gb_per_s: float) -> float:
+    """Seconds that a search will take, roughly: building, and reading the weights at so many GB/s (or never: inf)."""
     seconds = 0.0
     for task in tasks:
         weights = task.step_bytes / max(task.calls, 1)
@@ -68,13 +73,20 @@ def estimate(tasks: Sequence[Task], gb_per_s: float) -> float:
     return seconds
 
 
+def time_left(work: Sequence[Progress], gb_per_s: float, spent: float) -> float:
+    """Seconds that what is not done yet will take, by `expected_seconds` and the time (`spent`) of what is done."""
+    done = expected_seconds([p.task for p in work if p.state in ("done", "failed")], gb_per_s)
+    rest = expected_seconds([p.task for p in work if p.state in ("waiting", "running")], gb_per_s)
+    return rest * (spent / done if done else 1.0)
+
+
 def submit(database: Database, work: Sequence[Progress], machine: Fingerprint) -> int:
     """Queue what waits for workers on machines like this, the costliest first; gives how many tasks were new."""
     waiting = [progress for progress in work if progress.state == "waiting"]
     for progress in waiting:
         progress.state = "queued"
     payloads = [(p.task.payload() | {"machine": machine.text}, float(p.task.step_bytes)) for p in waiting]
-    return sum(queue(database, KIND, [payload], priority) for payload, priority in payloads)
+    return sum(queue(database, MEASURE, [payload], priority) for payload, priority in payloads)
 
 
 def tune(
@@ -85,7 +97,7 @@ def tune(
     budget: float = float("inf"),
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> None:
-    """Measure what waits, in order, and commit a record for each range as soon as its task is measured.
+    """Measure (or estimate) what waits, in order, and commit the records of each task as soon as it is done.
 
     When `stop` is set, or the budget (seconds) is spent, the task under way is the last.  A candidate that ends or
     hangs its process is left out, and counted.
@@ -100,7 +112,7 @@ def tune(
             continue
         if over():
             return
-        progress.state = "measuring"
+        progress.state = "running"
         report(progress)
         try:
             outcome = _measured(progress, executor, over)
@@ -110,9 +122,12 @@ def tune(
             commit(database, outcome.records)
             progress.state = "done"
             progress.tried = sum(summary["tried"] for summary in outcome.result)
-            progress.wrong = sum(len(summary["wrong"]) for summary in outcome.result)
+            progress.wrong = sum(len(summary.get("wrong", ())) for summary in outcome.result)
+            progress.failed += sum(len(summary.get("unfit", ())) for summary in outcome.result)
             progress.speedups = [summary["default_us"] / summary["best_us"] for summary in outcome.result]
-            progress.gb_per_s = outcome.records[0].gb_per_s
+            first = outcome.records[0]
+            progress.best_us, progress.gb_per_s = first.times.median, first.gb_per_s
+            progress.roofline_share = first.roofline_share
         report(progress)
 
 
@@ -153,4 +168,4 @@ def _guilty(task: Task, configs: Sequence[Any], executor: Executor) -> Sequence[
 
 
 def _run(task: Task, executor: Executor) -> Outcome:
-    return executor.run(Lease(0, KIND, task.payload(), 0, 1), Event())
+    return executor.run(Lease(0, task.method, task.payload(), 0, 1), Event())

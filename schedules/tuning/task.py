@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm_compile.lowering import Kernels, Lowered
+from vllm_compile.kernel_table import Kernels
+from vllm_compile.lowering import Lowered
 from vllm_compile.runtime.plan import kernel_steps
+from vllm_compile.spec import Sym
 from vllm_compile.targets import Target
 
 from ..database.tuned import workload_of
@@ -16,6 +18,8 @@ from ..database.workload import Workload
 from ..family import Config
 from ..select import token_ranges
 
+MEASURE, ESTIMATE = "measure", "estimate"  # kinds of tasks: the functions of measure.py and estimate.py
+METHODS = {"cpu": MEASURE, "rocm": ESTIMATE}  # by target; others' configurations are not searched for
 UNBOUNDED = 4  # a range without a most is measured at so many times its least tokens
 
 
@@ -25,7 +29,7 @@ class Range:
 
     Attributes:
         workload: the call with this range.
-        tokens: the number it is measured at.
+        tokens: the number it is measured (or estimated) at.
         configs: what to try, the default first.
     """
 
@@ -39,11 +43,14 @@ class Task:
     """One call, with its ranges; they share weights and kernels, hence are measured together.
 
     Attributes:
+        method: `MEASURE`, or `ESTIMATE` where no device is at hand.
+        target: the name that it is resolved by.
         names: of the weights in the model (`model_self_attn_q_k_v_proj_weight`), for people and `--only`.
         calls: how often a step makes it.
         step_bytes: of weights that a decode step reads for it.
     """
 
+    method: str
     family: str
     target: str
     names: tuple[str, ...]
@@ -52,7 +59,7 @@ class Task:
     ranges: tuple[Range, ...]
 
     def payload(self) -> dict[str, Any]:
-        """As JSON, for `measure`."""
+        """As JSON, for `measure` or `estimate`."""
         ranges = [[r.workload.text, r.tokens, list(r.configs)] for r in self.ranges]
         return {"family": self.family, "target": self.target, "ranges": ranges}
 
@@ -98,8 +105,11 @@ def _task(kernels: Kernels, calls: Mapping[str, list[str]], target: Target, tria
         tokens = UNBOUNDED * least if most is None else most
         ranges.append(Range(workload, tokens, (variant.config, *others)))
     weights = calls[kernels.symbols[0]]
-    size = len(weights) * sum(tensor.nbytes() for name, tensor in spec.inputs if name in choice.layouts)
-    return Task(choice.family.name, target.name, tuple(sorted(set(weights))), len(weights), size, tuple(ranges))
+    known = (tensor for _, tensor in spec.inputs if not any(isinstance(size, Sym) for size in tensor.shape))
+    size = len(weights) * sum(tensor.nbytes() for tensor in known)  # weights: no call binds their shapes
+    names = tuple(sorted(set(weights)))
+    method = METHODS[target.name]
+    return Task(method, choice.family.name, target.resolved_by, names, len(weights), size, tuple(ranges))
 
 
 def _calls(lowered: Lowered) -> dict[str, list[str]]:

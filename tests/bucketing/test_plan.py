@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 from tests.conftest import SEED
 from vllm_compile.bucketing.padding import padding_of
 from vllm_compile.bucketing.plan import plan_buckets
-from vllm_compile.bucketing.trace import Limits, Request, read_trace, steps_of
+from vllm_compile.bucketing.trace import Request, read_trace, steps_of
 from vllm_compile.bucketing.vllm_gaudi import exponential_buckets, exponential_range, first_cover, linear_range
 from vllm_compile.cli import main
 from vllm_compile.errors import BucketError
-from vllm_compile.runtime.buckets import Bucket, Work
+from vllm_compile.runtime.buckets import Bucket, Limits, Work
+from vllm_compile.runtime.padded_steps import Lengths, batches_of, shape_of
 
 ROOT = Path(__file__).parents[2]
 TRACES = ROOT / "benchmarks" / "traces"
@@ -76,6 +78,8 @@ def test_refusals():
         plan_buckets({}, SMALL, WORK, 9)
     with pytest.raises(BucketError, match=r"request 2 has 128 \+ 1 tokens"):
         steps_of([Request(0, 1, 1), Request(0, 128, 1)], SMALL)
+    with pytest.raises(BucketError, match="request 1 takes 7 KV blocks; the cache has 6 in all"):
+        steps_of([Request(0, 96, 2), Request(0, 1, 1)], replace(SMALL, cache_blocks=6))
 
 
 def test_steps_of_two_requests():
@@ -88,6 +92,20 @@ def test_steps_of_two_requests():
         Bucket(1, 7, 4): 1,
         Bucket(1, 1, 5): 1,  # the second's 71st
     }
+
+
+def test_a_last_chunk_of_one_token_decodes():
+    """As it does at run time, beside those that decode."""
+    requests = [Request(0, 65, 1), Request(1, 1, 2)]
+    steps = steps_of(requests, SMALL)
+    assert steps == {
+        Bucket(1, 64, 0): 1,  # the first prompt but its last token
+        Bucket(2, 1, 5 + 1): 1,  # that, and the second prompt
+        Bucket(1, 1, 1): 1,
+    }
+    served = [Lengths([64, 0], [64, 0]), Lengths([1, 1], [65, 1]), Lengths([0, 1], [0, 2])]
+    ran = [shape_of(batch, lengths, 16) for lengths in served for batch in batches_of(lengths, together=False)]
+    assert Counter(ran) == steps
 
 
 def test_the_peer_is_as_documented():

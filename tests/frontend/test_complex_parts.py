@@ -54,9 +54,21 @@ def test_every_value_has_its_type(generator):
     assert [stack.meta["val"].shape[axis] for axis in (0, 2, 3)] == [2, 3, 2]
 
 
+CONSTANT = torch.polar(torch.ones(2, 1, 3), torch.arange(3.0))
+
+
 @pytest.mark.parametrize(
     ("turn", "operator"),
-    [(lambda a, b: a / b, "div.Tensor"), (lambda a, b: a + b, "add.Tensor"), (lambda a, b: a - b, "sub.Tensor")],
+    [
+        (lambda a, b: a / b, "div.Tensor"),
+        (lambda a, b: a + b, "add.Tensor"),
+        (lambda a, b: a - b, "sub.Tensor"),
+        (lambda a, b: a * 1j, "mul.Tensor"),
+        (lambda a, b: a * CONSTANT, "mul.Tensor"),
+        (lambda a, b: CONSTANT, "view_as_real.default"),
+        (lambda a, b: a * torch.ones(3).to(torch.complex64), "to.dtype"),
+    ],
+    ids=["div", "add", "sub", "scalar", "constant", "constant alone", "cast"],
 )
 def test_other_operators_are_named(turn, operator, generator):
     program, _ = traced(turn, generator)

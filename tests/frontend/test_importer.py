@@ -13,7 +13,8 @@ from tests.relax_passes.harness import operators
 from vllm_compile.accuracy import relative_error
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.frontend.hf import trace
-from vllm_compile.frontend.importer import _Importer, import_model
+from vllm_compile.frontend.importer import import_model
+from vllm_compile.frontend.torch_converters import CONVERTERS
 
 
 def logits(pair, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,14 +119,23 @@ def test_a_converter_that_keeps_a_dtype_passes(name, computing):
     import_model(computing(KEPT[name]), MAX_POSITIONS)
 
 
-def test_a_converter_that_drops_a_dtype_is_named(computing):
-    """TVM's of log_softmax does: it would be computed in bfloat16 where Hugging Face's is not."""
-    with pytest.raises(
-        UnsupportedError,
-        match=r"operator log_softmax.int \(model.layers.0.mlp.act_fn\) .*: "
-        r"it becomes bfloat16 .1, T, 72., the model has float32 .1, T, 72.",
-    ):
-        import_model(computing(lambda x: x.log_softmax(-1, dtype=torch.float32).to(x.dtype)), MAX_POSITIONS)
+@pytest.mark.parametrize(
+    ("function", "operator", "reason"),
+    [
+        (
+            lambda x: x.log_softmax(-1, dtype=torch.float32).to(x.dtype),
+            "log_softmax.int",
+            "it becomes bfloat16 .1, T, 72., the model has float32 .1, T, 72.",
+        ),
+        (lambda x: x + x[:, x.shape[1] - 1, None], "select.int", "its index depends on the number of tokens"),
+    ],
+    ids=["a dtype that TVM's drops", "an index"],
+)
+def test_a_node_that_cannot_be_converted_is_named(function, operator, reason, computing):
+    """TVM's of log_softmax would be computed in bfloat16 where Hugging Face's is not."""
+    named = rf"operator {operator} \(model.layers.0.mlp.act_fn\) .*: {reason}"
+    with pytest.raises(UnsupportedError, match=named):
+        import_model(computing(function), MAX_POSITIONS)
 
 
 @pytest.mark.parametrize(
@@ -134,19 +144,21 @@ def test_a_converter_that_drops_a_dtype_is_named(computing):
         (lambda x: relax.op.astype(x, "float16"), "becomes float16 .1, T, 72., the model has bfloat16"),
         (lambda x: relax.op.strided_slice(x, [2], [0], [71], [1]), "becomes bfloat16 .1, T, 71., .* .1, T, 72."),
         (lambda x: relax.op.squeeze(x, [0]), "becomes bfloat16 .T, 72., .* .1, T, 72."),
-        (lambda x: relax.op.split(x, 2, axis=-1), "becomes bfloat16 .1, T, 36., .* .1, T, 72."),
+        (lambda x: relax.op.split(x, 2, axis=-1), "becomes 2 values, the model has 1"),
+        (lambda x: relax.Tuple([]), "becomes 0 values, the model has 1"),
+        (lambda x: relax.ShapeExpr([1, 72]), "becomes no tensor, the model has bfloat16 .1, T, 72."),
     ],
-    ids=["dtype", "extent", "rank", "tuple"],
+    ids=["dtype", "extent", "rank", "more", "fewer", "no tensor"],
 )
 def test_a_wrong_converter_is_found(broken, reason, monkeypatch, computing):
     def convert(node, importer):
         return importer.block_builder.emit(broken(importer.env[node.args[0]]))
 
-    right = _Importer.converters
-    monkeypatch.setattr(_Importer, "converters", lambda self: right(self) | {"relu.default": convert})
-    with pytest.raises(UnsupportedError, match=rf"operator relu.default \(model.layers.0.mlp.act_fn\) .*: it {reason}"):
-        import_model(computing(torch.relu), MAX_POSITIONS)
-    monkeypatch.setattr(_Importer, "converters", right)
+    with monkeypatch.context() as patch:
+        patch.setitem(CONVERTERS, "relu.default", convert)
+        named = rf"operator relu.default \(model.layers.0.mlp.act_fn\) .*: it {reason}"
+        with pytest.raises(UnsupportedError, match=named):
+            import_model(computing(torch.relu), MAX_POSITIONS)
     import_model(computing(torch.relu), MAX_POSITIONS)
 
 

@@ -13,10 +13,21 @@ import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
+from tvm import relax
 
 from tests import interpreter, models
 from tests.conftest import SEED
-from tests.onnx_models import GRAPH, VOCABULARY, build, edit, logits, onnx, set_attribute, set_input
+from tests.onnx_models import (
+    GRAPH,
+    VOCABULARY,
+    build,
+    edit,
+    logits,
+    onnx,
+    set_attribute,
+    set_input,
+    write_out_norms,
+)
 from tests.relax_passes.harness import operators
 from tests.test_families import FAMILIES, random_model
 from vllm_compile.accuracy import relative_error
@@ -25,6 +36,7 @@ from vllm_compile.frontend.model import Model
 from vllm_compile.frontend.onnx.operators import SKIP_EPSILON
 from vllm_compile.frontend.read_model import read_model
 from vllm_compile.model_files import find_files
+from vllm_compile.relax_passes.base import Definitions
 from vllm_compile.relax_passes.pipeline import run_passes
 
 SIZES = {"hidden_size": 64, "vocab_size": VOCABULARY, "max_position_embeddings": 96}
@@ -170,6 +182,32 @@ def test_operators_that_no_builders_model_here_has(plain, ids):
     assert relative_error(ours(opened(plain), ids), theirs) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("reciprocal", "opset"), [(True, 22), (True, 13), (False, 22)], ids=["as Hugging Face", "axes given", "a quotient"]
+)
+def test_norms_that_are_written_out(reciprocal, opset, plain, ids):
+    """In bfloat16 they are computed in float32 all the same, and are norms to the passes if they are Hugging Face's."""
+    norms = opened(plain, "bfloat16")
+    edit(plain, partial(write_out_norms, reciprocal=reciprocal, opset=opset))
+    written = opened(plain, "bfloat16")
+    ours_wide = ours(opened(plain), ids)
+    if opset == 22:
+        assert relative_error(ours_wide, logits(plain, ids)) < 1e-5
+    one, other = ours(norms, ids), ours(written, ids)
+    if reciprocal:
+        assert torch.equal(one, other)
+        assert run_passes(written.module)[1] == run_passes(norms.module)[1]
+        return
+    assert relative_error(other, one) < 2e-2, "some are rounded otherwise"
+    computed = {
+        (binding.value.op.name, str(binding.var.ty.dtype))
+        for binding in Definitions(written.module["main"]).bindings
+        if isinstance(binding.value, relax.Call)
+        and binding.value.op.name in ("relax.mean", "relax.sqrt", "relax.divide")
+    }
+    assert computed == {(f"relax.{name}", "float32") for name in ("mean", "sqrt", "divide")}
+
+
 def test_a_broken_weight_is_noticed(plain, ids):
     """Negative control: two tensors of one shape that have changed places."""
     theirs = logits(plain, ids)
@@ -287,10 +325,12 @@ class TestConfiguration:
         with pytest.raises(ModelError, match=r"genai_config\.json: "):
             opened(plain)
 
-    @pytest.mark.parametrize("field", ["context_length", "bos_token_id"])
-    def test_that_has_words_for_numbers(self, field, plain):
+    @pytest.mark.parametrize(
+        ("field", "value"), [("context_length", "many"), ("context_length", 0), ("bos_token_id", "many")]
+    )
+    def test_that_has_words_for_numbers(self, field, value, plain):
         genai = json.loads((plain / "genai_config.json").read_text())
-        genai["model"][field] = "many"
+        genai["model"][field] = value
         (plain / "genai_config.json").write_text(json.dumps(genai))
         with pytest.raises(ModelError, match=rf"genai_config\.json.*{field}"):
             opened(plain)
@@ -318,10 +358,15 @@ def test_the_file_or_its_directory(plain):
 
 
 def test_safetensors_come_first(plain, tmp_path):
-    """A directory with both is Hugging Face's; its graph can be named."""
-    shutil.copy(plain / GRAPH, tmp_path / "hf")
-    assert find_files(tmp_path / "hf").graph is None
-    assert find_files(tmp_path / "hf" / GRAPH).graph == GRAPH
+    """A directory with both is Hugging Face's, with weights in its older format neither's; its graph can be named."""
+    directory = tmp_path / "hf"
+    shutil.copy(plain / GRAPH, directory)
+    assert find_files(directory).graph is None
+    assert find_files(directory / GRAPH).graph == GRAPH
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=rf"{GRAPH} or pytorch_model.bin, which is to be compiled"):
+        find_files(directory)
+    assert find_files(directory / GRAPH).graph == GRAPH
 
 
 ATTENTION = "/model/layers.0/attn/GroupQueryAttention"
@@ -341,6 +386,8 @@ ATTENTION = "/model/layers.0/attn/GroupQueryAttention"
         (partial(set_input, op="GroupQueryAttention", index=10, name="attention_mask"), "attention_bias"),
         (partial(set_input, op="GroupQueryAttention", index=11, name="attention_mask"), "head_sink"),
         (partial(set_input, op="GroupQueryAttention", index=3, name="past_key_values.1.key"), "shared with"),
+        (partial(set_input, op="GroupQueryAttention", index=4, name="past_key_values.1.value"), "shared with"),
+        (partial(set_input, op="GroupQueryAttention", index=4, name="past_key_values.0.key"), "both past_key_values.0"),
         (partial(set_input, op="GroupQueryAttention", index=5, name="past_key_values.1.key"), "lengths that depend"),
         (partial(set_input, op="GroupQueryAttention", index=7, name="attention_mask"), "angles attention_mask"),
     ],
@@ -359,6 +406,24 @@ def test_an_operator_that_is_not_known_is_named(plain):
     edit(plain, change)
     where = "HardSigmoid /model/layers.1/mlp/act_fn/Sigmoid (behind the attention of layer 1)"
     with pytest.raises(UnsupportedError, match=re.escape(where)):
+        opened(plain)
+
+
+@pytest.mark.parametrize("axes", [[0, 2, 1], [1, 0, 2], None])
+def test_a_transposition_that_moves_tokens_is_named(axes, plain):
+    """In front of the second layer's product of gate and up, there and back."""
+
+    def change(graph):
+        place = next(i for i, node in enumerate(graph.node) if node.name == "/model/layers.1/mlp/Mul")
+        x = graph.node[place].input[0]
+        given = {} if axes is None else {"perm": axes}
+        there, back = (onnx.helper.make_node("Transpose", [a], [b], name=b, **given) for a, b in ((x, "t"), ("t", "b")))
+        graph.node[place].input[0] = "b"
+        graph.node.insert(place, back)
+        graph.node.insert(place, there)
+
+    edit(plain, change)
+    with pytest.raises(UnsupportedError, match=r"Transpose t .*layer 1.*tokens are batched as they come"):
         opened(plain)
 
 
@@ -439,6 +504,21 @@ def _elsewhere(directory: Path) -> None:
     edit(directory, change)
 
 
+def _nowhere(directory: Path) -> None:
+    def change(graph):
+        data = graph.initializer[1].external_data
+        data.remove(next(entry for entry in data if entry.key == "location"))
+
+    edit(directory, change)
+
+
+def _negative(directory: Path) -> None:
+    def change(graph):
+        next(e for e in graph.initializer[0].external_data if e.key == "length").value = "-12"
+
+    edit(directory, change)
+
+
 def _wrong_length(directory: Path) -> None:
     def change(graph):
         next(e for e in graph.initializer[0].external_data if e.key == "length").value = "12"
@@ -452,6 +532,8 @@ def _wrong_length(directory: Path) -> None:
         (lambda directory: (directory / f"{GRAPH}.data").unlink(), r"model\.onnx\.data: missing"),
         (_cut, r"model\.onnx\.data: too short for lm_head"),
         (_elsewhere, r"'\.\./secret', outside the model's directory"),
+        (_nowhere, "kept beside the graph, but not in which file"),
+        (_negative, "-12 bytes from 0 on"),
         (_wrong_length, "bytes by its shape, 12 by its entry"),
         (lambda directory: (directory / GRAPH).write_bytes(b"not a graph"), "not an ONNX file"),
         (lambda directory: (directory / GRAPH).write_bytes(b""), "not an ONNX file"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -10,7 +12,7 @@ from tests.bucketing.test_plan import TRACES
 from vllm_compile.bucketing.trace import Request, write_trace
 from vllm_compile.cli import main
 from vllm_compile.errors import BucketError
-from vllm_compile.runtime.buckets import Bucket, BucketPlan, Work, read_buckets
+from vllm_compile.runtime.buckets import Bucket, BucketPlan, Limits, Work, read_buckets
 
 PLAN = BucketPlan((Bucket(1, 1, 4), Bucket(1, 64, 0), Bucket(4, 1, 16)), Work(2.5, 1.0), 128)
 
@@ -18,6 +20,35 @@ PLAN = BucketPlan((Bucket(1, 1, 4), Bucket(1, 64, 0), Bucket(4, 1, 16)), Work(2.
 def test_written_and_read(tmp_path):
     PLAN.write(tmp_path / "b.json")
     assert read_buckets(tmp_path / "b.json") == PLAN
+
+
+@pytest.mark.parametrize("write", [PLAN.write, lambda path: write_trace(path, "nothing", [])], ids=["buckets", "trace"])
+def test_a_full_disk_leaves_the_old_file(write, tmp_path, monkeypatch):
+    path = tmp_path / "b.json"
+    path.write_text("old")
+
+    def half(self, text):
+        self.write_bytes(text[: len(text) // 2].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", half)
+    with pytest.raises(BucketError, match=r"b\.json: cannot be written \(No space left on device"):
+        write(path)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("b.json", "old")]
+
+
+def test_a_pipe_is_written_to_and_a_mode_is_kept(tmp_path):
+    """What is no file, /dev/null for one, is not replaced by one."""
+    pipe, path = tmp_path / "pipe", tmp_path / "b.json"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(pipe.read_text)
+        PLAN.write(pipe)
+        assert '"buckets"' in written.result()
+    assert pipe.is_fifo()
+    path.touch(mode=0o640)
+    PLAN.write(path)
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_the_cheapest_cover():
@@ -28,8 +59,9 @@ def test_the_cheapest_cover():
 
 
 def test_pruned():
-    pruned = PLAN.prune({Bucket(1, 1, 4)}, keep={Bucket(4, 1, 16)})
-    assert pruned.buckets == (Bucket(1, 1, 4), Bucket(4, 1, 16))
+    """Of decodes and of prompts the largest are kept."""
+    assert PLAN.prune({Bucket(1, 1, 4)}) == PLAN
+    assert PLAN.prune({Bucket(9, 1, 9)}).buckets == (Bucket(1, 64, 0), Bucket(4, 1, 16))
 
 
 @pytest.mark.parametrize(
@@ -71,8 +103,27 @@ def test_planned_and_pruned_from_the_command_line(tmp_path, capsys):
     assert 2 <= len(planned.buckets) <= 12
     other = ["--trace", str(tmp_path / "one.json")]
     write_trace(tmp_path / "one.json", "one request", [Request(0, 100, 40)])
-    assert main(["buckets", "prune", str(tmp_path / "b.json"), *other, "--out", str(tmp_path / "p.json")]) == 0
+    prune = ["buckets", "prune", str(tmp_path / "b.json"), *other, "--out", str(tmp_path / "p.json")]
+    assert main([*prune, "--max-num-seqs", "8", "--max-model-len", "256"]) == 0, "smaller limits than the plan's"
     pruned = read_buckets(tmp_path / "p.json")
     assert set(pruned.buckets) < set(planned.buckets)
+    assert set(Limits(64, 2048, 4096, 128, 4000).largest) < set(pruned.buckets)
+    assert main([*prune, "--block-size", "64"]) == 2
+    assert "for KV blocks of 128 tokens, not 64: pass --block-size 128" in capsys.readouterr().err
     assert main(["buckets", "plan", "--trace", "none", "--budget", "12", "--out", str(tmp_path / "x.json")]) == 2
     assert "none: cannot be read" in capsys.readouterr().err
+
+
+def test_traces_of_one_name_are_compared(tmp_path, capsys):
+    paths = [tmp_path / name / "trace.json" for name in ("one", "two")]
+    for path, request in zip(paths, (Request(0, 100, 40), Request(0, 300, 2)), strict=True):
+        path.parent.mkdir()
+        write_trace(path, "one request", [request])
+    assert main(["buckets", "compare", "--trace", str(paths[0]), "--held-out", str(paths[1]), "--budget", "4"]) == 0
+    head, _, first, *_ = capsys.readouterr().out.splitlines()
+    assert head.split(" | ")[2:] == [
+        f"{paths[0]}: work, tokens, blocks",
+        f"{paths[1]} (held out): work, tokens, blocks |",
+    ]
+    *_, one, two = first.strip("| ").split(" | ")
+    assert one != two

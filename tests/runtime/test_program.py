@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from vllm_compile import file_digests
 from vllm_compile.accuracy import relative_error
-from vllm_compile.errors import ArtifactError
+from vllm_compile.errors import ArtifactError, TargetError
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.runtime.manifest import content_digest, sha256
-from vllm_compile.runtime.program import Program, load, read_weights
+from vllm_compile.runtime.program import Program, device_of, load, read_weights
+from vllm_compile.targets import DETECT
 
 # Kernels for another number of tokens add the same terms in another order.
 CLOSE = 1e-5
@@ -358,6 +359,15 @@ def test_library_needs_no_tvm(tiny_fp32):
     linked = subprocess.run(["ldd", tiny_fp32 / "kernels.so"], capture_output=True, text=True, check=True)
     names = {line.split()[0].split(".")[0] for line in linked.stdout.splitlines()}
     assert not any("libtvm" in name and name != "libtvm_ffi" for name in names)
+
+
+def test_every_targets_device():
+    """By the name of a chip too."""
+    devices = {name: device_of(name).type for name in DETECT}
+    cpu = {"cpu", "gaudi2", "gaudi3"}  # without a Gaudi
+    assert devices == {name: "cpu" if name in cpu else "cuda" for name in DETECT}
+    with pytest.raises(TargetError, match="unknown target 'h300'"):
+        device_of("h300")
 
 
 def test_no_pickle(tiny_fp32):

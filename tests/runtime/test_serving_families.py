@@ -12,6 +12,7 @@ from vllm import LLM, SamplingParams, TokensPrompt
 
 import vllm_compile
 from tests.test_families import LONG_PROMPTS, NEW_TOKENS, continued, prompts, random_model
+from vllm_compile.runtime.buckets import BucketPlan, Limits, Work
 
 pytestmark = pytest.mark.slow
 
@@ -30,10 +31,12 @@ ON_CPU = ["DeepSeek-V2-Lite", "Falcon", "Gemma 2", "GPT-2", "Mixtral"]
 
 @pytest.mark.parametrize(("family", "target"), [*((family, "cpu") for family in ON_CPU), ("Mistral", "gaudi2")])
 def test_same_tokens(family, target, tmp_path):
-    """A program for a Gaudi runs on the CPU."""
+    """A program for a Gaudi runs on the CPU, in the two buckets that there have to be for the server's limits."""
     model, requests = random_model(family), prompts()
     model.save_pretrained(tmp_path / "model")
-    artifact = vllm_compile.compile(tmp_path / "model", target=target, out=tmp_path / "artifact").artifact
+    options = {} if target == "cpu" else {"buckets": tmp_path / "b.json"}
+    BucketPlan(Limits(4, 32, 96, 16, 1000).largest, Work(1.0, 1.0), 16).write(tmp_path / "b.json")
+    artifact = vllm_compile.compile(tmp_path / "model", target=target, out=tmp_path / "artifact", **options).artifact
     assert tokens_of_vllm(artifact, requests, max_model_len=96) == [continued(model, ids) for ids in requests]
 
 

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,15 +22,21 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 pytest.importorskip("vllm")
 
 from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import TokensPrompt
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from tests.conftest import SEED
 from tests.runtime import torch_program
 from tests.runtime.tiny_llama import TEXT, as_artifact, save_model
-from vllm_compile.errors import ArtifactError, UnsupportedError
+from vllm_compile.errors import ArtifactError, BucketError, UnsupportedError
 from vllm_compile.runtime import program as programs
+from vllm_compile.runtime import vllm_config
+from vllm_compile.runtime.buckets import BucketPlan, Limits, Work
+from vllm_compile.runtime.gpu import Gpu
 from vllm_compile.runtime.vllm_config import refuse_uneven_cache, refuse_unknown_version
+from vllm_compile.targets import resolve
+from vllm_compile.targets.cuda import CHIPS
 
 NEW_TOKENS = 24
 OPTIONS = {
@@ -192,16 +200,6 @@ def test_preemption(artifact, model, prompts):
         assert metric(llm, "vllm:num_preemptions") > 0
 
 
-@pytest.mark.slow
-def test_ngram_speculation(artifact, model, prompts, expected):
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    repeating = [prompts[2] * 4, prompts[3] * 3]
-    with serving(artifact, speculative_config=ngram) as llm:
-        assert greedy_by_vllm(llm, repeating) == [greedy_by_hugging_face(model, prompt) for prompt in repeating]
-        assert greedy_by_vllm(llm, prompts) == expected
-        assert metric(llm, "vllm:spec_decode_num_draft_tokens") > 0
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -237,6 +235,65 @@ def test_a_cache_of_two_widths_needs_a_newer_vllm(artifact):
     refuse_uneven_cache(program, "0.31.0")
     with pytest.raises(UnsupportedError, match=r"install vLLM 0\.31 or newer"):
         refuse_uneven_cache(program, "0.30.2")
+
+
+class TestBuckets:
+    """Of the program that is served: compared with the server's limits while vLLM builds its configuration."""
+
+    LIMITS: ClassVar[dict] = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 256}
+
+    @pytest.fixture
+    def configured(self, artifact, monkeypatch):
+        limits = Limits(4, 64, 256, 32, cache_blocks=30)
+        plan = BucketPlan(limits.largest, Work(1.0, 1.0), 32)
+        monkeypatch.setattr(torch_program.TorchProgram, "buckets", plan)
+        own = {"block_size": None, "kv_cache_memory_bytes": 1 << 24, "num_gpu_blocks_override": 30}
+        return lambda **more: EngineArgs(artifact, **own | self.LIMITS | more).create_engine_config()
+
+    def test_of_the_servers_limits(self, configured):
+        """In the plan's blocks, which vLLM's own are not; smaller limits do too."""
+        for more in ({}, {"max_num_seqs": 2}, {"num_gpu_blocks_override": 9}):
+            assert configured(**more).cache_config.block_size == 32
+
+    def test_decide_how_large_the_cache_is(self, configured, monkeypatch):
+        """Where nobody else does: free memory must not decide whether a server starts."""
+        own = {"kv_cache_memory_bytes": None, "num_gpu_blocks_override": None}
+        cache = configured(**own).cache_config
+        assert cache.kv_cache_memory_bytes == 30 << 14, "blocks of 16 KB"
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        with pytest.raises(BucketError, match=r"\[4, 1, 32\].*--num-gpu-blocks-override 65536"):
+            configured(**own)
+
+    @pytest.mark.parametrize(
+        ("more", "words"),
+        [
+            ({"max_num_seqs": 5}, r"no bucket covers \[5, 1, 30\].*--max-num-seqs 5"),
+            ({"max_num_batched_tokens": 128}, r"no bucket covers \[1, 128, 8\].*--max-num-batched-tokens 128"),
+            ({"max_model_len": 289}, r"no bucket covers \[1, 64, 9\].*--max-model-len 289"),
+            ({"num_gpu_blocks_override": 31}, r"no bucket covers \[4, 1, 31\].*--num-gpu-blocks-override 31"),
+            ({"num_gpu_blocks_override": None}, r"no bucket covers \[4, 1, 32\]"),
+            ({"block_size": 64}, "for KV blocks of 32 tokens, not 64"),
+        ],
+        ids=str,
+    )
+    def test_that_are_too_small(self, more, words, configured):
+        with pytest.raises(BucketError, match=words):
+            configured(**more)
+
+
+@pytest.mark.parametrize(
+    ("chip", "memory", "told"), [("h100", 80, 0), ("h100", 140, 1), ("h200", 79, 1), (None, 140, 0)]
+)
+def test_another_chip_is_told_in_one_line(chip, memory, told, monkeypatch):
+    card = Gpu("NVIDIA H200", (9, 0), (580, 0), memory * 10**9)
+    monkeypatch.setattr("vllm_compile.runtime.gpu.detect", lambda: card)
+    lines = []
+    monkeypatch.setattr(vllm_config.logger, "warning", lambda text, *values: lines.append(text % values))
+    target = {"name": "rocm"} if chip is None else resolve(chip).described()
+    vllm_config.tell_other_chip(SimpleNamespace(directory="artifact", manifest={"target": target}))
+    assert [line.count("\n") for line in lines] == [0] * told
+    assert all(f"chosen for {CHIPS[chip].name}" in line for line in lines)
+    assert all(f"--target {'h200' if chip == 'h100' else 'h100'}" in line for line in lines)
 
 
 def test_damage_is_reported_before_an_engine_starts(artifact, monkeypatch):

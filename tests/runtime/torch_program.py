@@ -21,6 +21,8 @@ class TorchProgram:
     As in the compiled program, the next call overwrites what the last one returned.
     """
 
+    buckets = None
+
     def __init__(self, directory: str, weights: bool = False):
         self.directory = Path(directory)
         config = json.loads((self.directory / "config.json").read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from vllm_compile.ops import (
     SILU_MUL,
 )
 from vllm_compile.schedules.select import choose
-from vllm_compile.targets.rocm import for_arch
+from vllm_compile.targets.rocm import WAVE, for_arch
 
 from . import harness
 
@@ -104,6 +106,44 @@ def test_matches_reference(name, generator, tmp_path):
     changed[len(changed) // 2 :] += 1
     with pytest.raises(AssertionError):
         harness.assert_matches(case.op, case.run({**case.inputs, case.changed: changed}), expected)
+
+
+MOST_UNROLLED = 8  # tiles of products in a loop's body: PoCL takes many seconds to compile the largest
+MOST_STEPS = 8  # that the model of the chip likes best: the first that is tried has them
+# op, sizes of its sample, configurations that are tried: others each run
+SPACES = {
+    "linear": (LINEAR, {"tokens": 19, "K": 512, "N": 64}, 2),
+    "gate_up_silu": (GATE_UP_SILU, {"tokens": 37, "K": 512, "intermediate": 64}, 2),
+    "paged_attention": (PAGED_ATTENTION, {"head_dim": 64}, 1),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_what_tuning_may_choose(name, generator, tmp_path):
+    """Any configuration of a family's space matches the reference, and is the launch that its footprint says."""
+    op, sizes, most = SPACES[name]
+    inputs, attributes = op.sample(generator, torch.bfloat16, **sizes)
+    spec = harness.op_spec(op, inputs, attributes)
+    family = choose(spec, TARGET).family
+    space = family.space(spec, TARGET)
+    others = [c for c in space if c not in [v.config for v in family.variants(spec, TARGET)]]
+    small = [config for config in others if prod(config.values()) <= MOST_UNROLLED * config["waves"]]
+    drawn = [small[i] for i in torch.randperm(len(small), generator=generator)]
+    chosen = sorted(drawn, key=lambda config: config.get("steps") != MOST_STEPS)[:most]
+    assert all(any(family.admits(spec, c, least, TARGET) for least in (1, 17, 33)) for c in space)
+    on_host = OnHost({f"k{i}": family.build(spec, c, TARGET) for i, c in enumerate(chosen)}, TARGET, tmp_path)
+    expected = harness.results(op, inputs, attributes)
+    tokens = len(next(iter(inputs.values())))
+    for i, config in enumerate(chosen):
+        outputs = [torch.full(out.sizes(tokens), float("nan"), dtype=torch.bfloat16) for out in spec.outputs]
+        (launch,) = on_host.run(f"k{i}", *inputs.values(), *outputs)
+        harness.assert_matches(op, outputs, expected)
+        with pytest.raises(AssertionError):
+            harness.assert_matches(op, [out.roll(1, -1) for out in outputs], expected)
+        footprint, resources = family.footprint(spec, config, tokens, TARGET), on_host.resources[f"k{i}"]
+        assert (prod(launch.grid), launch.block[0]) == (footprint.blocks, WAVE * footprint.waves), config
+        assert footprint.lds_bytes == 2 * resources.lds_bytes, config
+        assert resources.spilled == 0, config
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "silu_mul", "embedding", "rope_cache"])

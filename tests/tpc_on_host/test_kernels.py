@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.tpc_on_host import runner
-from vllm_compile.expression import Node
+from vllm_compile.expression import BINARY, Node
 from vllm_compile.ops import ADD_RMS_NORM, ELEMENTWISE, LAYER_NORM, QKV_ROPE_CACHE, RMS_NORM, SILU_MUL
 from vllm_compile.ops.qkv_rope_cache import rotate
 from vllm_compile.schedules.gaudi import expressions
@@ -113,6 +113,53 @@ def test_elementwise(op, dtype, generator, tmp_path):
         once, rtol=2 * once.rtol, reason="the operator's value may be rounded to its neighbour, and the product"
     )
     check(Fused(nodes, (5,)), inputs, expected, twice, tmp_path)
+
+
+@both_dtypes
+@pytest.mark.parametrize(
+    "op",
+    ["sqrt", "rsqrt", "divide", "maximum", "minimum", "subtract"],
+)
+def test_elementwise_of_numbers_above_zero(op, dtype, generator, tmp_path):
+    """op(x) or op(x, w) for x [T, 70], w [70]"""
+    row = (Sym.TOKENS, 70)
+    nodes = (
+        Node("input", (), row, dtype, ("x",)),
+        Node("input", (), (70,), dtype, ("w",)),
+        Node(op, (0, 1) if op in BINARY else (0,), row, dtype),
+        Node("add", (2, 1), row, dtype),
+    )
+    inputs = {"x": torch.rand(3, 70, generator=generator) + 0.1, "w": torch.rand(70, generator=generator) + 0.1}
+    inputs = {name: value.to(DTYPES[dtype]) for name, value in inputs.items()}
+    expected = (ELEMENTWISE.reference(nodes, **inputs),)
+    once = ELEMENTWISE.tolerance[dtype]
+    check(Fused(nodes, (3,)), inputs, expected, replace(once, rtol=2 * once.rtol), tmp_path)
+
+
+def test_a_power_is_rounded_once(generator):
+    """Where torch's own, of bfloat16, rounds each product."""
+    x = torch.randn(3, 70, generator=generator).bfloat16()
+    expected = (x.double() ** 3).bfloat16()
+    assert not torch.equal(x**3, expected)
+    nodes = (
+        Node("input", (), (Sym.TOKENS, 70), "bfloat16", ("x",)),
+        Node("power", (0,), (Sym.TOKENS, 70), "bfloat16", (3,)),
+    )
+    assert torch.equal(ELEMENTWISE.reference(nodes, x=x), expected)
+
+
+def test_a_mean_is_rounded_where_the_expression_is(generator, tmp_path):
+    """x - mean(x) for x of about 100, where bfloat16 has steps of 0.5: the mean of 67 of them is never in between."""
+    row = (Sym.TOKENS, 67)
+    nodes = (
+        Node("input", (), row, "bfloat16", ("x",)),
+        Node("mean", (0,), (Sym.TOKENS, 1), "bfloat16"),
+        Node("subtract", (0, 1), row, "bfloat16"),
+    )
+    x = (100 + torch.randn(5, 67, generator=generator)).bfloat16()
+    expected = x - x.double().mean(-1, keepdim=True).bfloat16()
+    assert torch.equal(ELEMENTWISE.reference(nodes, x=x), expected)
+    check(Fused(nodes, (2,)), {"x": x}, (expected,), ELEMENTWISE.tolerance["bfloat16"], tmp_path)
 
 
 @both_dtypes

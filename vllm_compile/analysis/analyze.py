@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,90 +16,20 @@ from vllm_compile.frontend.families import long_positions, max_positions
 from vllm_compile.frontend.hf import read_config, read_config_file
 from vllm_compile.frontend.read_model import dtype_of, read_model
 from vllm_compile.model_files import find_files
-from vllm_compile.ops.qkv_rope_attention import attention_of
-from vllm_compile.relax_passes.outline_layers import FORWARD, LOGITS
 from vllm_compile.relax_passes.pipeline import run_passes
 from vllm_compile.relax_passes.record import PassRecord
 from vllm_compile.schedules.select import operators
-from vllm_compile.spec import TensorSpec
 from vllm_compile.targets import CHIPS, Chip, Target, resolve
 from vllm_compile.targets.cuda import CudaTarget
 
 from .blocks import find_blocks
-from .cost import Workload, kv_token_bytes
-from .graph import Call, calls
-from .kernels import Chooser, library
+from .cost import Workload
+from .figures import StepFigures, step_figures
+from .graph import Call, calls, numbered_calls
+from .kernels import Chooser
 from .probe import measure_cpu
-from .roofline import bound_seconds
-from .savings import Saving, Stage, Step, fusion_savings, packing_saving, run_in_step, tiling_saving
-
-POSITION_TABLE = "position_table"  # what the importer calls them
-
-
-@dataclass(frozen=True)
-class OpFigures:
-    """One operator in one step, all figures of a single call.
-
-    Attributes:
-        function, number, label: where it stands and what it is; `number` counts the calls of its function.
-        times: calls in one step.
-        flops, weight_bytes, kv_bytes, activation_bytes, intensity: see `Cost`.
-        bound_us: the least time at the chip's peaks.
-        predicted_us: the time to expect; `memory_us`, `compute_us` and `launch_us` are its parts.
-        bound: memory, compute or launch: what most of the predicted time goes to.
-        library: a library's kernel, in large batches.
-    """
-
-    function: str
-    number: int
-    label: str
-    times: int
-    flops: int
-    weight_bytes: int
-    kv_bytes: int
-    activation_bytes: int
-    intensity: float
-    bound_us: float
-    predicted_us: float
-    memory_us: float
-    compute_us: float
-    launch_us: float
-    bound: str
-    library: bool
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """One step: decode (a token for each request) or prefill (a prompt of `context` tokens for each).
-
-    Attributes:
-        bound_ms: the least time at the chip's peaks, each operator after the other.
-        predicted_ms: the time to expect of what `compile` makes, the engine around it left out.
-        library_ms: the same of plain weights in a library's kernels; None if none takes part on the chip.
-        shares: of memory, compute and launches in predicted_ms.
-        tokens_per_second: of all requests together.
-        kv_cache_bytes: of all requests.
-        memory_bytes: weights and KV cache, plain copies for a library included.
-        score_bytes: what attention's scores would take without tiles, in one layer.
-    """
-
-    phase: str
-    batch: int
-    context: int
-    flops: int
-    weight_bytes: int
-    kv_bytes: int
-    activation_bytes: int
-    bound_ms: float
-    predicted_ms: float
-    library_ms: float | None
-    shares: dict[str, float]
-    tokens_per_second: float
-    kv_cache_bytes: int
-    memory_bytes: int
-    score_bytes: int
-    ops: list[OpFigures]
-    savings: list[Saving]
+from .savings import Stage, Step
+from .weights import count_weights
 
 
 @dataclass(frozen=True)
@@ -177,10 +106,10 @@ def analyze(
     )
     fused = stages[-1].calls
     chooser = Chooser(machine, pack == "lossless")
-    weights = _weights(fused, chooser)
+    weights = count_weights(fused, chooser)
     workloads = [("decode", c, Workload(b, 1, c)) for c in contexts for b in batches]
     workloads += [("prefill", c, Workload(b, c, 0)) for c in contexts for b in batches]
-    figures = partial(_figures, stages, chooser, weights.stored + weights.copies)
+    figures = partial(step_figures, stages, chooser, weights.stored + weights.copies)
     steps = [figures(phase, context, Step(workload, dtype, where)) for phase, context, workload in workloads]
     warnings = [f"compiling for {target} would be refused: {line}" for line in chooser.refused]
     most = max(max_positions(config), long_positions(config))
@@ -240,73 +169,6 @@ def _chip(machine: Target, name: str | Chip | None) -> Chip:
     return known[name or own]
 
 
-def _figures(
-    stages: Sequence[Stage], chooser: Chooser, weights: int, phase: str, context: int, step: Step
-) -> StepFigures:
-    workload, chip = step.workload, step.chip
-    run = run_in_step(stages[-1].calls)
-    numbered = [(number, call) for number, call in _numbered(stages[-1].calls) if not call.once]
-    ops = [_op(call, number, chooser, step) for number, call in numbered]
-    whole = step.total(run, chooser.compiled)
-    cost, time = whole.cost, whole.time
-    tiling, score_bytes = tiling_saving(run, step)
-    token = sum(kv_token_bytes(call.spec) * call.times for call in run if attention_of(call.spec) is not None)
-    cache = token * workload.requests * workload.length
-    parts = {"memory": time.memory, "compute": time.compute, "launch": time.launch}
-    return StepFigures(
-        phase=phase,
-        batch=workload.requests,
-        context=context,
-        flops=cost.flops,
-        weight_bytes=cost.weight_bytes,
-        kv_bytes=cost.kv_bytes,
-        activation_bytes=cost.activation_bytes,
-        bound_ms=sum(op.bound_us * op.times for op in ops) / 1e3,
-        predicted_ms=time.total * 1e3,
-        library_ms=None if chip.vendor_launch is None else step.total(run, library).time.total * 1e3,
-        shares={name: part / time.total for name, part in parts.items()},
-        tokens_per_second=workload.tokens / time.total,
-        kv_cache_bytes=cache,
-        memory_bytes=weights + cache,
-        score_bytes=score_bytes,
-        ops=ops,
-        savings=[*fusion_savings(stages, step), packing_saving(run, step, chooser.compiled), tiling],
-    )
-
-
-def _numbered(all_calls: Sequence[Call]) -> list[tuple[int, Call]]:
-    """Each call with its number in its function."""
-    seen: dict[str, int] = {}
-    numbered = []
-    for call in all_calls:
-        numbered.append((seen.setdefault(call.function, 0), call))
-        seen[call.function] += 1
-    return numbered
-
-
-def _op(call: Call, number: int, chooser: Chooser, step: Step) -> OpFigures:
-    once = step.of(call, chooser.compiled)
-    cost, time = once.cost, once.time
-    return OpFigures(
-        function=call.function,
-        number=number,
-        label=call.label,
-        times=call.times,
-        flops=cost.flops,
-        weight_bytes=cost.weight_bytes,
-        kv_bytes=cost.kv_bytes,
-        activation_bytes=cost.activation_bytes,
-        intensity=cost.intensity,
-        bound_us=bound_seconds(cost, step.dtype, step.chip) * 1e6,
-        predicted_us=time.total * 1e6,
-        memory_us=time.memory * 1e6,
-        compute_us=time.compute * 1e6,
-        launch_us=time.launch * 1e6,
-        bound=time.bound,
-        library=any(kernel.library for kernel in chooser.compiled(call, step.workload)),
-    )
-
-
 def _name(model: Path) -> str:
     """What to call a model: its directory, or a configuration's own file."""
     path = model.resolve()
@@ -315,52 +177,10 @@ def _name(model: Path) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """Bytes of all weights plain, as they are stored, and of plain copies that a library reads beside those."""
-
-    parameters: int
-    plain: int
-    stored: int
-    copies: int
-
-
-def _weights(fused: Sequence[Call], chooser: Chooser) -> _Weights:
-    """A weight that several calls read (a tied embedding) is stored once for each layout.
-
-    Tables of functions of the position are stored like weights, but are no parameters.
-    """
-    plain: dict[Any, int] = {}
-    stored: dict[Any, int] = {}
-    copies: dict[Any, int] = {}
-    parameters: dict[Any, int] = {}
-    for number, call in _numbered(fused):
-        choice = chooser.choice(call.spec)
-        for name, label in call.weights.items():
-            tensor = call.spec.input(name)
-            shape = tuple(tensor.size(axis) for axis in range(len(tensor.shape)))
-            # Within a layer each call has weights of its own; outside, their names tell which are tied.
-            outside = call.function in {FORWARD, LOGITS}
-            key = (label, shape) if outside else (call.function, number, name)
-            plain[key] = tensor.nbytes() * call.times
-            if not all(part.startswith(POSITION_TABLE) for part in label.split(" + ")):
-                parameters[key] = prod(shape) * call.times
-            layout = choice.layouts.get(name) if choice is not None else None
-            if choice is None or layout is None:
-                stored[key, None] = plain[key]
-                continue
-            packed = TensorSpec(layout.shape(shape), layout.dtype(tensor.dtype))
-            stored[key, layout.name] = packed.nbytes() * call.times
-            if choice.vendor is not None:
-                copies[key] = plain[key]
-    extra = sum(size for key, size in copies.items() if (key, None) not in stored)
-    return _Weights(sum(parameters.values()), sum(plain.values()), sum(stored.values()), extra)
-
-
 def _edges(fused: Sequence[Call]) -> dict[str, list[Edge]]:
     """Where each operator's activations come from."""
     edges: dict[str, list[Edge]] = {}
-    for number, call in _numbered(fused):
+    for number, call in numbered_calls(fused):
         found = edges.setdefault(call.function, [])
         for name, made_by in call.reads.items():
             if made_by:

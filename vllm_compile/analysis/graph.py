@@ -12,8 +12,9 @@ import tvm
 from tvm import relax, tirx
 from tvm.ir.expr import GenericConst
 
+from vllm_compile.call_specs import op_spec
 from vllm_compile.errors import UnsupportedError
-from vllm_compile.lowering import VIEWS, op_spec
+from vllm_compile.lowering import VIEWS
 from vllm_compile.ops import LAYER_BOUNDARY, op_of
 from vllm_compile.ops.base import arguments_of
 from vllm_compile.relax_passes.base import Definitions
@@ -54,6 +55,16 @@ class Call:
     def label(self) -> str:
         """The operator and its weight, for people: `linear q_proj + k_proj + v_proj`."""
         return " ".join([self.op, *list(self.weights.values())[:1]])
+
+
+def numbered_calls(all_calls: Sequence[Call]) -> list[tuple[int, Call]]:
+    """Each call with its number in its function."""
+    seen: dict[str, int] = {}
+    numbered = []
+    for call in all_calls:
+        numbered.append((seen.setdefault(call.function, 0), call))
+        seen[call.function] += 1
+    return numbered
 
 
 @dataclass(frozen=True)

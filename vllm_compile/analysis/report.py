@@ -17,7 +17,8 @@ from vllm_compile.quantities import binary, count, duration
 from vllm_compile.relax_passes.outline_layers import FORWARD, LOGITS
 from vllm_compile.targets import Chip
 
-from .analyze import Analysis, Edge, OpFigures, StepFigures
+from .analyze import Analysis, Edge
+from .figures import OpFigures, StepFigures
 
 TEMPLATE_FOLDER, TEMPLATE = Path(__file__).parent, "report.html.jinja"
 PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 70.0, 740.0, 24.0, 400.0

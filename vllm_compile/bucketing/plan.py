@@ -17,9 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_compile.errors import BucketError
-from vllm_compile.runtime.buckets import Bucket, BucketPlan, Work
-
-from .trace import Limits
+from vllm_compile.runtime.buckets import Bucket, BucketPlan, Limits, Work
 
 UNFORESEEN = 0.2  # of the weight goes to shapes that no trace foretells
 MOST_SIZES = 40  # of each axis that buckets may end at; more make plans hardly better, and slower

@@ -1,8 +1,8 @@
 """A trace of requests, and the shapes of the steps in which a scheduler serves it.
 
 The scheduler is vLLM's in outline: each step first gives every running request its next token, then spends what is left
-of `max_tokens` on prompts in the order of their arrival, in chunks.  As in vLLM-Gaudi, the requests that decode run
-as one batch and each chunk of a prompt as a batch of its own.
+of `max_tokens` on prompts in the order of their arrival, in chunks.  As in `runtime/padded_steps.py`, the requests that
+have one token run as one batch, be it the last of a prompt, and each longer chunk of a prompt as a batch of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vllm_compile.errors import BucketError
-from vllm_compile.runtime.buckets import Bucket
+from vllm_compile.runtime.buckets import Bucket, Limits
+from vllm_compile.whole_file import write_whole
 
 
 class Request(NamedTuple):
@@ -24,40 +25,6 @@ class Request(NamedTuple):
     step: int
     prompt: int
     output: int
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server is started with.
-
-    Attributes:
-        max_requests: that run at once (vLLM's max_num_seqs).
-        max_tokens: of one step (max_num_batched_tokens).
-        max_length: of a request, its output included (max_model_len).
-        block_size: tokens of a block of the KV cache.
-        cache_blocks: of the whole KV cache.
-    """
-
-    max_requests: int
-    max_tokens: int
-    max_length: int
-    block_size: int
-    cache_blocks: int
-
-    def __post_init__(self) -> None:
-        if min(self.max_requests, self.max_length, self.block_size, self.cache_blocks) < 1 or self.max_tokens < 2:
-            raise BucketError(f"limits must be 1 or more, of a step's tokens 2 or more: {self}")
-
-    def blocks(self, tokens: int) -> int:
-        """Blocks that so many tokens of one request take."""
-        return -(-tokens // self.block_size)
-
-    @property
-    def largest(self) -> tuple[Bucket, Bucket]:
-        """Buckets that any step fits into: of decodes, and of a prompt's chunk."""
-        longest = self.blocks(self.max_length)
-        decode = Bucket(self.max_requests, 1, min(self.max_requests * longest, self.cache_blocks))
-        return decode, Bucket(1, min(self.max_tokens, self.max_length), self.blocks(self.max_length - 1))
 
 
 @dataclass
@@ -83,6 +50,8 @@ def steps_of(requests: Sequence[Request], limits: Limits) -> Counter[Bucket]:
                 f"request {number} has {request.prompt} + {request.output} tokens; the server takes from 1 + 1 "
                 f"to {limits.max_length} in all"
             )
+        if (blocks := limits.blocks(_Running(request).length)) > limits.cache_blocks:
+            raise BucketError(f"request {number} takes {blocks} KV blocks; the cache has {limits.cache_blocks} in all")
     waiting, running = deque(sorted(requests)), list[_Running]()
     shapes: Counter[Bucket] = Counter()
     step = 0
@@ -104,19 +73,19 @@ def steps_of(requests: Sequence[Request], limits: Limits) -> Counter[Bucket]:
 def _one_step(running: Sequence[_Running], limits: Limits, shapes: Counter[Bucket]) -> None:
     decoding = [r for r in running if r.cached >= r.request.prompt]
     budget = limits.max_tokens - len(decoding)
-    prompts = [r for r in running if r.cached < r.request.prompt]
-    if decoding:
-        for r in decoding:
-            r.cached += 1
-        shapes[Bucket(len(decoding), 1, sum(limits.blocks(r.cached) for r in decoding))] += 1
-    for r in prompts:
+    single = list(decoding)  # requests with one token in this step
+    for r in running:
         chunk = min(budget, r.request.prompt - r.cached)
-        if chunk < 1:
-            return
-        # A last chunk of one token still runs as a prefill: in a bucket of two.
-        shapes[Bucket(1, max(chunk, 2), limits.blocks(r.cached))] += 1
-        r.cached += chunk
-        budget -= chunk
+        if chunk == 1:
+            single.append(r)
+        elif chunk > 1:
+            shapes[Bucket(1, chunk, limits.blocks(r.cached))] += 1
+            r.cached += chunk
+        budget -= max(chunk, 0)
+    for r in single:
+        r.cached += 1
+    if single:
+        shapes[Bucket(len(single), 1, sum(limits.blocks(r.cached) for r in single))] += 1
 
 
 def read_trace(path: Path) -> list[Request]:
@@ -135,6 +104,13 @@ def read_trace(path: Path) -> list[Request]:
 
 
 def write_trace(path: Path, about: str, requests: Sequence[Request]) -> None:
-    """Write a trace file; `about` says what it is of."""
+    """Write a trace file; `about` says what it is of.
+
+    Raises:
+        BucketError: it cannot be written.
+    """
     rows = ",\n  ".join(json.dumps(list(request)) for request in requests)
-    path.write_text(f'{{"about": {json.dumps(about)},\n "requests": [\n  {rows}\n ]}}\n')
+    try:
+        write_whole(path, f'{{"about": {json.dumps(about)},\n "requests": [\n  {rows}\n ]}}\n')
+    except OSError as error:
+        raise BucketError(f"{path}: cannot be written ({error.strerror})") from error

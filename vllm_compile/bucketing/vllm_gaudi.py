@@ -16,9 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import ceil, log2
 
-from vllm_compile.runtime.buckets import Bucket
-
-from .trace import Limits
+from vllm_compile.runtime.buckets import Bucket, Limits
 
 LONG_CONTEXT = 8192  # from this max_model_len on, context sizes are chosen otherwise
 REFERENCES = 3  # shared blocks count once for each request: at most so many times the cache, it is assumed

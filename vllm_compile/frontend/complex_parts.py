@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -28,12 +30,14 @@ def split_complex(graph: fx.Graph) -> None:
     `polar` itself stays: it depends on the position alone, so that its parts become tables.
 
     Raises:
-        UnsupportedError: something else is done with complex numbers; operator and module are named.
+        UnsupportedError: something else is done with complex numbers, or with such as the graph is given; operator and
+            module are named.
     """
     parts: dict[fx.Node, Parts] = {}
     for node in list(graph.nodes):
         if node.target is aten.view_as_real.default:
-            node.replace_all_uses_with(insert_before(node, aten.stack.default, list(parts[args(node)[0]]), -1))
+            joined = insert_before(node, aten.stack.default, list(_parts(args(node)[0], node, parts)), -1)
+            node.replace_all_uses_with(joined)
             graph.erase_node(node)
         elif _is_complex(node) and node.op == "call_function":
             parts[node] = _split(node, parts)
@@ -44,7 +48,20 @@ def split_complex(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _parts(value: Any, user: fx.Node, parts: dict[fx.Node, Parts]) -> Parts:
+    """The parts of an operand of `user`: known unless it is a real number, or complex from the outset."""
+    if not isinstance(value, fx.Node) or value not in parts:
+        raise _unsupported(user)
+    return parts[value]
+
+
+def _unsupported(node: fx.Node) -> UnsupportedError:
+    return UnsupportedError(f"operator {name(node)} of complex numbers ({place(node)}) is not supported")
+
+
 def _is_complex(value: object) -> bool:
+    if isinstance(value, complex):
+        return True
     recorded = value.meta.get("val") if isinstance(value, fx.Node) else None
     return isinstance(recorded, torch.Tensor) and recorded.is_complex()
 
@@ -57,13 +74,13 @@ def _split(node: fx.Node, parts: dict[fx.Node, Parts]) -> Parts:
         pairs = insert_before(node.next, aten.view_as_real.default, node)
         return _halves(pairs.next, pairs)
     if node.target in NOTHING:
-        return parts[first]
+        return _parts(first, node, parts)
     if node.target in ON_EACH:
-        real, imaginary = (insert_before(node, node.target, part, *rest) for part in parts[first])
+        real, imaginary = (insert_before(node, node.target, part, *rest) for part in _parts(first, node, parts))
         return real, imaginary
     if node.target is aten.mul.Tensor:
         return _product(node, parts)
-    raise UnsupportedError(f"operator {name(node)} of complex numbers ({place(node)}) is not supported")
+    raise _unsupported(node)
 
 
 def _halves(where: fx.Node, pairs: fx.Node) -> Parts:
@@ -79,8 +96,8 @@ def _product(node: fx.Node, parts: dict[fx.Node, Parts]) -> Parts:
     left, right = args(node)
     if not (_is_complex(left) and _is_complex(right)):
         number, other = (left, right) if _is_complex(right) else (right, left)
-        real, imaginary = (times(part, number) for part in parts[other])
+        real, imaginary = (times(part, number) for part in _parts(other, node, parts))
         return real, imaginary
-    (a, b), (c, d) = parts[left], parts[right]
+    (a, b), (c, d) = _parts(left, node, parts), _parts(right, node, parts)
     real = insert_before(node, aten.sub.Tensor, times(a, c), times(b, d))
     return real, insert_before(node, aten.add.Tensor, times(a, d), times(b, c))

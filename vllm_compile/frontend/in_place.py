@@ -85,6 +85,8 @@ def _join(buffer: fx.Node) -> None:
     readers = [user for user in buffer.users if user not in copies]
     if not copies or not readers or max(order[c] for c in copies.values()) > min(order[r] for r in readers):
         return
+    if not all(isinstance(_begin(part), int) for part in copies):
+        return  # where a part begins depends on the number of tokens
     begins = sorted(((_begin(part), part) for part in copies), key=operator.itemgetter(0))
     axis = args(begins[0][1])[1]
     extent, filled = buffer.meta["val"].shape[axis], 0

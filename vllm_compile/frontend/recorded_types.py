@@ -17,12 +17,19 @@ from tvm import relax, tirx
 def difference(node: fx.Node, converted: Any) -> str | None:
     """How a converted value differs from the one recorded for `node`, in words; None if it does not.
 
-    Dtypes must be equal, and so must the rank and all extents that both sides know as numbers.  What is no tensor
-    (sizes, lists of them) is not looked at.
+    A tensor must become one.  Dtypes must be equal, and so must the rank and all extents that both sides know as
+    numbers.  What is recorded as no tensor (sizes, lists of them) is not looked at.
     """
-    for value, type_ in zip(_tensors(node.meta.get("val")), _types(converted), strict=False):
-        if not isinstance(type_, relax.TensorType) or value is None:
+    recorded, types = _tensors(node.meta.get("val")), list(_types(converted))
+    if not any(isinstance(value, torch.Tensor) for value in recorded):
+        return None
+    if len(types) != len(recorded):
+        return f"it becomes {len(types)} values, the model has {len(recorded)}"
+    for value, type_ in zip(recorded, types, strict=True):
+        if value is None:
             continue
+        if not isinstance(type_, relax.TensorType):
+            return f"it becomes no tensor, the model has {_of(value)}"
         ours, theirs = _described(_extents(type_), str(type_.dtype)), _of(value)
         if str(type_.dtype) != str(value.dtype).removeprefix("torch.") or not _agree(_extents(type_), value.shape):
             return f"it becomes {ours}, the model has {theirs}"

@@ -3,7 +3,7 @@
 import torch
 from tvm import relax
 
-from . import gate_up_silu, linear
+from . import gate_up_silu
 from .base import OwnOp
 from .expert_linear import sample_routing
 
@@ -35,4 +35,6 @@ def infer(i, a):
     return relax.TensorType([*i["experts"].shape.values, i["weight"].shape.values[1] // 2], i["x"].dtype)
 
 
-EXPERT_GATE_UP_SILU = OwnOp("expert_gate_up_silu", infer, reference, sample, linear.TOLERANCE, weights=("weight",))
+EXPERT_GATE_UP_SILU = OwnOp(
+    "expert_gate_up_silu", infer, reference, sample, gate_up_silu.TOLERANCE, weights=("weight",)
+)

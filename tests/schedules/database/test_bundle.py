@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import SEED
 from vllm_compile.errors import DatabaseError
-from vllm_compile.schedules.database import State, commit, open_database
+from vllm_compile.schedules.database import How, State, commit, open_database
 from vllm_compile.schedules.database.bundle import all_records, export_bundle, import_bundle, write_bundle
 from vllm_compile.schedules.database.record import STATES
 from vllm_compile.schedules.database.store import insert
@@ -27,6 +27,11 @@ POOL = [
     for c in (1, 2)
     for host in ("alpha", "beta", "gamma")
 ]
+ESTIMATE = record(how=How.ESTIMATED, verdict=None)
+MEASURED = len(POOL)  # from here on estimates of some of the same schedules
+POOL += [
+    record(linear(N=64), config={"config": c}, how=How.ESTIMATED, verdict=None, at=at) for c in (1, 2) for at in (1, 2)
+]
 CONTENTS = st.dictionaries(st.sampled_from(range(len(POOL))), st.sampled_from(STATES))
 
 
@@ -38,9 +43,14 @@ def filled(path: Path, chosen: dict[int, State]) -> dict[str, State]:
     """A database of these records, and a bundle beside it; gives what it holds."""
     with open_database(path) as database:
         with database.writing() as connection:
-            insert(connection, [(POOL[number], state) for number, state in chosen.items()])
+            insert(connection, [(POOL[number], _possible(number, state)) for number, state in chosen.items()])
         export_bundle(database, path.with_suffix(".bundle"))
         return content(database)
+
+
+def _possible(number: int, state: State) -> State:
+    """An estimate is a candidate, or retired."""
+    return state if number < MEASURED or state == State.RETIRED else State.CANDIDATE
 
 
 def merged(path: Path, *bundles: Path) -> dict[str, State]:
@@ -80,9 +90,34 @@ def test_retired_in_one_is_retired_in_both(tmp_path):
     assert both == {POOL[0].id: State.RETIRED, POOL[1].id: State.RETIRED, POOL[3].id: State.PROMOTED}
 
 
+def test_retired_as_measured_in_one_is_retired_as_estimated_in_both(tmp_path):
+    """Not the other way round; whichever comes first."""
+    measured, estimate, later = POOL[0].id, POOL[MEASURED].id, POOL[MEASURED + 1].id
+    filled(tmp_path / "a.db", {0: State.RETIRED})
+    filled(tmp_path / "b.db", {MEASURED: State.CANDIDATE})
+    for order in ("ab", "ba"):
+        both = merged(tmp_path / f"{order}.db", *(tmp_path / f"{name}.bundle" for name in order))
+        assert both == {measured: State.RETIRED, estimate: State.RETIRED}
+    filled(tmp_path / "c.db", {MEASURED: State.RETIRED})
+    filled(tmp_path / "d.db", {0: State.CANDIDATE, MEASURED + 1: State.CANDIDATE})
+    both = merged(tmp_path / "cd.db", tmp_path / "c.bundle", tmp_path / "d.bundle")
+    assert both == {measured: State.CANDIDATE, estimate: State.RETIRED, later: State.CANDIDATE}
+
+
+@pytest.mark.parametrize("state", [State.CANDIDATE, State.VERIFIED, State.PROMOTED, State.RETIRED])
+def test_estimates_are_never_preferred(tmp_path, state):
+    """Whatever a bundle says of them."""
+    write_bundle(tmp_path / "a.bundle", [(ESTIMATE, state)])
+    if state in (State.VERIFIED, State.PROMOTED):
+        with pytest.raises(DatabaseError, match=f"it is an estimate, which cannot be {state}"):
+            merged(tmp_path / "a.db", tmp_path / "a.bundle")
+    else:
+        assert merged(tmp_path / "a.db", tmp_path / "a.bundle") == {ESTIMATE.id: state}
+
+
 @pytest.mark.parametrize("suffix", [".bundle", ".gz"])
 def test_between_homes(database, tmp_path, suffix):
-    made = random_records(SEED, 300)
+    made = [*random_records(SEED, 299), ESTIMATE]
     commit(database, made)
     export_bundle(database, tmp_path / f"a{suffix}")
     with open_database(tmp_path / "copy.db") as copy:
@@ -116,11 +151,19 @@ def test_torn_or_altered_is_refused(database, tmp_path):
     assert len(content(database)) == 50
 
 
-def test_newer_format(database, tmp_path):
-    path = tmp_path / "a.bundle"
-    path.write_text('{"bundle": 2}\n')
-    with pytest.raises(DatabaseError, match="update vllm-compile"):
+def test_older_and_newer_formats(database, tmp_path, monkeypatch):
+    """Format 1 knows no estimates; versions that know no other refuse what we write."""
+    path, old = tmp_path / "a.bundle", tmp_path / "old.bundle"
+    path.write_text('{"bundle": 3}\n')
+    with pytest.raises(DatabaseError, match="bundle format 3, this version reads 2 at most; update vllm-compile"):
         import_bundle(database, path)
+    monkeypatch.setattr("vllm_compile.schedules.database.bundle.FORMAT", 1)
+    write_bundle(old, [(POOL[0], State.CANDIDATE)])
+    monkeypatch.undo()
+    assert import_bundle(database, old) == (1, 1)
+    path.unlink()
+    export_bundle(database, path)
+    assert [file.read_text().splitlines()[0] for file in (old, path)] == ['{"bundle":1}', '{"bundle":2}']
 
 
 def test_never_over_a_file(database, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from vllm_compile import cli_database
 from vllm_compile.cli import main
-from vllm_compile.schedules.database import commit, open_database, tasks
+from vllm_compile.schedules.database import How, commit, open_database, tasks
 
 from .samples import linear, random_records, record
 
@@ -63,6 +63,11 @@ def test_list_show_stats(filled, db):
     assert [item["id"] for item in db("list", "--state", "candidate")[0]] == [ids[2]]
     assert db("list", "--op", "gate_up_silu")[0] == []
     assert len(db("list", "--limit", 1)[0]) == 1
+    with open_database(filled[0]) as database:
+        (estimate,) = commit(database, [record(us=1, how=How.ESTIMATED, verdict=None)])
+    listed = [(item["workload"], item["how"], item["times"]["median"]) for item in db("list")[0]]
+    of_one = [(how, median) for workload, how, median in listed if workload == db("show", estimate)[0]["workload"]]
+    assert of_one == [("measured", 10), ("measured", 10), ("estimated", 1)]
     assert db("show", ids[2][:8])[0]["times"]["median"] == 3
     assert db("stats")[0]["records"] == {"candidate": 1, "verified": 2, "promoted": 0, "retired": 0}
 
@@ -101,7 +106,7 @@ def test_tokens(filled, db, refused, monkeypatch):
 
 
 def test_migrate_and_roles(filled, db, refused):
-    assert db("migrate")[0] == {"schema": "0001"}
+    assert db("migrate")[0] == {"schema": "0002"}
     if filled[0].startswith("postgresql"):
         assert db("roles")[0] == {"roles": ["vllm_compile_reader", "vllm_compile_writer"]}
     else:

@@ -12,6 +12,7 @@ from tests.conftest import SEED
 from vllm_compile.errors import DatabaseError
 from vllm_compile.schedules.database import commit, open_database
 from vllm_compile.schedules.database.bundle import export_bundle, import_bundle
+from vllm_compile.schedules.database.home import migrate_database
 
 from .samples import random_records
 
@@ -45,6 +46,8 @@ def test_refused_and_the_rest_readable(path, tmp_path, damage):
     path.write_bytes(content)
     with pytest.raises(DatabaseError, match=r"damaged, nothing is written to it.* --salvage"):
         open_database(path)
+    with pytest.raises(DatabaseError, match="damaged, nothing is written to it"):
+        migrate_database(path)
     assert path.read_bytes() == content
     with open_database(path, writable=False, salvage=True) as reader:
         with pytest.raises(DatabaseError, match=r"damaged|not what was committed"):

@@ -64,7 +64,7 @@ def test_unknown_driver_is_not_a_changed_one(database):
 
 
 def test_estimates_only_if_asked_for(database):
-    commit(database, [record(us=1, how=How.ESTIMATED)])
+    commit(database, [record(us=1, how=How.ESTIMATED, verdict=None)])
     assert best(database) is None
     assert best(database, hows=(How.MEASURED, How.ESTIMATED)) == (1, Match.EXACT, ())
     commit(database, [record(us=2)])
@@ -88,6 +88,34 @@ def test_retired_whoever_measures_it_again(database):
     retire(database, first)
     commit(database, [record(us=3, host="beta")])
     assert best(database) is None
+
+
+@pytest.mark.parametrize("when", ["before", "later"])
+def test_retired_as_measured_is_not_estimated_again(database, when):
+    hows = (How.MEASURED, How.ESTIMATED)
+    other = record(us=9, config={"n": 1}, how=How.ESTIMATED, verdict=None)
+    estimates = [record(us=1, how=How.ESTIMATED, verdict=None), other]
+    if when == "before":
+        commit(database, estimates)
+    (measured,) = commit(database, [record(us=5)])
+    assert best(database, hows=hows)[0] == 5
+    retire(database, measured)
+    if when == "later":
+        commit(database, estimates)
+    assert best(database, hows=hows)[0] == 9, "the other schedule's"
+
+
+def test_a_retired_estimate_forbids_nothing(database):
+    """The model of the machine may have changed since."""
+    hows = (How.MEASURED, How.ESTIMATED)
+    estimates = [record(us=us, how=How.ESTIMATED, verdict=None) for us in (1, 2, 3)]
+    first, _ = commit(database, estimates[:2])
+    retire(database, first)
+    assert best(database, hows=hows) is None, "all that are there"
+    commit(database, estimates[2:])
+    assert best(database, hows=hows)[0] == 3
+    commit(database, [record(us=5)])
+    assert best(database, hows=hows)[0] == 5
 
 
 def test_collision_of_digests(database, monkeypatch):

@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pytest
 import sqlalchemy
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import insert, update
 
 from vllm_compile.errors import DatabaseError
-from vllm_compile.schedules.database import How, State, Times, Verdict, commit, lookup, open_database, store
+from vllm_compile.schedules.database import How, State, Times, Verdict, commit, lookup, migrate, open_database, store
+from vllm_compile.schedules.database.bundle import all_records
+from vllm_compile.schedules.database.home import migrate_database
 from vllm_compile.schedules.database.rows import row_of
 from vllm_compile.schedules.database.schema import metadata, records
 
@@ -45,12 +48,25 @@ def test_refused(database, bad, words):
     assert lookup(database, linear(), H200) is not None
 
 
+MEASURED, ESTIMATE = record(), record(how=How.ESTIMATED, verdict=None)
+
+
 @pytest.mark.parametrize(
-    "columns",
-    [{"error": 1.0}, {"error": None}, {"executed_on": ""}, {"p10_us": 99.0}, {"state": "best"}, {"how": "guessed"}],
+    ("good", "columns"),
+    [
+        (MEASURED, {"error": 1.0}),
+        (MEASURED, {"error": None}),
+        (MEASURED, {"error": None, "tolerance": None, "executed_on": None}),
+        (MEASURED, {"executed_on": ""}),
+        (MEASURED, {"p10_us": 99.0}),
+        (MEASURED, {"state": "best"}),
+        (MEASURED, {"how": "guessed"}),
+        (ESTIMATE, {"executed_on": "device"}),
+        (ESTIMATE, {"state": "verified"}),
+        (ESTIMATE, {"state": "promoted"}),
+    ],
 )
-def test_the_tables_refuse_it_too(database, columns):
-    good = record()
+def test_the_tables_refuse_it_too(database, good, columns):
     commit(database, [good])
     with database.reading() as connection:
         numbers = connection.execute(sqlalchemy.select(records.c.workload_id, records.c.target_id)).one()
@@ -80,6 +96,9 @@ def test_transitions(database):
     (key,) = commit(database, [record()])
     with pytest.raises(DatabaseError, match="is candidate, only what is verified can be promoted; it takes"):
         store.promote(database, key)
+    (estimate,) = commit(database, [ESTIMATE])
+    with pytest.raises(DatabaseError, match="is an estimate and candidate, only what is verified can be promoted"):
+        store.promote(database, estimate)
     commit(database, [record(host="beta")])
     store.promote(database, key[:10])
     assert state(database, key) == State.PROMOTED
@@ -120,6 +139,36 @@ def test_migrations_make_the_schema(database):
         other = sqlalchemy.MetaData()
         sqlalchemy.Table("more", other, sqlalchemy.Column("id", sqlalchemy.Integer))
         assert compare_metadata(context, other) != []
+
+
+def test_migrating_keeps_what_is_there(database, url):
+    """A record under the first schema, which knows of no estimates; then forward."""
+    (key,) = commit(database, [MEASURED])
+    tables = [table for table in metadata.sorted_tables if table.name in ("workloads", "targets", "records")]
+    with database.engine.begin() as connection:
+        rows = [(table, connection.execute(sqlalchemy.select(table)).mappings().one()) for table in tables]
+        metadata.drop_all(connection)
+        connection.exec_driver_sql("DROP TABLE alembic_version")
+        config = migrate._config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        for table, row in rows:
+            connection.execute(insert(table).values(**row))
+    with pytest.raises(
+        DatabaseError, match=r"schema \(0001\) is older than this version's; run: vllm-compile db migrate"
+    ):
+        open_database(url)
+    for salvage in (False, True):
+        with pytest.raises(DatabaseError, match="is older"):
+            open_database(url, writable=salvage, salvage=salvage)
+    with open_database(url, writable=False, salvage=True) as reader:  # a damaged one cannot be migrated
+        assert [item[0].id for item in all_records(reader, salvage=True)] == [key]
+    with pytest.raises(DatabaseError, match=r"(?i)not.null"):
+        commit(database, [ESTIMATE])
+    assert migrate_database(url) == "0002"
+    with open_database(url) as migrated:
+        commit(migrated, [ESTIMATE])
+        assert lookup(migrated, linear(), H200).record.id == key
 
 
 def test_a_newer_schema_is_refused(database, url):

@@ -11,7 +11,7 @@ from vllm_compile import compile
 from vllm_compile.cli import main
 from vllm_compile.driver import CompileOptions, compile_model
 from vllm_compile.errors import DatabaseError
-from vllm_compile.schedules.database import Schedule, Verdict, commit, open_database
+from vllm_compile.schedules.database import How, Schedule, Verdict, commit, open_database
 from vllm_compile.schedules.database.machine import fingerprint
 from vllm_compile.schedules.database.tuned import TunedKernels, workload_of
 from vllm_compile.schedules.select import choose, token_ranges
@@ -29,16 +29,16 @@ def linear_call(N: int, K: int, dtype: str) -> OpSpec:
 CALL = linear_call(4096, 4096, "bfloat16")
 
 
-def tune(database, call: OpSpec, target, index: int, config: dict, family: str | None = None):
+def tune(database, call: OpSpec, target, index: int, config: dict, family: str | None = None, **about):
     """Commit a record for the variant `index` of the call."""
     choice = choose(call, target)
     tokens = token_ranges(choice.variants, choice.vendor)[index]
-    made = record(workload_of(call, choice.layouts, tokens), fingerprint(target))
+    made = record(workload_of(call, choice.layouts, tokens), fingerprint(target), **about)
     made = replace(made, schedule=Schedule.parameters(family or choice.family.name, config))
     return commit(database, [made])[0]
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["cpu", "cuda", "rocm"])
 class TestChoice:
     @pytest.fixture
     def target(self, name):
@@ -67,6 +67,14 @@ class TestChoice:
         assert (first.record["id"], first.record["match"], first.record["host"]) == (key, "exact", "alpha")
         assert rest == list(default[1:])
 
+    def test_an_estimate_only_where_nothing_was_measured(self, database, target, other):
+        default = choose(CALL, target).variants[0].config
+        estimate = tune(database, CALL, target, 0, other, how=How.ESTIMATED, verdict=None, us=1)
+        first = self.chosen(database, target)[0]
+        assert (first.config, first.record["id"], first.record["how"]) == (other, estimate, "estimated")
+        measured = tune(database, CALL, target, 0, default, us=1000)
+        assert self.chosen(database, target)[0].record["id"] == measured
+
     def test_what_does_not_fit_is_passed_over(self, database, target, other):
         default = choose(CALL, target).variants
         tune(database, CALL, target, 0, {**other, "prefetch": -1, "row_tiles": 3})
@@ -81,6 +89,16 @@ def test_more_rows_than_tokens_are_passed_over(database):
     many = next(config for config in choice.family.space(CALL, target) if config["rows"] > 1)
     tune(database, CALL, target, 0, many)
     assert choose(CALL, target, tuned=TunedKernels(database, fingerprint(target))).variants[0].record is None
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("rocm", "AMD Instinct MI300X"), ("gfx90a", "AMD Instinct MI250X"), ("gaudi2", "Intel Gaudi 2")],
+)
+def test_what_is_not_there_is_no_cpu(name, device):
+    machine = fingerprint(resolve(name))
+    assert (machine.device, machine.driver, machine.core_mhz) == (device, "", 0)
+    assert machine.cores == {"rocm": 304, "gfx90a": 110, "gaudi2": 24}[name]
 
 
 def test_a_gpu_that_is_not_there_matches_by_architecture(database):

@@ -3,19 +3,22 @@
 import json
 import re
 from dataclasses import replace
+from io import StringIO
 from threading import Event
 
 import pytest
+from rich.console import Console
 
 from tests.schedules.database.samples import record
 from vllm_compile.cli import main
+from vllm_compile.cli_tune import _table
 from vllm_compile.driver import lower_model
 from vllm_compile.schedules.database import Workload, open_database
 from vllm_compile.schedules.database.executors import Outcome, TaskCrashedError, TaskFailedError
 from vllm_compile.schedules.database.machine import fingerprint
 from vllm_compile.schedules.database.store import select_where
 from vllm_compile.schedules.database.tasks import all_tasks
-from vllm_compile.schedules.tuning.search import estimate, pending, submit, tune
+from vllm_compile.schedules.tuning.search import Progress, expected_seconds, pending, submit, time_left, tune
 from vllm_compile.schedules.tuning.task import tasks_of
 from vllm_compile.targets import resolve
 
@@ -124,8 +127,37 @@ def test_workers_get_the_tasks(tasks, database):
     assert submit(database, pending(database, tasks, MACHINE), replace(MACHINE, tvm="newer")) == len(tasks)
 
 
-def test_an_estimate_grows_with_the_work(tasks):
-    assert estimate(tasks, 10.0) > estimate(tasks[:1], 10.0) > estimate(tasks[:1], 100.0) > 0
+def test_more_work_is_expected_to_take_longer(tasks):
+    assert expected_seconds(tasks, 10.0) > expected_seconds(tasks[:1], 10.0) > expected_seconds(tasks[:1], 100.0) > 0
+
+
+def test_time_left_follows_the_pace(tasks):
+    """What took twice as long as was thought makes the rest twice as long; at the end there is none."""
+    work = [Progress(task) for task in tasks]
+    assert time_left(work, 10.0, 0.0) == expected_seconds(tasks, 10.0)
+    work[0].state = "done"
+    spent, rest = expected_seconds(tasks[:1], 10.0), expected_seconds(tasks[1:], 10.0)
+    assert time_left(work, 10.0, spent) == pytest.approx(rest)
+    assert time_left(work, 10.0, 2 * spent) == pytest.approx(2 * rest)
+    for progress in work:
+        progress.state = "done"
+    assert time_left(work, 10.0, spent) == 0
+
+
+def test_the_table_says_how_far_it_is(tasks):
+    """Roofline and time of what is done, nothing of what is not."""
+    work = [Progress(task) for task in tasks[:2]]
+    work[0].state, work[0].best_us, work[0].roofline_share = "done", 12.34, 0.567
+    work[0].speedups = [1.5]
+    narrow, output = StringIO(), StringIO()
+    Console(file=narrow, width=80).print(_table(work, 90.0))
+    assert "1.50x" in narrow.getvalue()
+    Console(file=output, width=200).print(_table(work, 90.0))
+    done, waiting = (line for line in output.getvalue().splitlines() if "_weight" in line)
+    assert "12.3" in done
+    assert "57%" in done
+    assert "%" not in waiting
+    assert "about 1.5 minutes left" in output.getvalue()
 
 
 @pytest.mark.slow

@@ -107,8 +107,10 @@ def _check_inputs(node: Node, past: Past, context: Context) -> None:
             f"keys {past.key or 'left out'} and values {past.value or 'left out'} that are no "
             "inputs of the graph are not supported"
         )
-    if sharing := [n.name for n in graph.nodes if n is not node and past.key in n.inputs]:
+    if sharing := [str(n) for n in graph.nodes if n is not node and {past.key, past.value} & {*n.inputs}]:
         raise UnsupportedError(f"a KV cache shared with {', '.join(sharing)} is not supported")
+    if past.key == past.value:
+        raise UnsupportedError(f"keys and values that are both {past.key} are not supported")
     known = {past.key, past.value} | {n for n in graph.inputs if graph.inputs[n] in (6, 7)}
     if other := {source for name in past.lengths for source in graph.sources(name)} - known:
         raise UnsupportedError(f"lengths that depend on {', '.join(sorted(other))} are not supported")

@@ -41,6 +41,8 @@ class Context:
         native: what the graph computes in.
         dtype: what that becomes.
         layers: attentions that were converted.
+        wide: values in float32 by their names, where the graph's own float32 becomes a narrower dtype: of norms that
+            are written out, which Hugging Face's models compute so whatever their dtype.
     """
 
     graph: OnnxGraph
@@ -55,15 +57,47 @@ class Context:
     parameters: dict[Weight, relax.Var] = field(default_factory=dict)
     tables: dict[tuple[str, bool], tuple[relax.Var, torch.Tensor]] = field(default_factory=dict)
     rows: dict[tuple[str, bool], relax.Expr] = field(default_factory=dict)
+    wide: dict[str, relax.Expr] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tokens = tirx.Var(Sym.TOKENS, "int64")
         self.tokens = tokens
+        self._widened: dict[str, relax.Expr] = {}
         self.input_ids = relax.Var("input_ids", relax.TensorType([tokens], "int32"))
         self.positions = relax.Var("positions", relax.TensorType([tokens], "int64"))
 
     def emit(self, expr: relax.Expr) -> relax.Var:
         return self.builder.emit(expr)
+
+    def define(self, name: str, value: Any) -> None:
+        """Give a value its name; one in float32 where that is narrowed is there in both dtypes."""
+        if self.narrows and isinstance(value, relax.Expr) and str(value.ty.dtype) == "float32":
+            self.wide[name] = value
+            value = self.emit(relax.op.astype(value, self.dtype))
+        self.values[name] = value
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the graph's float32 becomes a narrower dtype."""
+        return self.native == "float32" != self.dtype
+
+    def alike(self, *names: str) -> list[relax.Expr]:
+        """Operands of an operator on each element: in float32 if one is, until they meet a weight."""
+        meet_weight = any(isinstance(self.value(name), Weight) for name in names)
+        if meet_weight or self.wide.keys().isdisjoint(names):
+            return [self.operand(name) for name in names]
+        return [self.in_float32(name) for name in names]
+
+    def in_float32(self, name: str) -> relax.Expr:
+        """The value called `name` in float32."""
+        value = self.value(name)
+        if isinstance(value, np.ndarray) and value.size == 1:
+            return relax.const(value.item(), "float32")
+        if name in self.wide:
+            return self.wide[name]
+        if name not in self._widened:
+            self._widened[name] = self.emit(relax.op.astype(self.operand(name), "float32"))
+        return self._widened[name]
 
     def operand(self, name: str) -> relax.Expr:
         """The value called `name`, as Relax has it."""

@@ -58,7 +58,9 @@ def tensor_files(file: Path) -> list[str]:
 def _place(file: Path, proto: Any) -> Place:
     given = {entry.key: entry.value for entry in proto.external_data}
     location = PurePosixPath(given.get("location", ""))
-    if location.is_absolute() or ".." in location.parts or not location.parts:
+    if not location.parts:
+        raise ModelError(f"{file}: {proto.name} is said to be kept beside the graph, but not in which file")
+    if location.is_absolute() or ".." in location.parts:
         raise ModelError(f"{file}: {proto.name} is said to be in {str(location)!r}, outside the model's directory")
     try:
         length = int(given["length"]) if "length" in given else None
@@ -66,5 +68,6 @@ def _place(file: Path, proto: Any) -> Place:
     except ValueError as error:
         raise ModelError(f"{file}: the place of {proto.name} cannot be read ({error})") from error
     if place.offset < 0 or (length or 0) < 0:
-        raise ModelError(f"{file}: {proto.name} is said to start at {place.offset}")
+        bytes_of = "what" if length is None else f"{length} bytes"
+        raise ModelError(f"{file}: {proto.name} is said to be {bytes_of} from {place.offset} on in {place.file}")
     return place

@@ -107,4 +107,5 @@ def _convert(context: Context, node: Node, where: str) -> None:
     except UNFIT as error:
         reason = " ".join(str(error).split())
         raise UnsupportedError(f"{context.graph.file}: {node} ({where}) cannot be converted: {reason}") from error
-    context.values |= zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False)
+    for name, value in zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False):
+        context.define(name, value)

@@ -41,8 +41,8 @@ def read_onnx(files: ModelFiles, dtype: str | None, dummy_seed: int | None) -> M
         raise ModelError(f"{files.directory}: neither {GENAI_CONFIG} nor {CONFIG}, which say what {files.graph} is")
     config = read_config_file(beside) if beside.is_file() else None
     context = genai.get("context_length", None if config is None else max_positions(config))
-    if not isinstance(context, int):
-        raise ModelError(f"{files.directory / GENAI_CONFIG}: model.context_length is no number")
+    if not isinstance(context, int) or context < 1:
+        raise ModelError(f"{files.directory / GENAI_CONFIG}: model.context_length is {context}, not a number from 1 on")
     limit = context if config is None else min(context, max_positions(config))
     imported = import_graph(graph, _names(genai), kind, limit)
     if config is None:

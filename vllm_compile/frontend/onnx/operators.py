@@ -115,7 +115,7 @@ def add(context: Context, a: relax.Expr, b: relax.Expr) -> relax.Var:
 
 
 def _add(node: Node, context: Context) -> relax.Var:
-    a, b = (context.operand(name) for name in node.inputs)
+    a, b = context.alike(*node.inputs)
     return add(context, a, b)
 
 
@@ -132,28 +132,41 @@ def _divide(node: Node, context: Context) -> relax.Var:
     """A quotient; one over a square root is one operation."""
     one, root = context.value(node.inputs[0]), context.graph.producers.get(node.inputs[1])
     if isinstance(one, np.ndarray) and one.size == 1 and one.item() == 1 and root is not None and root.op == "Sqrt":
-        return context.emit(relax.op.rsqrt(context.operand(root.inputs[0])))
+        return context.emit(relax.op.rsqrt(*context.alike(root.inputs[0])))
     return _binary(relax.op.divide)(node, context)
 
 
 def _reduce_mean(node: Node, context: Context) -> relax.Var:
-    x, axes = context.operand(node.inputs[0]), context.numbers(node.inputs[1])
-    given = attributes(node, {"keepdims": 1, "noop_with_empty_axes": 0})
+    """Over the last axis; where float32 is narrowed, it and what follows is a norm's, and stays float32.
+
+    The axes are an input since opset 18, before that an attribute.
+    """
+    given = attributes(node, {"axes": [], "keepdims": 1, "noop_with_empty_axes": 0})
+    axes = context.numbers(node.inputs[1]) if node.input(1) else list(given["axes"])
+    x = _squares(context, node.inputs[0]) if context.narrows else context.operand(node.inputs[0])
     if axes not in ([-1], [x.ty.ndim - 1]) or not given["keepdims"]:
-        raise UnsupportedError(f"over axes {axes} is not supported")
+        raise UnsupportedError(f"over axes {axes or 'that are left out'} is not supported")
     return context.emit(relax.op.mean(x, axis=[-1], keepdims=True))
+
+
+def _squares(context: Context, name: str) -> relax.Expr:
+    """The value called `name` in float32: products and powers from their operands, before they were rounded."""
+    made = context.graph.producers.get(name)
+    operator = None if made is None else {"Pow": relax.op.power, "Mul": relax.op.multiply}.get(made.op)
+    if made is None or operator is None:
+        return context.in_float32(name)
+    return context.emit(operator(*map(context.in_float32, made.inputs)))
 
 
 def _binary(operator: Callable[..., relax.Expr]) -> Converter:
     def convert(node: Node, context: Context) -> relax.Var:
-        a, b = (context.operand(name) for name in node.inputs)
-        return context.emit(operator(a, b))
+        return context.emit(operator(*context.alike(*node.inputs)))
 
     return convert
 
 
 def _unary(operator: Callable[..., relax.Expr]) -> Converter:
-    return lambda node, context: context.emit(operator(context.operand(node.inputs[0])))
+    return lambda node, context: context.emit(operator(*context.alike(node.inputs[0])))
 
 
 def _gelu(node: Node, context: Context) -> relax.Var:
@@ -162,8 +175,16 @@ def _gelu(node: Node, context: Context) -> relax.Var:
     return context.emit(operator(context.operand(node.inputs[0])))
 
 
+def _identity(node: Node, context: Context) -> Any:
+    (name,) = node.inputs
+    return context.wide[name] if name in context.wide else context.value(name)
+
+
 def _cast(node: Node, context: Context) -> relax.Expr:
-    x, dtype = context.operand(node.inputs[0]), context.float_dtype(node.attributes["to"])
+    dtype = context.float_dtype(node.attributes["to"])
+    if context.narrows:  # from float32 to float32
+        return _identity(node, context)
+    x = context.operand(node.inputs[0])
     return x if str(x.ty.dtype) == dtype else context.emit(relax.op.astype(x, dtype))
 
 
@@ -186,7 +207,7 @@ CONVERTERS: dict[str, Converter] = {
     "Exp": _unary(relax.op.exp),
     "Gather": _gather,
     "Gelu": _gelu,
-    "Identity": lambda node, context: context.value(node.inputs[0]),
+    "Identity": _identity,
     "LayerNormalization": _layer_norm,
     "MatMul": _matmul,
     "Mul": _multiply,

@@ -25,8 +25,10 @@ def _transpose(node: Node, context: Context) -> Any:
     axes = list(node.attributes.get("perm", []))
     if isinstance(x, Weight) and axes in ([1, 0], []) and len(x.shape) == 2:
         return x.flip()
-    if not axes or axes[0] != 0:
-        raise UnsupportedError(f"a transposition by {axes} is not supported")
+    if axes[:2] != [0, 1]:
+        raise UnsupportedError(
+            f"a transposition by {axes or 'nothing'} is not supported: tokens are batched as they come"
+        )
     return context.emit(relax.op.permute_dims(context.operand(node.inputs[0]), axes))
 
 
