@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -41,14 +40,18 @@ def test_a_pipe_is_written_to_and_a_mode_is_kept(tmp_path):
     """What is no file, /dev/null for one, is not replaced by one."""
     pipe, path = tmp_path / "pipe", tmp_path / "b.json"
     os.mkfifo(pipe)
-    with ThreadPoolExecutor(1) as pool:
-        written = pool.submit(pipe.read_text)
-        PLAN.write(pipe)
-        assert '"buckets"' in written.result()
+    end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    PLAN.write(pipe)
     assert pipe.is_fifo()
+    assert b'"buckets"' in os.read(end, 1 << 16)
+    os.close(end)
     path.touch(mode=0o640)
     PLAN.write(path)
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_the_largest_buckets_are_no_larger_than_the_cache():
+    assert Limits(4, 64, 4096, 32, cache_blocks=30).largest == (Bucket(4, 1, 30), Bucket(1, 64, 30))
 
 
 def test_the_cheapest_cover():
