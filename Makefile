@@ -19,7 +19,7 @@ demo: $(STAMP)  ## train, compile, serve a small Llama, compare it with Hugging 
 	@$(VENV)/bin/python examples/demo.py $(if $(MODEL),--model "$(MODEL)")
 
 test: $(STAMP)  ## all tests, WORKERS=2 at a time
-	@OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "not timed"
+	@OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m "not timed"
 	@$(VENV)/bin/python -m pytest -m timed $$(grep -rl 'mark\.timed' tests --include='test_*.py')
 
 lint: $(STAMP)  ## ruff and mypy

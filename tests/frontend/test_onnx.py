@@ -17,6 +17,7 @@ from tvm import relax
 
 from tests import interpreter, models
 from tests.conftest import SEED
+from tests.families import FAMILIES, random_model
 from tests.onnx_models import (
     GRAPH,
     VOCABULARY,
@@ -29,7 +30,6 @@ from tests.onnx_models import (
     write_out_norms,
 )
 from tests.relax_passes.harness import operators
-from tests.test_families import FAMILIES, random_model
 from vllm_compile.accuracy import relative_error
 from vllm_compile.errors import ModelError, UnsupportedError, VllmCompileError
 from vllm_compile.frontend.model import Model
