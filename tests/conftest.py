@@ -119,7 +119,7 @@ def trained_llama(shared):
     script = Path(__file__).parents[1] / "examples" / "train_llama.py"
 
     def train(folder):
-        subprocess.run([sys.executable, script, "--out", folder / "model", "--steps", "100"], check=True)
+        subprocess.run([sys.executable, script, "--out", folder / "model", "--steps", "60"], check=True)
 
     return shared("trained", train) / "model"
 
