@@ -13,8 +13,8 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import vllm_compile
 from tests.families import NEW_TOKENS, prompts, random_model, served
-from tests.frontend.test_onnx import EOS, WHOLE_CACHE, llama, rounded
-from tests.onnx_models import GRAPH, VOCABULARY, build, continued, logits
+from tests.frontend.test_onnx import EOS, WHOLE_CACHE, rounded
+from tests.onnx_models import GRAPH, VOCABULARY, build, continued, llama, logits
 from vllm_compile import driver
 from vllm_compile.accuracy import relative_error
 from vllm_compile.analysis.analyze import analyze
