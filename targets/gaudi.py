@@ -44,6 +44,7 @@ def _target(name: str, tpcs: int, sram_bytes: int) -> GaudiTarget:
 TARGETS = {target.name: target for target in (_target("gaudi2", 24, 48 << 20), _target("gaudi3", 64, 96 << 20))}
 DETECT = {name: partial(TARGETS.__getitem__, name) for name in TARGETS}
 
+
 def _vector_flops(tpcs: int) -> float:
     """float32 FLOP/s of vectors: Gaudi 3's 64 TPCs do 28.7e12 in BF16, on twice the lanes."""
     return 28.7e12 / 2 * tpcs / 64
