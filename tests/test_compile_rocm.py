@@ -62,7 +62,7 @@ class Programs:
     compiled: dict[str, opencl.Program] = field(default_factory=dict)
 
     def __call__(self, launch: hip.Launch) -> None:
-        symbol = launch.kernel.removesuffix("_kernel")
+        symbol = launch.kernel.rpartition("_kernel")[0]  # what follows it is of a second launch
         if symbol not in self.compiled:
             self.compiled[symbol] = opencl.Program({symbol: self.kernels[symbol]})
         self.compiled[symbol](launch)

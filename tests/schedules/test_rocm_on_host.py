@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -59,6 +60,9 @@ CASES = {
         "qkv",
     ),
 }
+# Compute units of the chip, where they decide into how many parts a cache is split: three, one, five.
+UNITS = {"paged_attention": 48, "paged_attention of one query a head": 1, "paged_attention of wide heads": 10}
+PARTS = {"paged_attention": 3, "paged_attention of one query a head": 1, "paged_attention of wide heads": 5}
 
 
 class Case:
@@ -68,12 +72,13 @@ class Case:
         self.op, sizes, self.changed = CASES[name]
         self.inputs, self.attributes = self.op.sample(generator, torch.bfloat16, **sizes)
         self.spec = harness.op_spec(self.op, self.inputs, self.attributes)
-        choice = choose(self.spec, TARGET)
+        target = replace(TARGET, compute_units=UNITS.get(name, TARGET.compute_units))
+        choice = choose(self.spec, target)
         self.kernels = {
-            f"from_{variant.min_tokens}": choice.family.build(self.spec, variant.config, TARGET)
+            f"from_{variant.min_tokens}": choice.family.build(self.spec, variant.config, target)
             for variant in choice.variants
         }
-        self.on_host = OnHost(self.kernels, TARGET, folder)
+        self.on_host = OnHost(self.kernels, target, folder)
 
     def run(self, inputs, kernel="from_1"):
         """What a kernel writes into poisoned outputs, and what it updates."""
@@ -95,6 +100,9 @@ def test_matches_reference(name, generator, tmp_path):
     for kernel in case.kernels:
         actual = case.run(case.inputs, kernel)
         harness.assert_matches(case.op, actual, expected)
+    if name in PARTS:
+        assert [launch.grid[2] for launch in case.launches] == [PARTS[name], 1][: len(case.launches)]
+        assert len(case.launches) == 1 + (PARTS[name] > 1)
     if case.op in (EMBEDDING, QKV_ROPE_CACHE):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
     elif (
@@ -121,27 +129,29 @@ SPACES = {
 @pytest.mark.parametrize("name", SPACES)
 def test_what_tuning_may_choose(name, generator, tmp_path):
     """Any configuration of a family's space matches the reference, and is the launch that its footprint says."""
+    target = replace(TARGET, compute_units=UNITS.get(name, TARGET.compute_units))
     op, sizes, most = SPACES[name]
     inputs, attributes = op.sample(generator, torch.bfloat16, **sizes)
     spec = harness.op_spec(op, inputs, attributes)
-    family = choose(spec, TARGET).family
-    space = family.space(spec, TARGET)
-    others = [c for c in space if c not in [v.config for v in family.variants(spec, TARGET)]]
+    family = choose(spec, target).family
+    space = family.space(spec, target)
+    others = [c for c in space if c not in [v.config for v in family.variants(spec, target)]]
     small = [config for config in others if prod(config.values()) <= MOST_UNROLLED * config["waves"]]
     drawn = [small[i] for i in torch.randperm(len(small), generator=generator)]
     chosen = sorted(drawn, key=lambda config: config.get("steps") != MOST_STEPS)[:most]
-    assert all(any(family.admits(spec, c, least, TARGET) for least in (1, 17, 33)) for c in space)
-    on_host = OnHost({f"k{i}": family.build(spec, c, TARGET) for i, c in enumerate(chosen)}, TARGET, tmp_path)
+    assert all(any(family.admits(spec, c, least, target) for least in (1, 17, 33)) for c in space)
+    on_host = OnHost({f"k{i}": family.build(spec, c, target) for i, c in enumerate(chosen)}, target, tmp_path)
     expected = harness.results(op, inputs, attributes)
     tokens = len(next(iter(inputs.values())))
     for i, config in enumerate(chosen):
         outputs = [torch.full(out.sizes(tokens), float("nan"), dtype=torch.bfloat16) for out in spec.outputs]
-        (launch,) = on_host.run(f"k{i}", *inputs.values(), *outputs)
+        launch, *after = on_host.run(f"k{i}", *inputs.values(), *outputs)
         harness.assert_matches(op, outputs, expected)
         with pytest.raises(AssertionError):
             harness.assert_matches(op, [out.roll(1, -1) for out in outputs], expected)
-        footprint, resources = family.footprint(spec, config, tokens, TARGET), on_host.resources[f"k{i}"]
+        footprint, resources = family.footprint(spec, config, tokens, target), on_host.resources[f"k{i}"]
         assert (prod(launch.grid), launch.block[0]) == (footprint.blocks, WAVE * footprint.waves), config
+        assert len(after) == (footprint.rounds_after > 0), config
         assert footprint.lds_bytes == 2 * resources.lds_bytes, config
         assert resources.spilled == 0, config
 
