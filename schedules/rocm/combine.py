@@ -1,7 +1,7 @@
 """Parts of an attention that was split along the cache, added up: a thread block a token and query head.
 
-A part is a stretch of a token's cache, as one thread block saw it: of each query head the sums of values, unscaled, their
-largest score and the sum of their exponentials ("flash decoding", Dao et al. 2023).  Parts stand in the library's
+A part is a stretch of a token's cache, as one thread block saw it: of each query head the sums of values, unscaled,
+their largest score and the sum of their exponentials ("flash decoding", Dao et al. 2023).  Parts stand in the library's
 workspace (`runtime/hip.c`) from one launch to the next of the same stream.
 
 Bytes: 4 * D + 8 a part and query head, written and read once, from L2.

@@ -1,6 +1,7 @@
 """The time of a kernel on a chip that is not at hand, from its footprint and the registers and LDS of its machine code.
 
-It ranks configurations; it does not predict.  The first launch and clocks below the peak are left out, bandwidth is the peak.
+It ranks configurations; it does not predict.  The first launch and clocks below the peak are left out, bandwidth is
+the peak.
 
 A compute unit runs its thread blocks in passes, of as many as registers, LDS and places for waves let in.  A pass takes
 the longest of (Williams et al. 2009, a roofline of the compute unit):

@@ -8,8 +8,8 @@ once, in LDS.  Scores are K @ Q.T, tokens by queries, as the next product takes 
 lanes.  A lane's rows of V.T lie D / 16 apart, so that it reads neighbours of a token's V.
 
 Where tokens times KV heads are fewer than compute units, each token's cache is split, as evenly as whole tiles of each
-wave allow, and a second launch adds up the parts (combine.py).  Several tokens of a request (prefill) are as many thread
-blocks, which read its cache from L2.
+wave allow, and a second launch adds up the parts (combine.py).  Several tokens of a request (prefill) are as many
+thread blocks, which read its cache from L2.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from vllm_compile import toolchain
 from vllm_compile.errors import TargetError
 from vllm_compile.ops import GATE_UP_SILU, LINEAR
 from vllm_compile.schedules.rocm import build
-from vllm_compile.schedules.rocm.paged_attention import paged_attention
 from vllm_compile.schedules.rocm.elementwise import embedding, silu_mul
 from vllm_compile.schedules.rocm.norm import add_rms_norm, rms_norm
+from vllm_compile.schedules.rocm.paged_attention import paged_attention
 from vllm_compile.schedules.rocm.rope_cache import qkv_rope_cache
 from vllm_compile.schedules.select import choose
 from vllm_compile.spec import OpSpec, Sym, TensorSpec
