@@ -25,18 +25,20 @@ from vllm_compile.targets.rocm import ARCHS, for_arch
 pytestmark = needs_lld
 
 
-def product(op, N, K, tokens):
+def product(op, N, K, tokens, lossless=False):
     """The kernel of a matrix product for so many tokens, as it is chosen for an MI300X."""
     width = N // 2 if op is GATE_UP_SILU else N
     x, y = (TensorSpec((Sym.TOKENS, size), "bfloat16") for size in (K, width))
     spec = OpSpec(op.name, (("x", x), ("weight", TensorSpec((N, K), "bfloat16"))), (y,))
-    choice = choose(spec, for_arch())
+    choice = choose(spec, for_arch(), lossless)
+    assert bool(choice.layouts) == lossless
     (variant,) = [variant for variant in choice.variants if variant.min_tokens == tokens]
     return choice.family.build(spec, variant.config, for_arch())
 
 
 OBJDUMP = shutil.which(f"llvm-objdump-{toolchain.TVM_LLVM}")
 MFMA = "v_mfma_f32_16x16x16_?bf16"
+UNPACKING = ("v_alignbit_b32", "v_pk_mul_f32")  # and of x, raised
 # Llama-3.1-8B's.  16-byte loads (None: as LLVM unrolls) and stores of a lane, waves of a SIMD at least, instructions
 # that must be there.
 KERNELS = {
@@ -55,6 +57,9 @@ KERNELS = {
     "linear_of_64": (product(LINEAR, 4096, 14336, 33), 20, 0, 4, (MFMA, "ds_read_b128")),
     "logits": (product(LINEAR, 128256, 4096, 1), None, 0, 4, (MFMA, "ds_read_b128")),
     "gate_up": (product(GATE_UP_SILU, 28672, 4096, 1), None, 0, 4, (MFMA, "v_exp_f32")),
+    "lossless_logits": (product(LINEAR, 128256, 4096, 1, True), 20, 0, 4, (MFMA, *UNPACKING, "ds_read_b128")),
+    "lossless_gate_up": (product(GATE_UP_SILU, 28672, 4096, 1, True), 20, 0, 4, (MFMA, *UNPACKING, "v_exp_f32")),
+    "lossless_of_32": (product(GATE_UP_SILU, 28672, 4096, 17, True), None, 0, 3, (MFMA, *UNPACKING)),
     "paged_attention": (paged_attention(32, 8, 128, 0.1, 4, 608), 12, 3, 4, (MFMA, "ds_bpermute_b32", "ds_write_b128")),
     "paged_attention_1": (None, None, 0, 8, ("v_exp_f32", "ds_read_b128", "ds_write_b128")),  # its second launch
     "rope_cache": (qkv_rope_cache(32, 8, 128), 14, 6, 8, ("v_pk_mul_f32",)),
@@ -103,9 +108,9 @@ def test_instructions(name, disassembly):
     assert words.count("global_store_dwordx4") == stores
     for instruction in wanted:
         assert any(re.match(instruction, word) for word in words), instruction
-    # Narrow loads are of ids and slots, which are scalars of a block.
-    slow = {word for word in words if word.startswith(("scratch_", "flat_", "buffer_", "global_load_ushort"))}
-    assert not slow
+    # Narrow loads are of ids and slots, which are scalars of a block, and of x where a weight is listed.
+    narrow = () if name.startswith("lossless") else ("global_load_ushort",)
+    assert not {word for word in words if word.startswith(("scratch_", "flat_", "buffer_", *narrow))}
 
 
 def test_loads_of_weights_are_under_way_together(disassembly):
