@@ -8,7 +8,8 @@ import pytest
 from transformers import LlamaConfig
 
 from tests.analysis.predictions import DOCS, MODELS
-from vllm_compile.analysis import analyze as analysis
+from vllm_compile import driver
+from vllm_compile.analysis.analyze import analyze
 from vllm_compile.quantities import duration
 from vllm_compile.targets import CHIPS, DETECT, resolve
 
@@ -24,21 +25,25 @@ ROW = re.compile(r"^\| ([^|]+) \| (\w+), (\d+) (?:request|prompt)s? \| ([\d.]+ m
 
 @pytest.fixture(scope="module")
 def analyse(tmp_path_factory):
-    """Llama-3.1-8B on a target's chip; the model is imported and fused once."""
+    """Llama-3.1-8B on a target's chip; the model is imported once, fused for each."""
     directory = tmp_path_factory.mktemp("model")
     LlamaConfig(**MODELS["Llama-3.1-8B"], architectures=["LlamaForCausalLM"]).save_pretrained(directory)
-    fuse, stages, fused = analysis._fuse, [], []
-
-    def fuse_once(model, dtype, after_each):
-        if not fused:
-            fused.append(fuse(model, dtype, lambda *stage: stages.append(stage)))
-        for stage in stages:
-            after_each(*stage)
-        return fused[0]
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(analysis, "_fuse", fuse_once)
-        yield lambda target: analysis.analyze(directory, target, [1, 64], [1024])
+        for name in ("trace", "import_model"):
+            patch.setattr(driver, name, once(getattr(driver, name)))
+        yield lambda target: analyze(directory, target, [1, 64], [1024])
+
+
+def once(function):
+    """What `function` gives when it is first called."""
+    results = []
+
+    def call(*arguments):
+        if not results:
+            results.append(function(*arguments))
+        return results[0]
+
+    return call
 
 
 @pytest.mark.parametrize("target", TARGETS)
