@@ -64,9 +64,9 @@ CASES = {
         "qkv",
     ),
 }
-# Compute units of the chip, where they decide into how many parts a cache is split: three, one, five.
-UNITS = {"paged_attention": 48, "paged_attention of one query a head": 1, "paged_attention of wide heads": 10}
-PARTS = {"paged_attention": 3, "paged_attention of one query a head": 1, "paged_attention of wide heads": 5}
+# Compute units of the chip, where they decide into how many parts a cache is split.
+UNITS = {"paged_attention": 32, "paged_attention of one query a head": 1, "paged_attention of wide heads": 10}
+PARTS = {"paged_attention": 2, "paged_attention of one query a head": 1, "paged_attention of wide heads": 5}
 # The model of the chip would have weights of these sizes plain.
 LOSSLESS = {"lossless linear": Linear(packed=True), "lossless gate_up_silu": GateUpSilu(packed=True)}
 
@@ -152,7 +152,7 @@ MOST_STEPS = 8  # that the model of the chip likes best: the first that is tried
 SPACES = {
     "linear": (LINEAR, {"tokens": 19, "K": 512, "N": 64}, 2),
     "gate_up_silu": (GATE_UP_SILU, {"tokens": 37, "K": 512, "intermediate": 64}, 2),
-    "lossless gate_up_silu": (GATE_UP_SILU, {"tokens": 21, "K": 256, "intermediate": 32}, 1),
+    "lossless gate_up_silu": (GATE_UP_SILU, {"tokens": 21, "K": 128, "intermediate": 32}, 1),
     "paged_attention": (PAGED_ATTENTION, {"head_dim": 64}, 1),
 }
 
