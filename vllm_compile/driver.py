@@ -26,11 +26,11 @@ from .frontend.hf import trace
 from .frontend.importer import import_model
 from .frontend.model import DTYPES, Model
 from .frontend.read_model import read_model
+from .fused_calls import attention_of
 from .kernel_cache import KernelCache
 from .lowering import Lowered, lower
 from .model_files import ModelFiles, find_files
 from .ops import op_of
-from .ops.qkv_rope_attention import attention_of
 from .quick_verification import Verdict, not_run, quick_verification
 from .relax_passes.base import Definitions
 from .relax_passes.outline_layers import FORWARD, LOGITS

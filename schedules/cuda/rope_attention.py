@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from vllm_compile.ops.qkv_rope_attention import parts
+from vllm_compile.fused_calls import parts
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets.cuda import CudaTarget
 

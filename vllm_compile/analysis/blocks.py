@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from vllm_compile.ops.qkv_rope_attention import attention_of
+from vllm_compile.fused_calls import attention_of
 
 from .graph import Call
 

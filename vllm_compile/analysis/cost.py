@@ -14,7 +14,7 @@ from typing import Protocol
 
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.expression import BINARY, UNARY, read_expression
-from vllm_compile.ops.qkv_rope_attention import parts
+from vllm_compile.fused_calls import parts
 from vllm_compile.relax_passes.outline_layers import LOGITS
 from vllm_compile.spec import DTYPE_BYTES, OpSpec, Sym, TensorSpec
 

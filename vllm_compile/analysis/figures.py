@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_compile.ops.qkv_rope_attention import attention_of
+from vllm_compile.fused_calls import attention_of
 
 from .cost import kv_token_bytes
 from .graph import Call, numbered_calls

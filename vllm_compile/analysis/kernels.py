@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from vllm_compile.errors import UnsupportedError
-from vllm_compile.ops.qkv_rope_attention import parts
+from vllm_compile.fused_calls import parts
 from vllm_compile.schedules.family import TorchCall
 from vllm_compile.schedules.select import Choice, choose
 from vllm_compile.spec import OpSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vllm_compile.ops.qkv_rope_attention import attention_of
+from vllm_compile.fused_calls import attention_of
 from vllm_compile.spec import DTYPE_BYTES
 from vllm_compile.targets import Chip
 

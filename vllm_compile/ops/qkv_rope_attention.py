@@ -3,8 +3,6 @@
 import torch
 from tvm import relax
 
-from vllm_compile.spec import OpSpec, Sym, TensorSpec
-
 from . import paged_attention, qkv_rope_cache
 from .base import OwnOp, Tolerance
 
@@ -59,27 +57,6 @@ def sample(
     if tokens > 2:
         given["slot_mapping"][tokens // 2] = -1
     return given | cache, sizes | scale
-
-
-def parts(spec: OpSpec) -> tuple[OpSpec, OpSpec]:
-    """A call as two: `qkv_rope_cache`, and `paged_attention` of its result."""
-    attributes = dict(spec.attributes)
-    sizes = tuple((name, attributes.pop(name)) for name in ("head_dim", "num_heads", "num_kv_heads"))
-    names = ("qkv", "cos", "sin", "kv", "slot_mapping")
-    q = TensorSpec((Sym.TOKENS, spec.attribute("num_heads"), spec.attribute("head_dim")), spec.outputs[0].dtype)
-    rotation = OpSpec("qkv_rope_cache", tuple((n, spec.input(n)) for n in names), (q,), sizes)
-    rest = tuple((n, spec.input(n)) for n in ("kv", "block_table", "seq_lens", "query_start_loc"))
-    attention = OpSpec(
-        "paged_attention", (("q", q), *rest), spec.outputs, tuple(sorted(attributes.items())), spec.options
-    )
-    return rotation, attention
-
-
-def attention_of(spec: OpSpec) -> OpSpec | None:
-    """The `paged_attention` that a call is, or has for a part; None if it reads no KV cache."""
-    if spec.op == QKV_ROPE_ATTENTION.name:
-        return parts(spec)[1]
-    return spec if spec.op == paged_attention.PAGED_ATTENTION.name else None
 
 
 def infer(i, a):
