@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from .canonical import sha256
 from .errors import DatabaseError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 console = Console(stderr=True)
 TASK_KINDS = "vllm_compile.task_kinds"  # entry points: name of a kind of task -> function that does it
 SHORT = 12  # characters of an id that people see
+MOST_SHOWN = 40  # of a configuration's value
 
 
 def add_database(commands: Any) -> None:
@@ -165,7 +167,7 @@ def _sentence(record: Record, state: State, source: Mapping[str, Any]) -> str:
     from .schedules.database.record import How
 
     schedule, provenance = record.schedule.content(), record.provenance
-    config = " ".join(f"{name}={value}" for name, value in sorted(schedule["config"].items()))
+    config = " ".join(f"{name}={_short(value)}" for name, value in sorted(schedule["config"].items()))
     day = time.strftime("%Y-%m-%d", time.gmtime(provenance.measured_at))
     where = "for" if record.how == How.ESTIMATED else "on"
     stale = f"; stale: {', '.join(source['changed'])} changed since" if source["changed"] else ""
@@ -175,6 +177,12 @@ def _sentence(record: Record, state: State, source: Mapping[str, Any]) -> str:
         f"{record.gb_per_s:.0f} GB/s, {record.roofline_share:.0%} of roofline; record {record.id[:SHORT]}, {state}, "
         f"match {source['match']}{stale}"
     )
+
+
+def _short(value: Any) -> str:
+    """A value of a configuration; of a trace, which is long, the digest."""
+    text = str(value)
+    return text if len(text) <= MOST_SHOWN else sha256(text)[:SHORT]
 
 
 def _stats(options: argparse.Namespace) -> int:

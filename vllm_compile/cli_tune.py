@@ -8,7 +8,8 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
     from .schedules.database import Database
     from .schedules.database.executors import Executor
     from .schedules.tuning.search import Progress
-    from .schedules.tuning.task import Task
+    from .schedules.tuning.task import Range, Task
     from .targets import Target
 
 console = Console(stderr=True)
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 NAME_WIDTH = 12  # of the table's first column at least, on a narrow terminal
 TASK_SECONDS = 1800  # after which a task is taken for hung
+TRIAL_SECONDS = 120  # after which a few candidates are
 
 
 def add_tune(commands: Any) -> None:
@@ -45,8 +47,16 @@ def add_tune(commands: Any) -> None:
     parser.add_argument(
         "--trials", type=positive, default=64, metavar="N", help="configurations of a range of tokens at most"
     )
+    parser.add_argument(
+        "--traces",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="schedules of TIR that MetaSchedule may try, too, for each number of tokens (cpu, --pack none)",
+    )
     parser.add_argument("--budget", type=seconds_of, default=float("inf"), metavar="10m", help="time to spend")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], metavar="NAMES", help="weights' names")
+    parser.add_argument("--pack", choices=("lossless", "none"), default="lossless", help="weights, as for compile")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the model's own")
     parser.add_argument("--dry-run", action="store_true", help="say what there is to tune, and how long it will take")
     parser.add_argument("--submit", action="store_true", help="leave the tasks to workers (vllm-compile worker)")
@@ -82,14 +92,19 @@ def _tune(options: argparse.Namespace) -> int:
     if target.name not in METHODS:
         raise TargetError("tune searches for cpu and rocm; benchmarks/search_cuda_linear.py does for cuda")
     estimated = METHODS[target.name] == ESTIMATE
-    if estimated and options.submit:
-        raise TargetError("estimates need no machine of their own, hence no workers; leave out --submit")
+    if estimated and (options.submit or options.traces):
+        raise TargetError("estimates need no machine of their own and are of listed spaces: no --submit, no --traces")
+    if options.traces and options.submit:
+        raise TargetError("MetaSchedule searches here; workers take listed spaces alone: no --submit with --traces")
     if options.db is None and not options.dry_run:
         raise DatabaseError("--db URL is needed: the records have to go somewhere (a file will do, tuning.db)")
     with tempfile.TemporaryDirectory() as scratch:
         console.print("reading the model", highlight=False)
-        lowered = lower_model(_plain_model(options.model, Path(scratch)), target, options.dtype)
-    tasks = _chosen(tasks_of(lowered, target, options.trials), options.only)
+        plain, lossless = _plain_model(options.model, Path(scratch)), options.pack == "lossless"
+        lowered = lower_model(plain, target, options.dtype, lossless)
+    tasks = _chosen(tasks_of(lowered, target, options.trials, options.traces), options.only)
+    if options.traces:
+        _check_traces(tasks)
     bandwidth = float("inf") if estimated else read_bandwidth(torch.device("cpu"))
     if options.db is None:
         work: Sequence[Progress] = [Progress(task) for task in tasks]
@@ -112,7 +127,13 @@ def _searched(
     from .schedules.tuning.task import ESTIMATE, METHODS
 
     machine, method = fingerprint(target), METHODS[target.name]
-    work = pending(database, tasks, machine, tuple(How) if method == ESTIMATE else (How.MEASURED,))
+
+    def searched(task: Task, wanted: Range) -> bool:
+        from .schedules.tuning.evolve import is_searched
+
+        return is_searched(task, wanted, database, machine)
+
+    work = pending(database, tasks, machine, tuple(How) if method == ESTIMATE else (How.MEASURED,), searched)
     _say_how_long(work, bandwidth)
     if options.dry_run:
         return work
@@ -126,16 +147,24 @@ def _searched(
         signal.signal(signal.SIGINT, before)  # a second Ctrl-C does not wait
 
     signal.signal(signal.SIGINT, end)
-    executor, began = _executor(method), time.monotonic()
+    executor, trials, began = _executor(method), _trials(), time.monotonic()
+
+    def widen(task: Task, over: Callable[[], bool]) -> Task:
+        if not any(wanted.traces for wanted in task.ranges):
+            return task
+        from .schedules.tuning.evolve import evolved
+
+        return evolved(task, database, trials, over)
 
     def table() -> Table:
         return _table(work, time_left(work, bandwidth, time.monotonic() - began))
 
     try:
         with Live(table(), console=console, auto_refresh=False) as live:
-            tune(database, work, executor, stop, options.budget, lambda _: live.update(table(), refresh=True))
+            tune(database, work, executor, stop, options.budget, lambda _: live.update(table(), refresh=True), widen)
     finally:
         executor.close()
+        trials.close()
         signal.signal(signal.SIGINT, before)
     return work
 
@@ -152,6 +181,24 @@ def _executor(method: str) -> Executor:
     from .schedules.tuning.measure import measure
 
     return LocalExecutor({method: measure}, TASK_SECONDS)
+
+
+def _trials() -> Executor:
+    """A process for the candidates of a search by MetaSchedule."""
+    from .schedules.database.executors import LocalExecutor
+    from .schedules.tuning.measure import TRIAL, trial
+
+    return LocalExecutor({TRIAL: trial}, TRIAL_SECONDS)
+
+
+def _check_traces(tasks: Sequence[Task]) -> None:
+    """Raise an error unless MetaSchedule has something to search, and what it needs."""
+    if not any(wanted.traces for task in tasks for wanted in task.ranges):
+        raise VllmCompileError(
+            "--traces: no call here has a kernel in TIR to search; on cpu linear layers have, with --pack none"
+        )
+    if find_spec("xgboost") is None:
+        raise VllmCompileError("--traces needs xgboost for its cost model; pip install 'vllm-compile[tune]'")
 
 
 def _say_how_long(work: Sequence[Progress], bandwidth: float) -> None:

@@ -35,6 +35,7 @@ from ..database.fingerprint import Fingerprint
 from ..database.record import How, Provenance, Record, Schedule, Times, Verdict
 from ..database.workload import Workload
 
+TRIAL = "trial"  # kind of task
 TENSORS, CASE = "tensors.safetensors", "case.json"  # written by prepare.py beside the library
 COLD_BYTES, MOST_COPIES = 256 << 20, 64  # several times the caches; weights of a few KB are warm in a model too
 TURNS, FINALISTS, FINAL_TURNS = 3, 5, 15
@@ -59,6 +60,15 @@ def measure(payload: dict[str, Any]) -> Outcome:
     return Outcome([summary for summary, _ in found], [record for _, record in found])
 
 
+def trial(payload: dict[str, Any]) -> Outcome:
+    """Of each kernel of the one range that prepare.py wrote into `folder`, in order, as the result: `error` in units of
+    what is allowed, `us` of a few calls (none of a wrong one), `moved_bytes`, `bandwidth` (bytes a second) and
+    `executed_on`."""
+    case = _Case(Path(payload["folder"]))
+    (entry,) = case.description["ranges"]
+    return Outcome(case.tried(entry))
+
+
 class _Case:
     """What prepare.py wrote, loaded."""
 
@@ -77,8 +87,7 @@ class _Case:
     def fastest(self, entry: dict[str, Any]) -> tuple[dict[str, Any], Record]:
         """Of one range: a summary, and the record of the best."""
         symbols, tokens = entry["symbols"], entry["tokens"]
-        least = json.loads(entry["workload"])["tokens"][0]
-        errors = {s: max(self._error(s, least), self._error(s, tokens)) for s in symbols}  # also with ragged tiles
+        errors = self._errors(entry)
         right = [symbol for symbol in symbols if errors[symbol] <= 1]
         default = symbols[0]
         if default not in right:
@@ -100,18 +109,33 @@ class _Case:
         }
         return summary, self._record(entry, configs[best], _percentiles(final[best]), errors[best])
 
+    def tried(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        """See `trial`."""
+        errors = self._errors(entry)
+        times = self._times([s for s, error in errors.items() if error <= 1], entry["tokens"], TURNS)
+        about = {"moved_bytes": self._moved(entry), "bandwidth": self._bandwidth, "executed_on": _processor()}
+        return [{"error": errors[s], "us": times.get(s, []), **about} for s in entry["symbols"]]
+
+    def _errors(self, entry: dict[str, Any]) -> dict[str, float]:
+        """Of each kernel, for the least tokens of the range too, which leave tiles ragged."""
+        counts = {json.loads(entry["workload"])["tokens"][0], entry["tokens"]}
+        return {symbol: max(self._error(symbol, tokens) for tokens in counts) for symbol in entry["symbols"]}
+
+    def _moved(self, entry: dict[str, Any]) -> int:
+        """Bytes that a call has to move."""
+        return self._weight_bytes + entry["tokens"] * self.description["row_bytes"]
+
     def _record(self, entry: dict[str, Any], config: Any, times: Times, error: float) -> Record:
-        moved = self._weight_bytes + entry["tokens"] * self.description["row_bytes"]
-        rate = moved / times.median * 1e6
+        rate = self._moved(entry) / times.median * 1e6
         return Record(
             Workload.from_text(entry["workload"]),
             Fingerprint.from_text(self.description["machine"]),
-            Schedule.parameters(self.description["family"], config),
+            Schedule.of_family(self.description["family"], config),
             How.MEASURED,
             times,
             rate / 1e9,
             rate / self._bandwidth,
-            Verdict(error, 1.0, platform.processor() or platform.machine()),
+            Verdict(error, 1.0, _processor()),
             Provenance(author(), int(time.time()), platform.node(), version("vllm-compile")),
         )
 
@@ -159,6 +183,10 @@ class _Case:
                 if turn:
                     times[symbol].append(taken)
         return times
+
+
+def _processor() -> str:
+    return platform.processor() or platform.machine()
 
 
 def author() -> str:

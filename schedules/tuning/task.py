@@ -31,11 +31,13 @@ class Range:
         workload: the call with this range.
         tokens: the number it is measured (or estimated) at.
         configs: what to try, the default first.
+        traces: how many schedules of TIR MetaSchedule may try before, of which the best are added to `configs`.
     """
 
     workload: Workload
     tokens: int
     configs: tuple[Config, ...]
+    traces: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,22 +80,25 @@ class Task:
         return replace(self, ranges=tuple(ranges))
 
 
-def tasks_of(lowered: Lowered, target: Target, trials: int, seed: int = 0) -> list[Task]:
+def tasks_of(lowered: Lowered, target: Target, trials: int, traces: int = 0, seed: int = 0) -> list[Task]:
     """The tasks of a model, those that cost a decode step most first.
 
     Args:
         trials: configurations of a range at most; of larger spaces a random choice, the default always in it.
+        traces: as many for each range of a single number of tokens for which the family has a design.
     """
     calls = _calls(lowered)
     found = [
-        _task(kernels, calls, target, trials, random.Random(seed))
+        _task(kernels, calls, target, trials, traces, random.Random(seed))
         for kernels in lowered.kernels.values()
         if kernels.choice.family.space(kernels.spec, target)
     ]
     return sorted(found, key=lambda task: (-task.step_bytes, task.names))
 
 
-def _task(kernels: Kernels, calls: Mapping[str, list[str]], target: Target, trials: int, draw: random.Random) -> Task:
+def _task(
+    kernels: Kernels, calls: Mapping[str, list[str]], target: Target, trials: int, traces: int, draw: random.Random
+) -> Task:
     spec, choice = kernels.spec, kernels.choice
     space = choice.family.space(spec, target)
     ranges = []
@@ -103,7 +108,8 @@ def _task(kernels: Kernels, calls: Mapping[str, list[str]], target: Target, tria
             others = draw.sample(others, trials - 1)
         workload = workload_of(spec, choice.layouts, (least, most))
         tokens = UNBOUNDED * least if most is None else most
-        ranges.append(Range(workload, tokens, (variant.config, *others)))
+        designed = traces and least == most and choice.family.design(spec, least, target) is not None
+        ranges.append(Range(workload, tokens, (variant.config, *others), traces if designed else 0))
     weights = calls[kernels.symbols[0]]
     known = (tensor for _, tensor in spec.inputs if not any(isinstance(size, Sym) for size in tensor.shape))
     size = len(weights) * sum(tensor.nbytes() for tensor in known)  # weights: no call binds their shapes
