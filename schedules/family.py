@@ -116,6 +116,10 @@ class KernelFamily(Protocol):
         """Every configuration that tuning may try; none if there is nothing to choose."""
         return ()
 
+    def candidates(self, spec: OpSpec, min_tokens: int, target: Target) -> Sequence[Config]:
+        """What is worth trying of `space` for calls of so many tokens and more: all that `admits` admits."""
+        return [c for c in self.space(spec, target) if self.admits(spec, c, min_tokens, target)]
+
     def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: Target) -> bool:
         """True if a tuned configuration may take the place of the default for calls of so many tokens and more."""
         return False

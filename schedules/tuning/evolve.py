@@ -29,7 +29,7 @@ from tvm.s_tir.meta_schedule.database import TuningRecord
 from tvm.s_tir.meta_schedule.logging import get_logging_func
 from tvm.s_tir.meta_schedule.mutator import MutateTileSize
 from tvm.s_tir.meta_schedule.runner import RunnerResult
-from tvm.s_tir.meta_schedule.search_strategy import EvolutionarySearch, MeasureCandidate
+from tvm.s_tir.meta_schedule.search_strategy import EvolutionarySearch
 from tvm.s_tir.meta_schedule.space_generator import ScheduleFn
 
 from vllm_compile.targets import resolve
@@ -40,7 +40,7 @@ from ..database.machine import fingerprint
 from ..database.meta_schedule import Assessment, MetaScheduleDatabase
 from ..database.record import Provenance, Verdict
 from ..database.tasks import Lease
-from ..design import Design, text_of
+from ..design import TRACE, Design, text_of
 from ..family import Config
 from ..select import FAMILIES
 from .measure import TRIAL, author
@@ -103,7 +103,9 @@ class _Search:
         workload = self._records.commit_workload(self._design.module)
         context.pre_tuning(self._wanted.traces, ROUND, context.generate_design_space(), self._records, model)
         while not over() and (candidates := context.generate_measure_candidates()):
-            results = [self._result(trial) for trial in self._measured(candidates)]
+            configs = [self._design.config(candidate.sch.trace) for candidate in candidates]
+            self._tried |= self._measured(self._admitted(configs))
+            results = [self._result(self._tried.get(config[TRACE], {})) for config in configs]
             context.notify_runner_results(candidates, results)
             for candidate, result in zip(candidates, results, strict=True):
                 record = TuningRecord(candidate.sch.trace, workload, result.run_secs, target, candidate.args_info)
@@ -111,7 +113,11 @@ class _Search:
             model.update(context, candidates, results)
         context.post_tuning()
         best = self._records.get_top_k(workload, FINALISTS)
-        return [self._design.config(record.trace) for record in best]
+        return self._admitted([self._design.config(record.trace) for record in best])
+
+    def _admitted(self, configs: Sequence[Config]) -> list[Config]:
+        """Those of our spaces: what is known already may be of another version, or by somebody else."""
+        return [config for config in configs if self._design.admits(config[TRACE])]
 
     def _context(self, target: tvm.target.Target) -> TuneContext:
         """As `TuneContext(...)`, without TVM's own tensor intrinsics: to read them takes a minute."""
@@ -126,18 +132,15 @@ class _Search:
         _ffi_api.TuneContextInitialize(context)
         return context
 
-    def _measured(self, candidates: Sequence[MeasureCandidate]) -> list[dict[str, Any]]:
-        """What `trial` says of each; nothing of those that end its process."""
-        configs = [self._design.config(candidate.sch.trace) for candidate in candidates]
+    def _measured(self, configs: Sequence[Config]) -> dict[str, dict[str, Any]]:
+        """What `trial` says of each, by trace; nothing of those that end its process."""
+        if not configs:
+            return {}
         try:
-            trials = self._try(configs)
+            return {c[TRACE]: trial for c, trial in zip(configs, self._try(configs), strict=True)}
         except TaskCrashedError:
-            if len(candidates) == 1:
-                return [{}]
-            half = len(candidates) // 2
-            return self._measured(candidates[:half]) + self._measured(candidates[half:])
-        self._tried |= {text_of(c.sch.trace): trial for c, trial in zip(candidates, trials, strict=True)}
-        return trials
+            half = len(configs) // 2
+            return self._measured(configs[:half]) | self._measured(configs[half:]) if half else {}
 
     def _try(self, configs: Sequence[Config]) -> list[dict[str, Any]]:
         payload = replace(self._task, ranges=(replace(self._wanted, configs=tuple(configs)),)).payload()
@@ -147,7 +150,7 @@ class _Search:
 
     def _result(self, trial: dict[str, Any]) -> RunnerResult:
         if not trial:
-            return RunnerResult(None, "its process ended")
+            return RunnerResult(None, "it ended its process, or is of no space of this version")
         if trial["error"] > 1:
             return RunnerResult(None, f"its result is {trial['error']} times as far off as is allowed")
         return RunnerResult([us / 1e6 for us in trial["us"]], None)

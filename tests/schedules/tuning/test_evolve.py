@@ -5,19 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tvm
+from tvm.s_tir.meta_schedule.database import TuningRecord
 
 from tests.schedules.database.samples import record
 from vllm_compile.cli import main
 from vllm_compile.driver import CompileOptions, compile_model, lower_model
-from vllm_compile.schedules.database import Schedule, commit, open_database
+from vllm_compile.schedules.database import Provenance, Schedule, Verdict, commit, open_database
 from vllm_compile.schedules.database.executors import LocalExecutor, Outcome, TaskCrashedError
 from vllm_compile.schedules.database.machine import fingerprint
+from vllm_compile.schedules.database.meta_schedule import Assessment, MetaScheduleDatabase
 from vllm_compile.schedules.database.store import select_where
-from vllm_compile.schedules.design import TRACE
+from vllm_compile.schedules.design import TRACE, text_of
 from vllm_compile.schedules.tuning import evolve
+from vllm_compile.schedules.tuning.extract import tasks_of
 from vllm_compile.schedules.tuning.measure import TRIAL, trial
 from vllm_compile.schedules.tuning.search import pending
-from vllm_compile.schedules.tuning.task import tasks_of
 from vllm_compile.targets import resolve
 
 CPU = resolve("cpu")
@@ -136,6 +139,24 @@ def test_a_search_that_was_stopped_goes_on(task, database, unbuilt):
     again = FakeExecutor(wrong=10**3)
     found = evolve.evolved(replace(task, ranges=task.ranges[:1]), database, again, lambda: False)
     assert {config[TRACE] for config in found.ranges[0].configs[1:]} <= first.right
+
+
+def test_a_trace_of_another_version_is_passed_over(task, database, unbuilt):
+    """However fast it was: it has steps that no space of ours has."""
+    task = replace(task, ranges=task.ranges[:1])
+    schedule = tvm.s_tir.Schedule(evolve._design(task, task.ranges[0]).module)
+    schedule.annotate(schedule.get_sblock("product"), "pragma_import_llvm", "define void @f() { ret void }")
+    verdict, about = Verdict(0.0, 1.0, "nothing"), Provenance("somebody", 1, "elsewhere", "0")
+    records = MetaScheduleDatabase(database, fingerprint(CPU), lambda record: Assessment(verdict, 1.0, 1.0, about))
+    target = tvm.target.Target(CPU.tvm_config())
+    workload = records.commit_workload(evolve._design(task, task.ranges[0]).module)
+    records.commit_tuning_record(TuningRecord(schedule.trace, workload, [1e-9], target, []))
+    executor = FakeExecutor()
+    found = evolve.evolved(task, database, executor, lambda: False)
+    foreign = text_of(schedule.trace)
+    assert foreign not in executor.met
+    assert {config[TRACE] for config in found.ranges[0].configs[1:]} <= executor.right
+    assert executor.right
 
 
 def test_a_measured_range_waits_for_its_search(task, database, unbuilt):
