@@ -6,6 +6,7 @@ from .elementwise import Embedding, SiluMul
 from .gate_up import GateUpSilu
 from .linear import Linear
 from .norm import RMSNorm
+from .rope_attention import QKVRopeAttention
 from .rope_cache import QKVRopeCache
 
 FAMILIES: tuple[KernelFamily, ...] = (
@@ -17,6 +18,7 @@ FAMILIES: tuple[KernelFamily, ...] = (
     RMSNorm(add=True),
     Embedding(),
     SiluMul(),
+    QKVRopeAttention(),
     QKVRopeCache(),
     PagedAttention(),
 )
