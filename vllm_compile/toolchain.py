@@ -26,7 +26,9 @@ from .targets import Target, cuda, gaudi, rocm
 SUBPACKAGES = ("relax_passes", "runtime", "schedules", "targets")  # which lie elsewhere in a checkout
 SOURCES = frozenset({".py", ".c", ".cuh", ".json", ".jinja"})
 # All that kernels are built by, with schedules/*.py and schedules/TARGET.
-KERNEL_SOURCES = frozenset({"errors.py", "expression.py", "lossless.py", "spec.py", "targets", "toolchain.py"})
+KERNEL_SOURCES = frozenset(
+    {"canonical.py", "errors.py", "expression.py", "lossless.py", "spec.py", "targets", "toolchain.py"}
+)
 ROCM_SOURCES = frozenset({Path("runtime/__init__.py"), Path("runtime/hip.c")})  # the launcher, which libraries hold
 TVM_LLVM = 22  # the LLVM in apache-tvm's wheel
 OLDEST_LLD = 19  # the first that links version 6 of the code object ABI, which LLVM 22 writes

@@ -6,6 +6,7 @@ at a time.  RPC is plain text without passwords: whoever reaches a port runs wha
 
 from __future__ import annotations
 
+import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -94,7 +95,9 @@ class Board(Cpu):
 
     def timer(self, calls: Sequence[Call]) -> Callable[[int], float]:
         (call, *_) = calls
-        return lambda turn: call.func.seconds(*call.args) * 1e6
+        kernel = call.func
+        assert isinstance(kernel, BoardKernel), kernel
+        return lambda turn: kernel.seconds(*call.args) * 1e6
 
     def bandwidth(self) -> float:
         return self._gb_per_s * 1e9
@@ -131,6 +134,8 @@ class RpcExecutor(Executor):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             try:
+                # TVM itself would try for a minute.
+                socket.create_connection((self.host, self.port), timeout=10).close()
                 tracker = rpc.connect_tracker(self.host, self.port)
                 build(held.payload, folder)
                 session = tracker.request(self.key, session_timeout=self.timeout, max_retry=1)

@@ -87,7 +87,7 @@ def emulated(folder, monkeypatch):
 
         return kernel
 
-    monkeypatch.setattr(measure, "load_kernels", load)
+    monkeypatch.setattr(EmulatedGpu, "load", lambda gpu, library: load(library))
     monkeypatch.setattr(measure, "COLD_BYTES", 1)
     monkeypatch.setattr(measure, "TURNS", 1)
     monkeypatch.setattr(measure, "FINAL_TURNS", 2)
