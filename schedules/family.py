@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tvm import tirx
 
@@ -17,6 +17,9 @@ from vllm_compile.spec import OpSpec, TensorSpec
 from vllm_compile.targets import Target
 
 from .layouts import Layout
+
+if TYPE_CHECKING:
+    from .design import Design
 
 Config = Mapping[str, Any]
 
@@ -128,9 +131,17 @@ class KernelFamily(Protocol):
         """Every configuration that tuning may try; none if there is nothing to choose."""
         return ()
 
+    def candidates(self, spec: OpSpec, min_tokens: int, target: Target) -> Sequence[Config]:
+        """What is worth trying of `space` for calls of so many tokens and more: all that `admits` admits."""
+        return [c for c in self.space(spec, target) if self.admits(spec, c, min_tokens, target)]
+
     def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: Target) -> bool:
         """True if a tuned configuration may take the place of the default for calls of so many tokens and more."""
         return False
+
+    def design(self, spec: OpSpec, tokens: int, target: Target) -> Design | None:
+        """What MetaSchedule may search, beside `space`, for calls of exactly so many tokens; None if nothing."""
+        return None
 
     def vendor(self, spec: OpSpec, target: Target) -> Vendor | None:
         """Who takes over in large batches, if anybody."""

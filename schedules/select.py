@@ -11,7 +11,8 @@ from vllm_compile.targets import Target
 
 from .cpu import FAMILIES as CPU_FAMILIES
 from .cuda import FAMILIES as CUDA_FAMILIES
-from .family import KernelFamily, TorchCall, Tuned, Variant, Vendor
+from .design import TOKENS, TRACE
+from .family import Config, KernelFamily, TorchCall, Tuned, Variant, Vendor
 from .gaudi import FAMILIES as GAUDI_FAMILIES
 from .layouts import Layout
 from .rocm import FAMILIES as ROCM_FAMILIES
@@ -83,6 +84,14 @@ def _tuned_variants(
     chosen = []
     for default, tokens in zip(variants, token_ranges(variants, vendor), strict=True):
         found = tuned.find(family, spec, layouts, tokens)
-        usable = found is not None and family.admits(spec, found.config, default.min_tokens, target)
+        usable = found is not None and _usable(family, spec, found.config, tokens, target)
         chosen.append(found if found is not None and usable else default)
     return chosen
+
+
+def _usable(family: KernelFamily, spec: OpSpec, config: Config, tokens: tuple[int, int | None], target: Target) -> bool:
+    """True if the family can build the configuration here, and it serves this range of tokens."""
+    if TRACE not in config:
+        return family.admits(spec, config, tokens[0], target)
+    design = family.design(spec, tokens[0], target) if tokens == (config.get(TOKENS),) * 2 else None
+    return design is not None and design.admits(config[TRACE])

@@ -22,8 +22,9 @@ from .bench_worker import PEERS
 from .cli_analyze import add_analyze
 from .cli_buckets import add_buckets
 from .cli_cache import add_cache, add_cache_options, cache_of
-from .cli_database import add_database, add_worker
+from .cli_database import add_database
 from .cli_tune import add_tune
+from .cli_worker import add_worker
 from .errors import VllmCompileError
 
 console = Console(stderr=True)

@@ -6,27 +6,24 @@ import argparse
 import dataclasses
 import json
 import os
-import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import entry_points
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from .canonical import sha256
 from .errors import DatabaseError
 
 if TYPE_CHECKING:
     from .schedules.database import Database, Record, State
-    from .schedules.database.executors import Executor, Handler
 
 console = Console(stderr=True)
-TASK_KINDS = "vllm_compile.task_kinds"  # entry points: name of a kind of task -> function that does it
 SHORT = 12  # characters of an id that people see
+MOST_SHOWN = 40  # of a configuration's value
 
 
 def add_database(commands: Any) -> None:
@@ -61,23 +58,6 @@ def add_database(commands: Any) -> None:
     token = add("token", _token, "who may write")
     token.add_argument("what", choices=("create", "list", "revoke"))
     token.add_argument("which", nargs="?", help="a team's name, or a token's number")
-
-
-def add_worker(commands: Any) -> None:
-    """Add `worker`."""
-    parser = commands.add_parser("worker", help="take tasks from a database's queue and do them")
-    parser.add_argument("--db", required=True, metavar="URL", help="where the queue is")
-    parser.add_argument(
-        "--executor", choices=("local", "ray"), default="local", help="where tasks run: here, or all over a Ray cluster"
-    )
-    parser.add_argument("--ray-address", default="auto", metavar="HOST:PORT", help="default: this machine's cluster")
-    parser.add_argument("--until-empty", action="store_true", help="stop when there is no task left to take")
-    parser.add_argument(
-        "--lease", type=float, default=60.0, metavar="SECONDS", help="of silence, then another takes over"
-    )
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="for one attempt at a task")
-    parser.add_argument("--json", action="store_true", help="counts as the last line of stdout")
-    parser.set_defaults(run=_worker)
 
 
 @contextmanager
@@ -165,7 +145,7 @@ def _sentence(record: Record, state: State, source: Mapping[str, Any]) -> str:
     from .schedules.database.record import How
 
     schedule, provenance = record.schedule.content(), record.provenance
-    config = " ".join(f"{name}={value}" for name, value in sorted(schedule["config"].items()))
+    config = " ".join(f"{name}={_short(value)}" for name, value in sorted(schedule["config"].items()))
     day = time.strftime("%Y-%m-%d", time.gmtime(provenance.measured_at))
     where = "for" if record.how == How.ESTIMATED else "on"
     stale = f"; stale: {', '.join(source['changed'])} changed since" if source["changed"] else ""
@@ -175,6 +155,12 @@ def _sentence(record: Record, state: State, source: Mapping[str, Any]) -> str:
         f"{record.gb_per_s:.0f} GB/s, {record.roofline_share:.0%} of roofline; record {record.id[:SHORT]}, {state}, "
         f"match {source['match']}{stale}"
     )
+
+
+def _short(value: Any) -> str:
+    """A value of a configuration; of a trace, which is long, the digest."""
+    text = str(value)
+    return text if len(text) <= MOST_SHOWN else sha256(text)[:SHORT]
 
 
 def _stats(options: argparse.Namespace) -> int:
@@ -272,39 +258,3 @@ def _token(options: argparse.Namespace) -> int:
 
 def _day(seconds: float | None) -> str:
     return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
-
-
-def _worker(options: argparse.Namespace) -> int:
-    with opened(options, writable=True) as database:
-        from .schedules.database.worker import Worker, default_name, work
-
-        handlers = {entry.name: entry.load() for entry in entry_points(group=TASK_KINDS)}
-        if not handlers:
-            raise DatabaseError(f"no kind of task is installed here that a worker could do (entry points {TASK_KINDS})")
-        stop = Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        executors = _executors(options, handlers)
-        workers = [Worker(database, e, sorted(handlers), default_name(), options.lease) for e in executors]
-        for worker in workers:
-            console.print(f"worker {worker.name} takes tasks: {', '.join(worker.kinds)}", highlight=False)
-        try:
-            done = work(workers, stop, options.until_empty, lambda line: console.print(line, highlight=False))
-        finally:
-            for executor in executors:
-                executor.close()
-    console.print(f"{done.completed} done, {done.failed} failed attempts, {done.lost} lost")
-    return _answer(options, dataclasses.asdict(done))
-
-
-def _executors(options: argparse.Namespace, handlers: Mapping[str, Handler]) -> Sequence[Executor]:
-    """One for each place where a task can run."""
-    if options.executor == "local":
-        from .schedules.database.executors import LocalExecutor
-
-        return [LocalExecutor(handlers, options.timeout)]
-    try:
-        from .schedules.database.ray_executor import RayExecutor, connect
-    except ModuleNotFoundError as error:
-        raise DatabaseError(f"--executor ray needs {error.name}; pip install 'vllm-compile[ray]'") from error
-    return [RayExecutor(handlers, options.timeout, place) for place in connect(options.ray_address)]

@@ -3,50 +3,58 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from .cli_database import opened
+from .cli_tune_table import answer, console, say_how_long, table
 from .errors import DatabaseError, TargetError, VllmCompileError
 
 if TYPE_CHECKING:
-    from .schedules.database import Database
+    from .schedules.database import Database, Fingerprint
     from .schedules.database.executors import Executor
     from .schedules.tuning.search import Progress
-    from .schedules.tuning.task import Task
-    from .targets import Target
+    from .schedules.tuning.task import Range, Task
 
-console = Console(stderr=True)
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
-NAME_WIDTH = 12  # of the table's first column at least, on a narrow terminal
 TASK_SECONDS = 1800  # after which a task is taken for hung
+TRIAL_SECONDS = 120  # after which a few candidates are
 
 
 def add_tune(commands: Any) -> None:
     """Add `tune`."""
     parser = commands.add_parser("tune", help="find the fastest configurations of a model's kernels")
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory, or artifact")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face directory, or artifact")
+    targets = "cpu (default), cuda, h100, h200: measured; rocm, gfx90a, gfx950: estimated, by a model"
+    parser.add_argument("--target", default="cpu", help=targets)
+    parser.add_argument("--build", type=Path, metavar="DIR", help="only build the candidates, to be measured elsewhere")
     parser.add_argument(
-        "--target", default="cpu", help="cpu: measured here (default); rocm, gfx90a, gfx950: estimated, by a model"
+        "--measure", type=Path, metavar="DIR", help="measure what --build made; no --model, no TVM, no compiler needed"
     )
     parser.add_argument("--db", metavar="URL", help="the tuning database, where records go")
     parser.add_argument(
         "--trials", type=positive, default=64, metavar="N", help="configurations of a range of tokens at most"
     )
+    parser.add_argument(
+        "--traces",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="schedules of TIR that MetaSchedule may try, too, for each number of tokens (cpu, --pack none)",
+    )
     parser.add_argument("--budget", type=seconds_of, default=float("inf"), metavar="10m", help="time to spend")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], metavar="NAMES", help="weights' names")
+    parser.add_argument("--pack", choices=("lossless", "none"), default="lossless", help="weights, as for compile")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the model's own")
     parser.add_argument("--dry-run", action="store_true", help="say what there is to tune, and how long it will take")
     parser.add_argument("--submit", action="store_true", help="leave the tasks to workers (vllm-compile worker)")
@@ -70,50 +78,98 @@ def seconds_of(text: str) -> float:
 
 
 def _tune(options: argparse.Namespace) -> int:
+    if options.measure is not None:
+        return _measure_built(options)
+    if options.model is None:
+        raise VllmCompileError("--model DIR is needed (or --measure DIR, of what `tune --build DIR` made elsewhere)")
     import torch
 
     from .bandwidth import read_bandwidth
     from .driver import lower_model
+    from .schedules.tuning.extract import METHODS, tasks_of
     from .schedules.tuning.search import Progress
-    from .schedules.tuning.task import ESTIMATE, METHODS, tasks_of
+    from .schedules.tuning.task import ESTIMATE
     from .targets import resolve
 
     target = resolve(options.target)
     if target.name not in METHODS:
-        raise TargetError("tune searches for cpu and rocm; benchmarks/search_cuda_linear.py does for cuda")
-    estimated = METHODS[target.name] == ESTIMATE
-    if estimated and options.submit:
-        raise TargetError("estimates need no machine of their own, hence no workers; leave out --submit")
-    if options.db is None and not options.dry_run:
+        raise TargetError("tune searches for cpu, cuda and rocm; Gaudi's kernels have no configurations to choose from")
+    method = METHODS[target.name]
+    if method == ESTIMATE and (options.submit or options.traces or options.build):
+        raise TargetError("estimates need no other machine, nor a search: leave out --submit, --traces and --build")
+    if options.traces and (options.submit or options.build):
+        raise TargetError("MetaSchedule searches here; others take listed spaces alone: no --submit with --traces")
+    elsewhere = options.dry_run or options.submit or options.build is not None
+    if target.name == "cuda" and not elsewhere and not torch.cuda.is_available():
+        raise TargetError(
+            "there is no NVIDIA GPU here: --build DIR makes the candidates, which `vllm-compile tune --measure DIR "
+            "--db URL` times on a machine that has one; or --submit leaves the tasks to workers"
+        )
+    if options.db is None and not options.dry_run and options.build is None:
         raise DatabaseError("--db URL is needed: the records have to go somewhere (a file will do, tuning.db)")
     with tempfile.TemporaryDirectory() as scratch:
         console.print("reading the model", highlight=False)
-        lowered = lower_model(_plain_model(options.model, Path(scratch)), target, options.dtype)
-    tasks = _chosen(tasks_of(lowered, target, options.trials), options.only)
-    bandwidth = float("inf") if estimated else read_bandwidth(torch.device("cpu"))
+        plain, lossless = _plain_model(options.model, Path(scratch)), options.pack == "lossless"
+        lowered = lower_model(plain, target, options.dtype, lossless)
+    tasks = _chosen(tasks_of(lowered, target, options.trials, options.traces), options.only)
+    if options.traces:
+        _check_traces(tasks)
+    if options.build is not None:
+        return _build(options, tasks)
+    bandwidth = float("inf") if target.name != "cpu" else read_bandwidth(torch.device("cpu"))
     if options.db is None:
         work: Sequence[Progress] = [Progress(task) for task in tasks]
-        _say_how_long(work, bandwidth)
+        say_how_long(work, bandwidth)
     else:
+        from .schedules.database.machine import fingerprint
+
         with opened(options, writable=not options.dry_run) as database:
-            work = _searched(database, tasks, target, bandwidth, options)
+            work = _searched(database, tasks, fingerprint(target), bandwidth, options)
     if options.dry_run:
-        console.print(_table(work))
-    return _answer(options, work)
+        console.print(table(work))
+    return answer(options, work)
+
+
+def _build(options: argparse.Namespace, tasks: Sequence[Task]) -> int:
+    """Candidates into a folder, to be measured elsewhere."""
+    from .schedules.tuning.built import build
+    from .schedules.tuning.search import Progress
+
+    work = []
+    for task in build(tasks, options.build):
+        work.append(Progress(task, "built"))
+        console.print(f"built {', '.join(task.names)}: {len(task.configs())} candidates", highlight=False)
+    return answer(options, work)
+
+
+def _measure_built(options: argparse.Namespace) -> int:
+    """Measure what `--build` has made: without TVM."""
+    from .schedules.tuning.built import built
+
+    if options.db is None:
+        raise DatabaseError("--db URL is needed: the records have to go somewhere (a file will do, tuning.db)")
+    tasks, machine = built(options.measure)
+    with opened(options, writable=True) as database:
+        return answer(options, _searched(database, _chosen(tasks, options.only), machine, float("inf"), options))
 
 
 def _searched(
-    database: Database, tasks: Sequence[Task], target: Target, bandwidth: float, options: argparse.Namespace
+    database: Database, tasks: Sequence[Task], machine: Fingerprint, bandwidth: float, options: argparse.Namespace
 ) -> Sequence[Progress]:
     """What became of the tasks; Ctrl-C ends the search after the one under way, a second one at once."""
-    from .schedules.database.machine import fingerprint
     from .schedules.database.record import How
     from .schedules.tuning.search import pending, submit, time_left, tune
-    from .schedules.tuning.task import ESTIMATE, METHODS
+    from .schedules.tuning.task import ESTIMATE
 
-    machine, method = fingerprint(target), METHODS[target.name]
-    work = pending(database, tasks, machine, tuple(How) if method == ESTIMATE else (How.MEASURED,))
-    _say_how_long(work, bandwidth)
+    method = tasks[0].method
+
+    def searched(task: Task, wanted: Range) -> bool:
+        from .schedules.tuning.evolve import is_searched
+
+        return is_searched(task, wanted, database, machine)
+
+    work = pending(database, tasks, machine, tuple(How) if method == ESTIMATE else (How.MEASURED,), searched)
+    say_how_long(work, bandwidth)
     if options.dry_run:
         return work
     if options.submit:
@@ -126,16 +182,24 @@ def _searched(
         signal.signal(signal.SIGINT, before)  # a second Ctrl-C does not wait
 
     signal.signal(signal.SIGINT, end)
-    executor, began = _executor(method), time.monotonic()
+    executor, trials, began = _executor(method), _trials(), time.monotonic()
 
-    def table() -> Table:
-        return _table(work, time_left(work, bandwidth, time.monotonic() - began))
+    def widen(task: Task, over: Callable[[], bool]) -> Task:
+        if not any(wanted.traces for wanted in task.ranges):
+            return task
+        from .schedules.tuning.evolve import evolved
+
+        return evolved(task, database, trials, over)
+
+    def so_far() -> Table:
+        return table(work, time_left(work, bandwidth, time.monotonic() - began))
 
     try:
-        with Live(table(), console=console, auto_refresh=False) as live:
-            tune(database, work, executor, stop, options.budget, lambda _: live.update(table(), refresh=True))
+        with Live(so_far(), console=console, auto_refresh=False) as live:
+            tune(database, work, executor, stop, options.budget, lambda _: live.update(so_far(), refresh=True), widen)
     finally:
         executor.close()
+        trials.close()
         signal.signal(signal.SIGINT, before)
     return work
 
@@ -143,23 +207,33 @@ def _searched(
 def _executor(method: str) -> Executor:
     """A process for this kind of tasks alone: where kernels are timed there must be no TVM, which estimates need."""
     from .schedules.database.executors import LocalExecutor
-    from .schedules.tuning.task import ESTIMATE
+    from .schedules.tuning.task import ESTIMATE, MEASURE, MEASURE_BUILT
 
     if method == ESTIMATE:
         from .schedules.tuning.estimate import estimate
 
         return LocalExecutor({method: estimate}, TASK_SECONDS)
-    from .schedules.tuning.measure import measure
+    from .schedules.tuning.measure import measure, measure_built
 
-    return LocalExecutor({method: measure}, TASK_SECONDS)
+    return LocalExecutor({MEASURE: measure, MEASURE_BUILT: measure_built}, TASK_SECONDS)
 
 
-def _say_how_long(work: Sequence[Progress], bandwidth: float) -> None:
-    from .schedules.tuning.search import time_left
+def _trials() -> Executor:
+    """A process for the candidates of a search by MetaSchedule."""
+    from .schedules.database.executors import LocalExecutor
+    from .schedules.tuning.measure import TRIAL, trial
 
-    left = time_left(work, bandwidth, spent=0.0)
-    verbs = " or ".join(sorted({progress.task.method for progress in work}))
-    console.print(f"about {left / 60:.0f} minutes to {verbs} what is not known yet", highlight=False)
+    return LocalExecutor({TRIAL: trial}, TRIAL_SECONDS)
+
+
+def _check_traces(tasks: Sequence[Task]) -> None:
+    """Raise an error unless MetaSchedule has something to search, and what it needs."""
+    if not any(wanted.traces for task in tasks for wanted in task.ranges):
+        raise VllmCompileError(
+            "--traces: no call here has a kernel in TIR to search; on cpu linear layers have, with --pack none"
+        )
+    if find_spec("xgboost") is None:
+        raise VllmCompileError("--traces needs xgboost for its cost model; pip install 'vllm-compile[tune]'")
 
 
 def _plain_model(model: Path, scratch: Path) -> Path:
@@ -180,54 +254,3 @@ def _chosen(tasks: Sequence[Task], only: Sequence[str]) -> list[Task]:
         names = ", ".join(name for task in tasks for name in task.names)
         raise VllmCompileError(f"--only names no weight that can be tuned; there are {names or 'none'}")
     return chosen
-
-
-def _table(work: Sequence[Progress], left: float | None = None) -> Table:
-    """What is known of each task, and how many seconds are left; µs and rates are of the fewest tokens."""
-    table = Table(
-        box=SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
-        caption=None if left is None else f"about {left / 60:.1f} minutes left",
-    )
-    table.add_column("weight", overflow="fold", min_width=NAME_WIDTH)
-    for title in ("calls", "", "tried", "wrong", "failed", "µs", "GB/s", "roofline", "gain"):
-        table.add_column(title)
-    for progress in work:
-        task = progress.task
-        best = (f"{progress.best_us:.1f}", f"{progress.gb_per_s:.0f}", f"{progress.roofline_share:.0%}")
-        table.add_row(
-            ", ".join(task.names),
-            str(task.calls),
-            progress.state,
-            f"{progress.tried}/{sum(len(r.configs) for r in task.ranges)}",
-            *(str(count) if count else "" for count in (progress.wrong, progress.failed)),
-            *((*best, f"{progress.gain():.2f}x") if progress.state == "done" else ()),
-        )
-    return table
-
-
-def _answer(options: argparse.Namespace, work: Sequence[Progress]) -> int:
-    failed = [progress for progress in work if progress.state == "failed"]
-    if options.json:
-        summary = [
-            {
-                "weights": progress.task.names,
-                "state": progress.state,
-                "candidates": sum(len(r.configs) for r in progress.task.ranges),
-                "tried": progress.tried,
-                "wrong": progress.wrong,
-                "failed": progress.failed,
-                "reason": progress.reason,
-                "speedups": progress.speedups,
-                "best_us": progress.best_us,
-                "gb_per_s": progress.gb_per_s,
-                "roofline_share": progress.roofline_share,
-            }
-            for progress in work
-        ]
-        print(json.dumps({"tasks": summary}))
-    for progress in failed:
-        names = ", ".join(progress.task.names)
-        console.print(f"[red]failed:[/red] {names}: {progress.reason}", highlight=False)
-    return 1 if failed else 0

@@ -179,14 +179,16 @@ def _unless_failed(built: Future[None], evaluate: Callable[[Any], torch.Tensor],
     return evaluate(weight)
 
 
-def lower_model(model: Path, machine: Target, dtype: str | None = None) -> Lowered:
+def lower_model(model: Path, machine: Target, dtype: str | None = None, lossless: bool = True) -> Lowered:
     """A model's kernels as `compile_model` would choose them without a tuning database; weights are made up.
+
+    `lossless` admits kernels that read losslessly packed weights.
 
     Raises:
         ModelError, UnsupportedError: see `compile_model`.
     """
     module, _ = run_passes(read_model(find_files(model), dtype, dummy_seed=0).module, operators=operators(machine))
-    return lower(module, lambda spec: choose(spec, machine))
+    return lower(module, lambda spec: choose(spec, machine, lossless))
 
 
 def fuse_model(

@@ -27,7 +27,16 @@ SUBPACKAGES = ("relax_passes", "runtime", "schedules", "targets")  # which lie e
 SOURCES = frozenset({".py", ".c", ".cuh", ".json", ".jinja"})
 # All that kernels are built by, with schedules/*.py and schedules/TARGET.
 KERNEL_SOURCES = frozenset(
-    {"errors.py", "expression.py", "fused_calls.py", "lossless.py", "spec.py", "targets", "toolchain.py"}
+    {
+        "canonical.py",
+        "errors.py",
+        "expression.py",
+        "fused_calls.py",
+        "lossless.py",
+        "spec.py",
+        "targets",
+        "toolchain.py",
+    }
 )
 ROCM_SOURCES = frozenset({Path("runtime/__init__.py"), Path("runtime/hip.c")})  # the launcher, which libraries hold
 TVM_LLVM = 22  # the LLVM in apache-tvm's wheel

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tvm import tirx
 from tvm.script import tirx as T
@@ -15,9 +16,11 @@ from tvm.script import tirx as T
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
+from ..design import TOKENS, TRACE, Design
 from ..family import Config, KernelFamily, Variant
 from ..layouts import Layout
 from ..rounding import rounded
+from .linear_design import linear_design
 from .matmul import Value, matmul
 from .matmul_tiles import admits, default_variants, serves, space
 from .matmul_weights import weight_layout
@@ -35,6 +38,11 @@ def finish(tensors: dict[str, tirx.Buffer], totals: list[tirx.Buffer], row: tirx
         return y
 
     return value
+
+
+@lru_cache
+def _design(spec: OpSpec, tokens: int, target: Target) -> Design | None:
+    return linear_design(spec, tokens, target, finish)
 
 
 @dataclass(frozen=True)
@@ -64,5 +72,13 @@ class Linear(KernelFamily):
     def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: Target) -> bool:
         return admits(spec, config, min_tokens, target, False, self.packed)
 
+    def design(self, spec: OpSpec, tokens: int, target: Target) -> Design | None:
+        """Plain weights alone: TIR has no words for the side list of lossless ones."""
+        return None if self.packed else _design(spec, tokens, target)
+
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
+        if TRACE in config:
+            design = self.design(spec, config[TOKENS], target)
+            assert design is not None, config
+            return design.build(config[TRACE])
         return matmul(spec, config, target, False, finish)

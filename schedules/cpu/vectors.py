@@ -51,11 +51,15 @@ def scratch(size: int, dtype: str) -> tirx.Buffer:
     """A flat buffer on the stack of the running thread, 64-byte aligned.
 
     TVM turns an ordinary allocation of 1 KiB or more into a call of its runtime, which the serving process
-    lacks; this builtin, made for CUDA's tensor maps, is lowered to an alloca of any size.
+    lacks; `stack` does not.
     """
+    return T.decl_buffer((size,), dtype, data=T.Bind(stack(size, dtype)))
+
+
+def stack(size: int, dtype: str) -> tirx.Expr:
+    """A pointer to `size` values of 4 bytes on the stack: a builtin for CUDA's tensor maps, an alloca of any size."""
     cells = -(-size * 4 // CELL)
-    pointer = T.Bind(T.reinterpret(T.handle(dtype).ty, T.tvm_stack_alloca("tensormap", cells)))
-    return T.decl_buffer((size,), dtype, data=pointer)
+    return T.reinterpret(T.handle(dtype).ty, T.tvm_stack_alloca("tensormap", cells))
 
 
 def prefetch(buffer: tirx.Buffer, index: tirx.Expr) -> None:

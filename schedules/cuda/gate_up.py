@@ -50,6 +50,9 @@ class GateUpSilu(KernelFamily):
         least = matmul.vendor_tokens(self.variants(spec, target))
         return Vendor("linear", least, epilogue=OpSpec("silu_mul", (("x", both),), spec.outputs))
 
+    def candidates(self, spec: OpSpec, min_tokens: int, target: CudaTarget) -> Sequence[Config]:
+        return matmul.promising(spec, target, self.packed, min_tokens, gated=True)
+
     def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: CudaTarget) -> bool:
         return matmul.admits(spec, config, target, self.packed, gated=True)
 

@@ -47,6 +47,9 @@ class Linear(KernelFamily):
     def vendor(self, spec: OpSpec, target: CudaTarget) -> Vendor:
         return Vendor("linear", matmul.vendor_tokens(self.variants(spec, target)))
 
+    def candidates(self, spec: OpSpec, min_tokens: int, target: CudaTarget) -> Sequence[Config]:
+        return matmul.promising(spec, target, self.packed, min_tokens)
+
     def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: CudaTarget) -> bool:
         return matmul.admits(spec, config, target, self.packed)
 

@@ -52,6 +52,11 @@ class Fingerprint:
     def from_text(text: str) -> Fingerprint:
         return Fingerprint(**json.loads(text))
 
+    def describes(self, machine: Fingerprint) -> bool:
+        """True if `machine` is this one, as far as this one is known."""
+        known = (field.name for field in fields(self) if getattr(self, field.name))
+        return all(getattr(self, name) == getattr(machine, name) for name in known)
+
     def changed_since(self, measured: Fingerprint) -> tuple[str, ...]:
         """Fields that make a record of the machine `measured` stale here; what either side does not know counts not."""
         pairs = ((name, getattr(self, name), getattr(measured, name)) for name in AGEING)

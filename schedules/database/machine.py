@@ -59,7 +59,7 @@ def _cpu_mhz() -> int:
 
 
 def _gpu(target: CudaTarget) -> Fingerprint:
-    device, core_mhz, memory_mhz, driver = _nvidia_smi()
+    device, core_mhz, memory_mhz, driver = nvidia_smi()
     return Fingerprint(
         target.name,
         target.arch,
@@ -74,7 +74,7 @@ def _gpu(target: CudaTarget) -> Fingerprint:
     )
 
 
-def _nvidia_smi() -> tuple[str, int, int, str]:
+def nvidia_smi() -> tuple[str, int, int, str]:
     """Name, highest clocks (MHz) and driver of the first GPU; unknown where there is none."""
     query = "--query-gpu=name,clocks.max.sm,clocks.max.memory,driver_version"
     try:

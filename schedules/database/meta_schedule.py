@@ -19,6 +19,7 @@ from tvm.ir.utils import derived_object
 from tvm.s_tir.meta_schedule.database import PyDatabase, TuningRecord
 from tvm.s_tir.meta_schedule.database import Workload as TvmWorkload
 
+from ..design import plain
 from . import store
 from .fingerprint import Fingerprint
 from .home import Database
@@ -59,6 +60,10 @@ class MetaScheduleDatabase(PyDatabase):
         with self._database.reading() as connection:
             return bool(self._same(connection, mod))
 
+    def has_records(self, mod: tvm.IRModule) -> bool:
+        """True if there is any of an equal module."""
+        return bool(self.get_top_k(TvmWorkload(mod), 1))
+
     def commit_workload(self, mod: tvm.IRModule) -> TvmWorkload:
         with self._database.reading() as connection:
             for _, text in self._same(connection, mod):
@@ -75,7 +80,7 @@ class MetaScheduleDatabase(PyDatabase):
         assessment = self._assess(record) if seconds and max(seconds) < 1e9 else None  # 1e10 is TVM's word for failed
         if assessment is None:
             return
-        trace, _, target, arguments = _plain(record.as_json())
+        trace, _, target, arguments = plain(record.as_json())
         p10, median, p90 = np.percentile(np.array(seconds) * 1e6, (10, 50, 90)).tolist()
         with self._database.reading() as connection:
             same = self._same(connection, record.workload.mod)
@@ -140,14 +145,3 @@ def _from_tvm(workload: TvmWorkload) -> Workload:
 
 def _to_tvm(text: str) -> TvmWorkload:
     return TvmWorkload(tvm.ir.load_json(json.loads(text)["module"]))
-
-
-def _plain(value: Any) -> Any:
-    """TVM's containers and numbers as Python's."""
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    if hasattr(value, "items"):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if hasattr(value, "__iter__"):
-        return [_plain(item) for item in value]
-    return _plain(value.value)

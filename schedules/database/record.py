@@ -49,9 +49,10 @@ class Schedule:
     text: str
 
     @staticmethod
-    def parameters(family: str, config: Mapping[str, Any]) -> Schedule:
-        """A kernel family's configuration."""
-        return Schedule(ScheduleKind.PARAMETERS, canonical({"family": family, "config": dict(config)}))
+    def of_family(family: str, config: Mapping[str, Any]) -> Schedule:
+        """A kernel family's configuration: parameters, or the trace of a search by MetaSchedule."""
+        kind = ScheduleKind.TRACE if "trace" in config else ScheduleKind.PARAMETERS
+        return Schedule(kind, canonical({"family": family, "config": dict(config)}))
 
     @staticmethod
     def trace(trace: Any) -> Schedule:

@@ -13,7 +13,7 @@ from .fingerprint import Fingerprint
 from .home import Database, open_database
 from .lookup import lookup
 from .machine import fingerprint
-from .record import How, ScheduleKind
+from .record import How
 from .workload import Workload
 
 HOWS = (How.MEASURED, How.ESTIMATED)
@@ -35,10 +35,10 @@ class TunedKernels(Tuned):
             DatabaseError: the database cannot be read, or the record is damaged.
         """
         answer = lookup(self._database, workload_of(spec, layouts, tokens), self._machine, HOWS)
-        if answer is None or answer.record.schedule.kind != ScheduleKind.PARAMETERS:
+        if answer is None:
             return None
         schedule, record = answer.record.schedule.content(), answer.record
-        if schedule["family"] != family.name:
+        if schedule.get("family") != family.name:
             return None
         provenance = vars(record.provenance) | {"median_us": record.times.median, "how": str(record.how)}
         source = {"id": record.id, "match": str(answer.match), "changed": list(answer.changed), **provenance}

@@ -84,7 +84,7 @@ class _Case:
         return Record(
             Workload.from_text(workload),
             fingerprint(self._target),
-            Schedule.parameters(self._family.name, config),
+            Schedule.of_family(self._family.name, config),
             How.ESTIMATED,
             Times(seconds * 1e6, seconds * 1e6, seconds * 1e6),
             rate / 1e9,

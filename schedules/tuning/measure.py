@@ -1,6 +1,7 @@
 """Checks and times the candidates of a task; what a worker runs in a process of its own.
 
-Candidates are built by another process (prepare.py): TVM's thread pool must not take the place of OpenMP's here.
+Candidates are built by another process (prepare.py), of a GPU maybe on another machine: TVM's thread pool must not take
+the place of OpenMP's here.
 Each is first compared with the operator's reference on a poisoned output.  Those that are right take turns, over
 copies of the weights that exceed the caches together; the fastest take more turns beside the default.
 """
@@ -15,26 +16,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import torch
-import tvm_ffi
 from safetensors.torch import load_file
 
-from vllm_compile.bandwidth import read_bandwidth
-from vllm_compile.runtime.executor import load_kernels
+from vllm_compile.canonical import canonical
 from vllm_compile.runtime.manifest import LIBRARY
-from vllm_compile.runtime.memory import allocate
 
 from ..database.executors import Outcome
 from ..database.fingerprint import Fingerprint
 from ..database.record import How, Provenance, Record, Schedule, Times, Verdict
 from ..database.workload import Workload
+from .device import DEVICES, Call, Device
 
+TRIAL = "trial"  # kind of task
 TENSORS, CASE = "tensors.safetensors", "case.json"  # written by prepare.py beside the library
 COLD_BYTES, MOST_COPIES = 256 << 20, 64  # several times the caches; weights of a few KB are warm in a model too
 TURNS, FINALISTS, FINAL_TURNS = 3, 5, 15
@@ -48,37 +49,73 @@ def measure(payload: dict[str, Any]) -> Outcome:
     `default_us` and `best_us`.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        command = [sys.executable, "-m", "vllm_compile.schedules.tuning.prepare", scratch]
-        built = subprocess.run(command, input=json.dumps(payload), text=True, capture_output=True)
-        if built.returncode != 0:
-            lines = built.stderr.strip().splitlines()
-            raise RuntimeError(f"candidates cannot be built: {lines[-1] if lines else built.returncode}")
-        case = _Case(folder)  # mapped: it needs no directory from here on, and a crash leaves none behind
-    found = [case.fastest(entry) for entry in case.description["ranges"]]
+        build(payload, Path(scratch))
+        case = _Case(Path(scratch))  # mapped: it needs no directory from here on, and a crash leaves none behind
+    return _outcome(case, payload)
+
+
+def measure_built(payload: dict[str, Any]) -> Outcome:
+    """As `measure`, of what lies in the folder `built` (built.py); no task of a queue, which might name any library."""
+    return _outcome(_Case(Path(payload["built"])), payload)
+
+
+def measure_on(device: Device, payload: dict[str, Any], folder: Path) -> Outcome:
+    """As `measure`, on a device that is not this machine's, of what prepare.py wrote into `folder`."""
+    return _outcome(_Case(folder, device), payload)
+
+
+def build(payload: dict[str, Any], folder: Path) -> None:
+    """Have prepare.py write a case, in a process with TVM; RuntimeError if it cannot."""
+    command = [sys.executable, "-m", "vllm_compile.schedules.tuning.prepare", str(folder)]
+    built = subprocess.run(command, input=json.dumps(payload), text=True, capture_output=True)
+    if built.returncode != 0:
+        lines = built.stderr.strip().splitlines()
+        raise RuntimeError(f"candidates cannot be built: {lines[-1] if lines else built.returncode}")
+
+
+def _outcome(case: _Case, payload: dict[str, Any]) -> Outcome:
+    """Of the payload's ranges and configurations, all of which the case has."""
+    symbols = {canonical(config): symbol for symbol, config in case.description["configs"].items()}
+    found = []
+    for workload, tokens, configs in payload["ranges"]:
+        entry = {"workload": workload, "tokens": tokens, "symbols": [symbols[canonical(c)] for c in configs]}
+        try:
+            found.append(case.fastest(entry))
+        except RuntimeError:
+            case.device.check()
+            raise
     return Outcome([summary for summary, _ in found], [record for _, record in found])
+
+
+def trial(payload: dict[str, Any]) -> Outcome:
+    """Of each kernel of the one range that prepare.py wrote into `folder`, in order, as the result: `error` in units of
+    what is allowed, `us` of a few calls (none of a wrong one), `moved_bytes`, `bandwidth` (bytes a second) and
+    `executed_on`."""
+    case = _Case(Path(payload["folder"]))
+    (entry,) = case.description["ranges"]
+    return Outcome(case.tried(entry))
 
 
 class _Case:
     """What prepare.py wrote, loaded."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: Device | None = None) -> None:
         self.description = json.loads((folder / CASE).read_text())
-        self._kernel = load_kernels(folder / LIBRARY)
-        tensors = load_file(folder / TENSORS)
+        self.device = device or DEVICES[self.description["device"]]()
+        self._kernel = self.device.load(folder / LIBRARY)
+        tensors = load_file(folder / TENSORS, str(self.device.where))
         self._expected = tensors.pop("expected")
         self._inputs = [tensors[str(i)] for i in range(len(tensors))]
-        packed = [t for t, is_packed in zip(self._inputs, self.description["packed"], strict=True) if is_packed]
-        self._weight_bytes = sum(tensor.nbytes for tensor in packed)
+        weights = [t for t, is_weight in zip(self._inputs, self.description["weights"], strict=True) if is_weight]
+        self._weight_bytes = sum(tensor.nbytes for tensor in weights)
         copies = min(-(-COLD_BYTES // max(self._weight_bytes, 1)), MOST_COPIES)
         self._copies = [self._copy() for _ in range(copies)]
-        self._bandwidth = read_bandwidth(torch.device("cpu")) * 1e9
+        self._bandwidth = self.device.bandwidth()
 
     def fastest(self, entry: dict[str, Any]) -> tuple[dict[str, Any], Record]:
         """Of one range: a summary, and the record of the best."""
         symbols, tokens = entry["symbols"], entry["tokens"]
-        least = json.loads(entry["workload"])["tokens"][0]
-        errors = {s: max(self._error(s, least), self._error(s, tokens)) for s in symbols}  # also with ragged tiles
+        errors = self._errors(entry)
         right = [symbol for symbol in symbols if errors[symbol] <= 1]
         default = symbols[0]
         if default not in right:
@@ -100,61 +137,72 @@ class _Case:
         }
         return summary, self._record(entry, configs[best], _percentiles(final[best]), errors[best])
 
+    def tried(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        """See `trial`."""
+        errors = self._errors(entry)
+        times = self._times([s for s, error in errors.items() if error <= 1], entry["tokens"], TURNS)
+        about = {"moved_bytes": self._moved(entry), "bandwidth": self._bandwidth, "executed_on": self.device.name}
+        return [{"error": errors[s], "us": times.get(s, []), **about} for s in entry["symbols"]]
+
+    def _errors(self, entry: dict[str, Any]) -> dict[str, float]:
+        """Of each kernel, for the least tokens of the range too, which leave tiles ragged."""
+        counts = {json.loads(entry["workload"])["tokens"][0], entry["tokens"]}
+        return {symbol: max(self._error(symbol, tokens) for tokens in counts) for symbol in entry["symbols"]}
+
+    def _moved(self, entry: dict[str, Any]) -> int:
+        """Bytes that a call has to move."""
+        return self._weight_bytes + entry["tokens"] * self.description["row_bytes"]
+
     def _record(self, entry: dict[str, Any], config: Any, times: Times, error: float) -> Record:
-        moved = self._weight_bytes + entry["tokens"] * self.description["row_bytes"]
-        rate = moved / times.median * 1e6
+        rate = self._moved(entry) / times.median * 1e6
         return Record(
             Workload.from_text(entry["workload"]),
-            Fingerprint.from_text(self.description["machine"]),
-            Schedule.parameters(self.description["family"], config),
+            self.device.machine(Fingerprint.from_text(self.description["machine"])),
+            Schedule.of_family(self.description["family"], config),
             How.MEASURED,
             times,
             rate / 1e9,
             rate / self._bandwidth,
-            Verdict(error, 1.0, platform.processor() or platform.machine()),
+            Verdict(error, 1.0, self.device.name),
             Provenance(author(), int(time.time()), platform.node(), version("vllm-compile")),
         )
 
     def _copy(self) -> list[torch.Tensor]:
-        """The inputs, packed weights in memory of their own: in huge pages, as the runtime maps them."""
+        """The inputs, weights in memory of their own."""
         return [
-            _huge(tensor) if packed else tensor
-            for tensor, packed in zip(self._inputs, self.description["packed"], strict=True)
+            self.device.copy(tensor) if is_weight else tensor
+            for tensor, is_weight in zip(self._inputs, self.description["weights"], strict=True)
         ]
 
-    def _call(self, symbol: str, tokens: int) -> Callable[[int], torch.Tensor]:
-        """The kernel as a function of which copy to use; it gives the output, which is the same every time."""
+    def _calls(self, symbol: str, tokens: int) -> tuple[list[Call], Any, torch.Tensor]:
+        """The kernel bound to each of the copies; the output, which is the same for all, and where it is read."""
         kernel, by_tokens = self._kernel(symbol), self.description["by_tokens"]
-        out = torch.full((tokens, *self._expected.shape[1:]), float("nan"), dtype=self._expected.dtype)
+        out = self._expected.new_full((tokens, *self._expected.shape[1:]), float("nan"))
         bound = [
-            [tvm_ffi.from_dlpack(t[:tokens] if rows else t) for t, rows in zip(copy, by_tokens, strict=True)]
+            [self.device.argument(t[:tokens] if rows else t) for t, rows in zip(copy, by_tokens, strict=True)]
             for copy in self._copies
         ]
-        result = tvm_ffi.from_dlpack(out)
-
-        def call(turn: int) -> torch.Tensor:
-            kernel(*bound[turn % len(bound)], result)
-            return out
-
-        return call
+        result = self.device.output(out)
+        return [partial(kernel, *arguments, result) for arguments in bound], result, out
 
     def _error(self, symbol: str, tokens: int) -> float:
         """The largest error, in units of what is allowed; infinite where the result is not a number."""
-        ours, wanted = self._call(symbol, tokens)(0).double(), self._expected[:tokens].double()
+        calls, result, out = self._calls(symbol, tokens)
+        self.device.run(calls[0])
+        self.device.read(result, out)
+        ours, wanted = out.double(), self._expected[:tokens].double()
         rtol, atol = self.description["tolerance"]
         error = ((ours - wanted).abs() / (atol + rtol * wanted.abs())).max().item()
         return error if error == error else float("inf")
 
     def _times(self, symbols: Sequence[str], tokens: int, turns: int) -> dict[str, list[float]]:
         """Microseconds of each kernel's calls, taking turns; the first turn is not counted."""
-        calls = {symbol: self._call(symbol, tokens) for symbol in symbols}
+        timers = {symbol: self.device.timer(self._calls(symbol, tokens)[0]) for symbol in symbols}
         times: dict[str, list[float]] = {symbol: [] for symbol in symbols}
         number = 0
         for turn in range(turns + 1):
-            for symbol, call in calls.items():
-                began = time.perf_counter()
-                call(number)
-                taken = (time.perf_counter() - began) * 1e6
+            for symbol, timer in timers.items():
+                taken = timer(number)
                 number += 1
                 if turn:
                     times[symbol].append(taken)
@@ -172,8 +220,3 @@ def author() -> str:
 def _percentiles(times: Sequence[float]) -> Times:
     p10, *_, p90 = quantiles(times, n=10, method="inclusive")
     return Times(quantiles(times, n=2, method="inclusive")[0], p10, p90)
-
-
-def _huge(tensor: torch.Tensor) -> torch.Tensor:
-    memory = allocate(tensor.nbytes, torch.device("cpu"))
-    return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)

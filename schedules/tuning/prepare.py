@@ -21,6 +21,7 @@ from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets import resolve
 
 from ..build import build_library
+from ..database.fingerprint import Fingerprint
 from ..database.machine import fingerprint
 from ..select import FAMILIES
 from .measure import CASE, TENSORS
@@ -31,7 +32,7 @@ def prepare(payload: dict[str, Any], folder: Path) -> None:
     target = resolve(payload["target"])
     family = next(family for family in FAMILIES[target.name] if family.name == payload["family"])
     machine = fingerprint(target)
-    if payload.get("machine", machine.text) != machine.text:
+    if "machine" in payload and not Fingerprint.from_text(payload["machine"]).describes(machine):
         raise TargetError(f"the task is for another machine: {payload['machine']}; this one is {machine.text}")
     content = json.loads(payload["ranges"][0][0])
     spec = call_of(content)
@@ -60,16 +61,22 @@ def prepare(payload: dict[str, Any], folder: Path) -> None:
     tolerance = op.tolerance[str(expected.dtype).removeprefix("torch.")]
     case = {
         "seed": seed,
+        "device": target.name,
         "family": family.name,
         "configs": {f"k{i}": config for i, config in enumerate(configs)},
         "ranges": ranges,
         "by_tokens": [Sym.TOKENS in tensor.shape for _, tensor in spec.inputs],
-        "packed": [name in layouts for name, _ in spec.inputs],
+        "weights": [name in layouts or _is_matrix(tensor) for name, tensor in spec.inputs],
         "row_bytes": sum(t.nbytes(1) for t in (*dict(spec.inputs).values(), *spec.outputs) if Sym.TOKENS in t.shape),
         "tolerance": [tolerance.rtol, tolerance.atol],
         "machine": machine.text,
     }
     (folder / CASE).write_text(json.dumps(case))
+
+
+def _is_matrix(tensor: TensorSpec) -> bool:
+    """True for weights of several axes: what a kernel streams."""
+    return Sym.TOKENS not in tensor.shape and len(tensor.shape) > 1
 
 
 def call_of(workload: dict[str, Any]) -> OpSpec:
@@ -87,7 +94,7 @@ def call_of(workload: dict[str, Any]) -> OpSpec:
 def sample(spec: TensorSpec, tokens: int, generator: torch.Generator) -> torch.Tensor:
     """Gaussian numbers; matrices of weights scaled so that sums of products stay of order one."""
     value = torch.randn(spec.sizes(tokens), generator=generator)
-    if Sym.TOKENS not in spec.shape and value.dim() > 1:
+    if _is_matrix(spec):
         value *= value.shape[-1] ** -0.5
     return value.to(getattr(torch, spec.dtype))
 

@@ -13,7 +13,7 @@ from ..database import Database, Fingerprint, How, Match, commit, lookup
 from ..database.executors import Executor, Outcome, TaskCrashedError, TaskFailedError
 from ..database.tasks import Lease
 from ..database.tasks import submit as queue
-from .task import MEASURE, Task
+from .task import MEASURE, Range, Task
 
 BUILD_SECONDS, CALLS = 0.3, 10  # of a candidate: to build it, and how often it is called, roughly
 
@@ -48,17 +48,25 @@ class Progress:
 
 
 def pending(
-    database: Database, tasks: Sequence[Task], machine: Fingerprint, hows: Sequence[How] = (How.MEASURED,)
+    database: Database,
+    tasks: Sequence[Task],
+    machine: Fingerprint,
+    hows: Sequence[How] = (How.MEASURED,),
+    searched: Callable[[Task, Range], bool] = lambda task, wanted: True,
 ) -> list[Progress]:
-    """The tasks, less the ranges that this very machine has fresh records of; `hows` says which ones count."""
+    """The tasks, less the ranges that this very machine has fresh records of; `hows` says which ones count.
 
-    def known(workload: Any) -> bool:
-        answers = [lookup(database, workload, machine, (how,)) for how in hows]  # a stale one hides no fresh one
-        return any(a is not None and a.match == Match.EXACT and not a.stale for a in answers)
+    A range that asks for traces is known if it has been `searched`, too.
+    """
+
+    def known(task: Task, wanted: Range) -> bool:
+        answers = [lookup(database, wanted.workload, machine, (how,)) for how in hows]  # a stale hides no fresh one
+        found = any(a is not None and a.match == Match.EXACT and not a.stale for a in answers)
+        return found and (not wanted.traces or searched(task, wanted))
 
     found = []
     for task in tasks:
-        left = tuple(r for r in task.ranges if not known(r.workload))
+        left = tuple(r for r in task.ranges if not known(task, r))
         found.append(Progress(replace(task, ranges=left), "waiting" if left else "known"))
     return found
 
@@ -68,8 +76,9 @@ def expected_seconds(tasks: Sequence[Task], gb_per_s: float) -> float:
     seconds = 0.0
     for task in tasks:
         weights = task.step_bytes / max(task.calls, 1)
-        calls = sum(len(r.configs) * max(1, r.tokens / 8) for r in task.ranges) * CALLS
-        seconds += BUILD_SECONDS * (len(task.configs()) + len(task.ranges)) + calls * weights / gb_per_s / 1e9
+        calls = sum((len(r.configs) + r.traces) * max(1, r.tokens / 8) for r in task.ranges) * CALLS
+        built = len(task.configs()) + sum(1 + r.traces for r in task.ranges)
+        seconds += BUILD_SECONDS * built + calls * weights / gb_per_s / 1e9
     return seconds
 
 
@@ -96,11 +105,13 @@ def tune(
     stop: Event,
     budget: float = float("inf"),
     report: Callable[[Progress], None] = lambda progress: None,
+    widen: Callable[[Task, Callable[[], bool]], Task] = lambda task, over: task,
 ) -> None:
     """Measure (or estimate) what waits, in order, and commit the records of each task as soon as it is done.
 
-    When `stop` is set, or the budget (seconds) is spent, the task under way is the last.  A candidate that ends or
-    hangs its process is left out, and counted.
+    Before that, `widen` may add configurations to it; its second argument says when time is up.  When `stop` is set, or
+    the budget (seconds) is spent, the task under way is the last.  A candidate that ends or hangs its process is left
+    out, and counted.
     """
     deadline = time.monotonic() + budget
 
@@ -115,6 +126,7 @@ def tune(
         progress.state = "running"
         report(progress)
         try:
+            progress.task = widen(progress.task, over)
             outcome = _measured(progress, executor, over)
         except TaskFailedError as error:
             progress.state, progress.reason = "failed", str(error)

@@ -31,7 +31,7 @@ def record(
     return Record(
         workload or linear(),
         target,
-        Schedule.parameters("cuda.linear_lossless", config or {"kind": "stream", "warps": 8}),
+        Schedule.of_family("cuda.linear_lossless", config or {"kind": "stream", "warps": 8}),
         how,
         Times(us, us * 0.9, us * 1.2),
         2500.0,

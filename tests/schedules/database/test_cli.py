@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_compile import cli_database
+from vllm_compile import cli_worker
 from vllm_compile.cli import main
 from vllm_compile.schedules.database import How, commit, open_database, tasks
 
@@ -152,6 +152,6 @@ def test_a_worker_does_installed_kinds_of_tasks(url, tmp_path):
 
 
 def test_a_worker_without_kinds_says_so(url, capsys, monkeypatch):
-    monkeypatch.setattr(cli_database, "entry_points", lambda group: ())
+    monkeypatch.setattr(cli_worker, "entry_points", lambda group: ())
     assert main(["worker", "--db", url]) == 2
     assert "no kind of task is installed here" in capsys.readouterr().err

@@ -34,7 +34,7 @@ def tune(database, call: OpSpec, target, index: int, config: dict, family: str |
     choice = choose(call, target)
     tokens = token_ranges(choice.variants, choice.vendor)[index]
     made = record(workload_of(call, choice.layouts, tokens), fingerprint(target), **about)
-    made = replace(made, schedule=Schedule.parameters(family or choice.family.name, config))
+    made = replace(made, schedule=Schedule.of_family(family or choice.family.name, config))
     return commit(database, [made])[0]
 
 
@@ -109,7 +109,7 @@ def test_a_gpu_that_is_not_there_matches_by_architecture(database):
     tokens = token_ranges(choice.variants, choice.vendor)[0]
     there = replace(here, driver="580.82", device="NVIDIA H200")
     made = record(workload_of(CALL, choice.layouts, tokens), there)
-    commit(database, [replace(made, schedule=Schedule.parameters(choice.family.name, other))])
+    commit(database, [replace(made, schedule=Schedule.of_family(choice.family.name, other))])
     first = choose(CALL, target, tuned=TunedKernels(database, here)).variants[0]
     assert (first.config, first.record["match"], first.record["changed"]) == (other, "architecture", [])
 

@@ -18,8 +18,8 @@ from vllm_compile.schedules.database import How, Match, Verdict, commit, lookup,
 from vllm_compile.schedules.database.machine import fingerprint
 from vllm_compile.schedules.database.store import select_where
 from vllm_compile.schedules.tuning import estimate as estimating
+from vllm_compile.schedules.tuning.extract import tasks_of
 from vllm_compile.schedules.tuning.search import pending
-from vllm_compile.schedules.tuning.task import tasks_of
 from vllm_compile.targets import resolve
 
 pytestmark = needs_lld

@@ -12,9 +12,10 @@ from tests.schedules.database.samples import CPU
 from vllm_compile.driver import lower_model
 from vllm_compile.schedules.database import Workload
 from vllm_compile.schedules.tuning import measure as measuring
+from vllm_compile.schedules.tuning.device import Cpu
+from vllm_compile.schedules.tuning.extract import tasks_of
 from vllm_compile.schedules.tuning.measure import measure
 from vllm_compile.schedules.tuning.prepare import call_of
-from vllm_compile.schedules.tuning.task import tasks_of
 from vllm_compile.targets import resolve
 
 
@@ -25,8 +26,9 @@ def task(tiny):
 
 
 def test_no_tvm_where_kernels_are_timed():
-    """Its thread pool would take the place of OpenMP's."""
-    code = "import sys, vllm_compile.schedules.tuning.measure; assert 'tvm' not in sys.modules, 'TVM'"
+    """Its thread pool would take the place of OpenMP's; a GPU's machine need not have it."""
+    modules = "from vllm_compile.schedules.tuning import built, measure, search"
+    code = f"import sys; {modules}; assert 'tvm' not in sys.modules, 'TVM'"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
 
 
@@ -84,11 +86,12 @@ def case(monkeypatch):
     def make(**kernels):
         made = object.__new__(measuring._Case)
         x, weight, expected = torch.randn(2, 4), torch.randn(3, 4), torch.ones(2, 3)
+        made.device = Cpu()
         made.description = {
             "family": "cpu.linear",
             "configs": {symbol: {"name": symbol} for symbol in kernels},
             "by_tokens": [True, False],
-            "packed": [False, True],
+            "weights": [False, True],
             "row_bytes": 28,
             "tolerance": [1e-3, 1e-3],
             "machine": CPU.text,

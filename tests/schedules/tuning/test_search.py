@@ -11,15 +11,15 @@ from rich.console import Console
 
 from tests.schedules.database.samples import record
 from vllm_compile.cli import main
-from vllm_compile.cli_tune import _table
+from vllm_compile.cli_tune_table import table
 from vllm_compile.driver import lower_model
 from vllm_compile.schedules.database import Workload, open_database
 from vllm_compile.schedules.database.executors import Outcome, TaskCrashedError, TaskFailedError
 from vllm_compile.schedules.database.machine import fingerprint
 from vllm_compile.schedules.database.store import select_where
 from vllm_compile.schedules.database.tasks import all_tasks
+from vllm_compile.schedules.tuning.extract import tasks_of
 from vllm_compile.schedules.tuning.search import Progress, expected_seconds, pending, submit, time_left, tune
-from vllm_compile.schedules.tuning.task import tasks_of
 from vllm_compile.targets import resolve
 
 MACHINE = fingerprint(resolve("cpu"))
@@ -150,9 +150,9 @@ def test_the_table_says_how_far_it_is(tasks):
     work[0].state, work[0].best_us, work[0].roofline_share = "done", 12.34, 0.567
     work[0].speedups = [1.5]
     narrow, output = StringIO(), StringIO()
-    Console(file=narrow, width=80).print(_table(work, 90.0))
+    Console(file=narrow, width=80).print(table(work, 90.0))
     assert "1.50x" in narrow.getvalue()
-    Console(file=output, width=200).print(_table(work, 90.0))
+    Console(file=output, width=200).print(table(work, 90.0))
     done, waiting = (line for line in output.getvalue().splitlines() if "_weight" in line)
     assert "12.3" in done
     assert "57%" in done
@@ -184,8 +184,10 @@ def test_from_the_command_line_to_the_manifest(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--db", "x.db", "--target", "cuda"], "tune searches for cpu"),
+        (["--db", "x.db", "--target", "gaudi2"], "Gaudi.s kernels have no"),
         ([], "--db URL is needed"),
+        (["--db", "x.db", "--traces", "8", "--submit"], "others take listed spaces alone"),
+        (["--db", "x.db", "--traces", "8", "--only", "gate_up"], "linear layers have, with --pack none"),
         (["--dry-run", "--only", "nothing_like_it"], "there are .*lm_head_weight"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 
 from vllm_compile.driver import lower_model
 from vllm_compile.schedules.select import FAMILIES
-from vllm_compile.schedules.tuning.task import tasks_of
+from vllm_compile.schedules.tuning.extract import tasks_of
 from vllm_compile.targets import resolve
 
 

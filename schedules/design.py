@@ -1,0 +1,106 @@
+"""What MetaSchedule may search: a kernel in plain TIR, and the spaces of its schedules.
+
+A schedule is kept as its trace: the steps of a space with the decisions that were taken.  Only what a space of ours can
+give is replayed, since a trace may come from anywhere, and a step can put any code into a kernel.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import ScheduleError, Trace
+
+from vllm_compile.canonical import canonical
+
+from .family import Config
+
+TRACE, TOKENS = "trace", "tokens"  # of a configuration: a trace's canonical JSON; for how many tokens it is
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """A kernel whose schedule is searched.
+
+    Attributes:
+        tokens: how many the kernel is for; no other number.
+        module: `main` is the kernel, not scheduled.
+        spaces: from a schedule of it, one schedule for each space; its decisions are samples.
+        lowered: of a scheduled module: the kernel to be built.
+    """
+
+    tokens: int
+    module: tvm.IRModule
+    spaces: Callable[[Schedule], Sequence[Schedule]]
+    lowered: Callable[[tvm.IRModule], tirx.PrimFunc]
+    _built: dict[str, tirx.PrimFunc] = field(default_factory=dict, repr=False)  # by trace
+
+    def config(self, trace: Trace) -> Config:
+        """The configuration of a kernel family that stands for a trace."""
+        return {TRACE: text_of(trace), TOKENS: self.tokens}
+
+    def build(self, trace: str) -> tirx.PrimFunc:
+        """The kernel that a trace's text makes.
+
+        Raises:
+            ValueError: it is no trace of these spaces.
+        """
+        if trace not in self._built:
+            self._built[trace] = self._replayed(trace)
+        return self._built[trace]
+
+    def _replayed(self, trace: str) -> tirx.PrimFunc:
+        schedule = Schedule(self.module)
+        steps, decisions = self._parts(trace)
+        if steps not in self._steps:
+            raise ValueError("the trace has steps that no space of this version has")
+        try:
+            Trace.apply_json_to_schedule([steps, decisions], schedule)
+        except (ScheduleError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"the trace cannot be replayed: {error}") from error
+        if self._parts(text_of(schedule.trace)) != (steps, decisions):
+            raise ValueError("TVM took other decisions than the trace has: they do not fit the kernel's sizes")
+        return self.lowered(schedule.mod)
+
+    def admits(self, trace: str) -> bool:
+        """True if `build` can make a kernel of it; whoever asks may go on to build it, which is done once."""
+        try:
+            self.build(trace)
+        except ValueError:
+            return False
+        return True
+
+    @cached_property
+    def _steps(self) -> list[Any]:
+        """Of each space, as JSON."""
+        return [self._parts(text_of(space.trace))[0] for space in self.spaces(Schedule(self.module))]
+
+    @staticmethod
+    def _parts(trace: str) -> tuple[Any, Any]:
+        try:
+            steps, decisions = json.loads(trace)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"no trace: {error}") from error
+        return steps, decisions
+
+
+def text_of(trace: Trace) -> str:
+    """The canonical JSON of a trace, without what comes after the schedule itself."""
+    return canonical(plain(trace.as_json(remove_postproc=True)))
+
+
+def plain(value: Any) -> Any:
+    """TVM's containers and numbers as Python's."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if hasattr(value, "items"):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "__iter__"):
+        return [plain(item) for item in value]
+    return plain(value.value)

@@ -1,0 +1,85 @@
+"""`linear` in plain TIR: whatever schedule is drawn from its spaces computes the bits of the hand-written kernel."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+import tvm_ffi
+from tvm.s_tir import Schedule
+
+from vllm_compile.ops import LINEAR
+from vllm_compile.schedules.build import build_library
+from vllm_compile.schedules.cpu.linear import Linear
+from vllm_compile.schedules.cpu.linear_design import AHEAD
+from vllm_compile.schedules.design import TRACE
+
+from . import harness
+from .levels import HOST, TARGETS
+
+FAMILY = Linear(packed=False)
+N, K = 192, 96  # 12 panels of 16 lanes: the sums of 5 tokens for 2 of them do not fit 1 KiB with all others
+
+
+def linear(generator, dtype, tokens):
+    inputs, _ = LINEAR.sample(generator, dtype, tokens, K, N)
+    return inputs
+
+
+def drawn(design, seed):
+    """A configuration for each space, with decisions drawn by a seed."""
+    return [design.config(space.trace) for space in design.spaces(Schedule(design.module, seed=seed))]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_bits_of_the_other_kernels(target, dtype, generator, tmp_path):
+    seed = int(torch.randint(1, 2**31 - 1, (), generator=generator))
+    inputs = linear(generator, dtype, 5)
+    spec = harness.op_spec(LINEAR, inputs, {})
+    kernels, path = {}, tmp_path / "kernels.so"
+    for tokens in (1, 5):
+        configs = drawn(FAMILY.design(spec, tokens, target), seed)
+        assert len({config[TRACE] for config in configs}) == len(AHEAD)
+        by_hand = next(v.config for v in reversed(FAMILY.variants(spec, target)) if v.min_tokens <= tokens)
+        picked = [by_hand, *configs[:: len(AHEAD) - 1]]
+        kernels |= {f"t{tokens}_{i}": FAMILY.build(spec, config, target) for i, config in enumerate(picked)}
+    build_library(kernels, target, path)
+    symbols = subprocess.run(["nm", "-D", str(path)], check=True, capture_output=True, text=True).stdout
+    assert "Workspace" not in symbols, "the serving process has no TVM runtime"
+    module = tvm_ffi.load_module(str(path))
+    for tokens in (1, 5):
+        given = {name: t[:tokens] if name in ("x", "residual") else t for name, t in inputs.items()}
+        results = [harness.run(module[f"t{tokens}_{i}"], FAMILY, spec, target, given) for i in range(3)]
+        harness.assert_matches(LINEAR, results[1], harness.results(LINEAR, given, {}))
+        assert all(torch.equal(result[0], results[0][0]) for result in results)
+    other = {**inputs, "x": inputs["x"].roll(1, dims=1)}
+    assert not torch.equal(harness.run(module["t5_1"], FAMILY, spec, target, other)[0], results[0][0])
+
+
+@pytest.fixture
+def design(generator):
+    spec = harness.op_spec(LINEAR, linear(generator, torch.bfloat16, 1), {})
+    return FAMILY.design(spec, 2, HOST)
+
+
+def test_a_trace_is_replayed_only_as_our_spaces_write_them(design):
+    """Whoever can write a record must not be able to put code into a kernel."""
+    trace = drawn(design, 1)[0][TRACE]
+    steps, decisions = json.loads(trace)
+    assert design.admits(trace)
+    injected = ["Annotate", ["b0", '"define void @f() { ret void }"'], ["pragma_import_llvm"], []]
+    assert not design.admits(json.dumps([[*steps, injected], decisions]))
+    assert not design.admits(json.dumps([steps[:-1], decisions]))
+    assert not design.admits("no trace")
+    assert not design.admits(json.dumps({"steps": steps}))
+    (number, tiles), *rest = decisions
+    assert not design.admits(json.dumps([steps, [[number, [tiles[0] * 7, tiles[1]]], *rest]])), "more than there is"
+    assert not design.admits(json.dumps([steps, [[number, ["x", 1]], *rest]]))
+
+
+@pytest.mark.parametrize(("tokens", "lossless", "columns"), [(25, False, N), (1, True, N), (1, False, N + 1)])
+def test_what_has_no_design(tokens, lossless, columns, generator):
+    """Sums that do not fit the registers, lossless weights, ragged panels."""
+    inputs, _ = LINEAR.sample(generator, torch.bfloat16, 1, K, columns)
+    assert Linear(packed=lossless).design(harness.op_spec(LINEAR, inputs, {}), tokens, HOST) is None

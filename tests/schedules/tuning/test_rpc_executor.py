@@ -1,0 +1,133 @@
+"""Boards over TVM's RPC: its own tracker and server, on this machine."""
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+from tvm.rpc.server import Server
+from tvm.rpc.tracker import Tracker
+
+from vllm_compile.cli import main
+from vllm_compile.driver import lower_model
+from vllm_compile.schedules.database import open_database
+from vllm_compile.schedules.database.executors import TaskCrashedError, TaskFailedError
+from vllm_compile.schedules.database.machine import fingerprint
+from vllm_compile.schedules.database.store import select_where
+from vllm_compile.schedules.database.tasks import Lease, submit
+from vllm_compile.schedules.tuning import rpc_executor
+from vllm_compile.schedules.tuning.extract import tasks_of
+from vllm_compile.schedules.tuning.prepare import prepare
+from vllm_compile.schedules.tuning.rpc_executor import RpcExecutor
+from vllm_compile.schedules.tuning.task import ESTIMATE, MEASURE
+from vllm_compile.targets import resolve
+
+CPU = resolve("cpu")
+HERE = "127.0.0.1"
+
+
+@pytest.fixture(scope="module")
+def tracker():
+    tracker = Tracker(HERE, port=9190, port_end=9290, silent=True)
+    server = serve(tracker.port, "slate")
+    yield tracker.port
+    server.terminate()
+    tracker.terminate()
+
+
+def serve(tracker, key):
+    return Server(HERE, port=9090, port_end=9189, is_proxy=False, tracker_addr=(HERE, tracker), key=key, silent=True)
+
+
+@pytest.fixture(scope="module")
+def task(tiny):
+    tasks = tasks_of(lower_model(tiny, CPU), CPU, trials=2)
+    found = next(task for task in tasks if "model_mlp_down_proj_weight" in task.names)
+    return replace(found, ranges=found.ranges[1:2])
+
+
+@pytest.fixture
+def built(task, monkeypatch, tmp_path):
+    """Candidates are built in this process; `spoil`, if one sets it, then does something to the case."""
+    spoil = []
+
+    def build(payload, folder):
+        prepare(payload, folder)
+        for change in spoil:
+            change(folder)
+
+    monkeypatch.setattr(rpc_executor, "build", build)
+    monkeypatch.setattr(rpc_executor, "COLD_BYTES", 1 << 20)
+    return spoil
+
+
+def test_a_worker_measures_on_a_board(tracker, task, built, tmp_path, capsys):
+    """From the queue to a record that names the board; that nothing protects it is said first."""
+    url = str(tmp_path / "tuning.db")
+    with open_database(url) as database:
+        submit(database, MEASURE, [task.payload() | {"machine": fingerprint(CPU).text}], 1.0)
+    where = ["--executor", "tvm-rpc", "--tracker", f"{HERE}:{tracker}", "--board", "slate", "--gb-per-s", "20"]
+    assert main(["worker", "--db", url, *where, "--until-empty", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out.splitlines()[-1]) == {"completed": 1, "failed": 0, "lost": 0}, told.err
+    assert "neither encrypted nor authenticated" in " ".join(told.err.split())
+    with open_database(url, writable=False) as database:
+        ((record, _),) = select_where(database)
+    assert (record.target.device, record.target.cores, record.target.arch) == ("slate", 0, fingerprint(CPU).arch)
+    assert record.workload == task.ranges[0].workload
+    assert record.schedule.content()["config"] in task.ranges[0].configs
+    assert record.verdict.error <= 1
+    assert record.verdict.executed_on == "slate"
+    assert record.roofline_share == pytest.approx(record.gb_per_s / 20)
+
+
+def on_board(tracker, task, key="slate"):
+    return RpcExecutor(HERE, tracker, key, 20.0, 60.0).run(Lease(0, MEASURE, task.payload(), 0, 1), Event())
+
+
+def test_a_wrong_result_is_seen_here(tracker, task, built):
+    """The board computes; what is right is known on this side."""
+    from safetensors.torch import load_file, save_file
+
+    def another_result(folder: Path):
+        tensors = load_file(folder / "tensors.safetensors")
+        save_file({**tensors, "expected": torch.roll(tensors["expected"], 1)}, folder / "tensors.safetensors")
+
+    built.append(another_result)
+    with pytest.raises(TaskFailedError, match="is wrong"):
+        on_board(tracker, task)
+
+
+def test_what_ends_the_boards_server_is_a_crash(tracker, task, built):
+    """A server of TVM's in Python does not survive it: it is this test's own."""
+
+    def deadly(folder: Path):
+        source = folder / "deadly.c"
+        symbols = json.loads((folder / "case.json").read_text())["configs"]
+        source.write_text(
+            "#include <stdlib.h>\n#include <stdint.h>\n"
+            + "".join(f"int __tvm_ffi_{s}(void *a, void *b, int32_t n, void *c) {{ abort(); }}\n" for s in symbols)
+        )
+        subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", folder / "kernels.so"], check=True)
+
+    built.append(deadly)
+    server = serve(tracker, "slab")
+    try:
+        with pytest.raises(TaskCrashedError, match="slab answers no more"):
+            on_board(tracker, task, "slab")
+    finally:
+        server.terminate()
+
+
+def test_no_tracker_and_no_such_task(task, capfd, tmp_path):
+    executor = RpcExecutor(HERE, 9, "slate", 20.0, 60.0)
+    with pytest.raises(TaskFailedError):
+        executor.run(Lease(0, MEASURE, task.payload(), 0, 1), Event())
+    with pytest.raises(TaskFailedError, match="kind measure"):
+        executor.run(Lease(0, ESTIMATE, task.payload(), 0, 1), Event())
+    url = str(tmp_path / "tuning.db")
+    assert main(["worker", "--db", url, "--executor", "tvm-rpc", "--board", "slate"]) == 2
+    assert "needs --tracker, --gb-per-s" in " ".join(capfd.readouterr().err.split())
