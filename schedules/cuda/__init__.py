@@ -3,9 +3,11 @@
 from ..family import KernelFamily
 from .attention import PagedAttention
 from .elementwise import Embedding, SiluMul
+from .expression import Elementwise
 from .gate_up import GateUpSilu
+from .kv_cache_write import KVCacheWrite
 from .linear import Linear
-from .norm import RMSNorm
+from .norm import LayerNorm, RMSNorm
 from .rope_cache import QKVRopeCache
 
 FAMILIES: tuple[KernelFamily, ...] = (
@@ -15,8 +17,11 @@ FAMILIES: tuple[KernelFamily, ...] = (
     GateUpSilu(packed=False),
     RMSNorm(),
     RMSNorm(add=True),
+    LayerNorm(),
     Embedding(),
     SiluMul(),
+    Elementwise(),
     QKVRopeCache(),
+    KVCacheWrite(),
     PagedAttention(),
 )

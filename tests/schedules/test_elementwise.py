@@ -53,10 +53,7 @@ def check(nodes, target, folder, generator, tokens=37):
         assert torch.equal(run(kernel, FAMILY, spec, target, one)[0][0], actual[3])
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("width", [64, 37])
-def test_every_function(width, dtype, target, generator, tmp_path):
+def every_function(dtype, width):
     """All of them side by side in one concat."""
     row = (T, width)
     nodes = [Node("input", (), row, dtype, ("x0",)), Node("input", (), (width,), dtype, ("x1",))]
@@ -69,8 +66,14 @@ def test_every_function(width, dtype, target, generator, tmp_path):
         parts.append(len(nodes) - 1)
     nodes.append(Node("power", (0,), row, dtype, (3,)))
     parts.append(len(nodes) - 1)
-    nodes.append(Node("concat", tuple(parts), (T, width * len(parts)), dtype, (1,)))
-    check(nodes, target, tmp_path, generator)
+    return [*nodes, Node("concat", tuple(parts), (T, width * len(parts)), dtype, (1,))]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [64, 37])
+def test_every_function(width, dtype, target, generator, tmp_path):
+    check(every_function(dtype, width), target, tmp_path, generator)
 
 
 def rotation(dtype, interleaved, heads=3, head_dim=32):
