@@ -260,8 +260,8 @@ def _part(step: _Step) -> Cost:
     return Cost(activation_bytes=2 * sum(step.bytes(out) for out in step.call.spec.outputs))
 
 
-ARITHMETIC = UNARY | BINARY | {"power", "nn.gelu", "nn.gelu_tanh", "nn.relu", "nn.silu"}
-COPIES = {"astype", "broadcast_to", "concat", "permute_dims", "stack"}
+ARITHMETIC = UNARY | BINARY | {"clip", "power", "nn.gelu", "nn.gelu_tanh", "nn.relu", "nn.silu"}
+COPIES = {"astype", "broadcast_to", "concat", "gather_elements", "permute_dims", "stack"}
 PARTS = {"split", "strided_slice"}
 REDUCTIONS = {"max", "mean", "nn.softmax", "sum", "topk"}
 

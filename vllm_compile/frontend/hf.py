@@ -21,7 +21,7 @@ from vllm_compile.model_files import find_files
 
 from .complex_parts import split_complex
 from .conversion import weight_conversions
-from .families import GROWING_ROPE, OWN_CODE, SUPPORTED, TORCH_ATTENTION, check_family, long_positions, older_name
+from .families import GROWING_ROPE, OWN_CODE, SUPPORTED, TORCH_ATTENTION, check_family, long_positions
 from .group_limit import name_group_limits
 from .in_place import replace_writes
 from .position_tables import LongSequences
@@ -157,6 +157,7 @@ def _build(config: Any, dtype: torch.dtype) -> PreTrainedModel:
             raise UnsupportedError(f"{config.model_type}: {OWN_CODE}; {SUPPORTED}") from error
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UnsupportedError(f"{config.model_type}: transformers cannot build the model ({what})") from error
+    adopt_buffers(model)
     if calls_torch:
         # The body makes the mask, and for our attention makes none; the layers keep the configuration as it was.
         model.base_model.config = copy.deepcopy(model.config)
@@ -178,6 +179,17 @@ def decoder_layers(model: nn.Module, config: Any) -> nn.ModuleList:
     if len(found) != 1:
         raise UnsupportedError(f"{type(model).__name__}: found {len(found)} lists of decoder layers, expected one")
     return found[0]
+
+
+def adopt_buffers(model: PreTrainedModel) -> None:
+    """Make the buffers that checkpoints hold parameters, in float32 where transformers keeps them so."""
+    wide = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if name not in module._non_persistent_buffers_set:
+                delattr(module, name)
+                value = buffer.float() if name in wide else buffer
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def materialise_buffers(model: PreTrainedModel) -> None:
@@ -220,8 +232,7 @@ def _settled(kind: str) -> str:
 def parameter_aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     """Parameter name -> all names it may have in a checkpoint.
 
-    Tied weights have several; a checkpoint may leave out the name of the model's body (GPT-2's do), or use an
-    older name.
+    Tied weights have several; a checkpoint may leave out the name of the model's body (GPT-2's do).
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -229,7 +240,6 @@ def parameter_aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     body = f"{model.base_model_prefix}."
     aliases: dict[str, tuple[str, ...]] = {}
     for group in names.values():
-        older = [older_name(model.config, name) for name in group]
         short = [name.removeprefix(body) for name in group]
-        aliases |= dict.fromkeys(group, tuple(dict.fromkeys([*group, *older, *short])))
+        aliases |= dict.fromkeys(group, tuple(dict.fromkeys([*group, *short])))
     return aliases

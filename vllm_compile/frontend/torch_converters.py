@@ -137,8 +137,9 @@ def _layer_boundary(node: fx.Node, importer: Importing) -> relax.Var:
 
 
 def _limit_groups(node: fx.Node, importer: Importing) -> relax.Var:
-    scores, groups, kept = importer.retrieve_args(node)
-    return importer.block_builder.emit(LIMIT_GROUPS({"scores": scores}, groups=groups, kept=kept))
+    scores, groups, kept, best, zeros = importer.retrieve_args(node)
+    attributes = {"groups": groups, "kept": kept, "best": best, "zeros": int(zeros)}
+    return importer.block_builder.emit(LIMIT_GROUPS({"scores": scores}, **attributes))
 
 
 def _moe(node: fx.Node, importer: Importing) -> relax.Var:
