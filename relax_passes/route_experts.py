@@ -47,11 +47,11 @@ def route_experts(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
         experts, scores, order, ends = route(logits, top_k=k, normalise=True)
         h = expert_gate_up_silu(x, experts, order, ends, gate_up)
         y = sum over j of expert_linear(h, experts, order, ends, down)[:, j] * scores[:, j]
-    A model that does not divide by the sum has `normalise=False`, and so on for the other options of `route`: sigmoid for
-    softmax, experts that are chosen by the sum of score and bias (their scores gathered then), groups of experts that are
-    kept (`limit_groups`), a divisor that is not too small.  The softmax of the k largest logits alone is `normalise=True`.
-    A constant that scores are multiplied by at last stays an operator of its own.  A router of another kind, or one whose
-    scores are not float32, stays as it is.
+    A model that does not divide by the sum has `normalise=False`, and so on for the other options of `route`: sigmoid
+    for softmax, experts that are chosen by the sum of score and bias (their scores gathered then), groups of experts
+    that are kept (`limit_groups`), a divisor that is not too small.  The softmax of the k largest logits alone is
+    `normalise=True`.  A constant that scores are multiplied by at last stays an operator of its own.  A router of
+    another kind, or one whose scores are not float32, stays as it is.
     """
     return rewrite_functions(module, _find)
 
@@ -140,7 +140,7 @@ def _is_chosen(d: Definitions, values: relax.Expr, experts: relax.Expr, choice: 
 
 
 def _divisor(d: Definitions, values: relax.Expr) -> dict[str, Any] | None:
-    """Options of `route` that say what scores are divided by: their sum, or so; {} if something else, None if nothing."""
+    """What scores are divided by, as options of `route`; {} if it is not about their sum, None if by nothing."""
     divided = d.call(values, "relax.divide")
     if divided is None:
         return None

@@ -41,7 +41,7 @@ def _refusal(config: Any) -> str | None:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         return "encoder-decoder models are not supported"
-    if getattr(config, "vision_config", None) is not None:
+    if getattr(config, "vision_config", None) is not None or hasattr(config, "num_channels"):
         return "models with vision are not supported"
     if any(word in kind for word in STATE_SPACE):
         return "state-space models are not supported"

@@ -27,6 +27,7 @@ from .in_place import replace_writes
 from .position_tables import LongSequences
 from .repeats import expand_repeats, find_repeats, without_repeats
 from .torch_ops import ATTENTION, EXPERTS, ListIndices, check_experts, mark_layers, torch_attention
+from .trace_errors import naming_the_module
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
     positions = torch.zeros(16, dtype=torch.int64, device="meta")
     kv_heads = TORCH_ATTENTION.get(config.model_type)
     flat = _Flat(model, None if kv_heads is None else getattr(config, kv_heads))
-    try:
+    with naming_the_module(model):
         repeats = find_repeats(layers, lambda: flat(ids, positions))
         with torch.no_grad(), without_repeats(layers, repeats):
             program = torch.export.export(
@@ -132,11 +133,6 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
         replace_writes(program.graph)
         name_group_limits(program.graph)
         expand_repeats(program, layers, dict(flat.named_parameters(remove_duplicate=False)))
-    except UnsupportedError:
-        raise
-    except Exception as error:  # torch.export raises many kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UnsupportedError(f"{type(model).__name__} cannot be traced by torch.export: {reason[0]}") from error
     _check_attention(program, config)
     return TracedModel(program, config, shapes, aliases, weight_conversions(model), long)
 

@@ -65,7 +65,7 @@ def tabulate_positions(
 
 
 def _with_unit_axes(lookup: fx.Node) -> fx.Node:
-    """Rows [1, T, D] of a table, with the unit axes that the value they stand for, which `lookup` records, has besides."""
+    """Rows [1, T, D] of a table, with the unit axes besides of the value they stand for, which `lookup` records."""
     value = lookup.meta["val"]
     if not value.is_floating_point():
         return lookup

@@ -23,8 +23,8 @@ def reference(
 
     experts: the largest logits of a token in falling order, of equal ones the first; with a bias, the largest sums of
         score and bias; with `groups`, those of the `kept` groups that `limit_groups` leaves.
-    scores: the softmax of the logits, or the sigmoid of each, at those; divided if `normalise` by their sum and `epsilon`,
-        or by `least` if that is more.
+    scores: the softmax of the logits, or the sigmoid of each, at those; divided if `normalise` by their sum and
+        `epsilon`, or by `least` if that is more.
     order: the T * top_k entries of `experts`, numbered in memory's order, sorted by expert (stably).
     ends: for each place in `order`, where the group of entries of its expert ends.
     """
