@@ -43,6 +43,19 @@ class Tuned(Protocol):
 
 
 @dataclass(frozen=True)
+class Prologue:
+    """A call of ours that comes before a vendor's function.
+
+    Attributes:
+        call: it is given inputs of the whole call.
+        rest: what is left for the vendor's function; inputs that the whole call lacks are results of `call`, in order.
+    """
+
+    call: OpSpec
+    rest: OpSpec
+
+
+@dataclass(frozen=True)
 class Vendor:
     """A library of the serving environment that takes over in large batches.
 
@@ -52,12 +65,14 @@ class Vendor:
         prefill: only where a request has several tokens.
         epilogue: the call of ours that makes the result of what the function leaves in its one input; None if
             the function's result is the call's.
+        prologue: if the function does only the last part of the call, what comes before it.
     """
 
     function: str
     min_tokens: int
     prefill: bool = False
     epilogue: OpSpec | None = None
+    prologue: Prologue | None = None
 
 
 @dataclass(frozen=True)

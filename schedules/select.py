@@ -36,6 +36,11 @@ class Choice:
     calls: Sequence[TorchCall] = ()  # functions of torch, where those compute the call
 
 
+def operators(target: Target) -> frozenset[str]:
+    """Those that the target has kernels for."""
+    return frozenset(family.op for family in FAMILIES[target.name])
+
+
 def choose(spec: OpSpec, target: Target, lossless: bool = True, tuned: Tuned | None = None) -> Choice:
     """The kernels for `spec` on `target`; `lossless` admits those that read losslessly packed weights.
 

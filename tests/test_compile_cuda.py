@@ -77,8 +77,12 @@ def test_large_batches_go_to_vendors_with_plain_weights(packed):
     plan = from_json((packed.artifact / "plan.json").read_text())
     steps = [s for f in plan.functions.values() for s in f.steps if isinstance(s, KernelStep)]
     large = {s.op: s.large for s in steps if s.large is not None}
-    assert large.keys() == {"linear", "gate_up_silu", "paged_attention"}
-    assert large["paged_attention"].prefill
+    assert large.keys() == {"linear", "gate_up_silu", "qkv_rope_attention"}
+    assert large["qkv_rope_attention"].prefill
+    rotation, attention = large["qkv_rope_attention"].steps
+    assert rotation.op == "qkv_rope_cache"
+    assert dict(attention.arguments)["q"] == rotation.arguments[-1]
+    assert [name for name, _ in attention.attributes] == ["scale"]
     vendor, epilogue = large["gate_up_silu"].steps
     assert isinstance(large["gate_up_silu"], Large)
     assert isinstance(vendor, VendorCall)

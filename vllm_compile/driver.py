@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -17,7 +17,7 @@ from tvm import relax, tirx
 
 from .artifact import source_digest, write_config, write_manifest
 from .cache import Cache
-from .call_specs import dimension
+from .call_specs import dimension, op_spec
 from .compilation import CompileOptions, CompileResult, remember, request_key
 from .errors import ArtifactError, DatabaseError, ModelError, TargetError, UnsupportedError
 from .file_digests import FileDigests, status_of
@@ -29,8 +29,8 @@ from .frontend.read_model import read_model
 from .kernel_cache import KernelCache
 from .lowering import Lowered, lower
 from .model_files import ModelFiles, find_files
-from .ops import PAGED_ATTENTION
-from .ops.base import arguments_of
+from .ops import op_of
+from .ops.qkv_rope_attention import attention_of
 from .quick_verification import Verdict, not_run, quick_verification
 from .relax_passes.base import Definitions
 from .relax_passes.outline_layers import FORWARD, LOGITS
@@ -42,7 +42,7 @@ from .runtime.manifest import check_target
 from .runtime.plan import ModelShape, Plan
 from .schedules.build import build_library
 from .schedules.family import Tuned
-from .schedules.select import choose
+from .schedules.select import choose, operators
 from .spec import OpSpec
 from .staging import staged
 from .targets import Target, gaudi, resolve
@@ -95,7 +95,9 @@ def compile_model(
     with stage("import"):
         imported = read_model(found, options.dtype, options.seed)
     with stage("passes"):
-        module, passes = run_passes(imported.module, _dumper(Path(options.dump) if options.dump else None))
+        module, passes = run_passes(
+            imported.module, _dumper(Path(options.dump) if options.dump else None), operators(machine)
+        )
         warnings = _check_matches(passes, options.strict)
     weights = WeightProgram(module, imported.read)
     unpacked: set[OpSpec] = set()  # calls one of whose weights does not fit the lossless format
@@ -183,20 +185,23 @@ def lower_model(model: Path, machine: Target, dtype: str | None = None) -> Lower
     Raises:
         ModelError, UnsupportedError: see `compile_model`.
     """
-    module, _ = run_passes(read_model(find_files(model), dtype, dummy_seed=0).module)
+    module, _ = run_passes(read_model(find_files(model), dtype, dummy_seed=0).module, operators=operators(machine))
     return lower(module, lambda spec: choose(spec, machine))
 
 
 def fuse_model(
-    config: Any, dtype: str, after_each: Callable[[str, tvm.IRModule], None] = lambda name, module: None
+    config: Any,
+    dtype: str,
+    after_each: Callable[[str, tvm.IRModule], None] = lambda name, module: None,
+    operators: Collection[str] = (),
 ) -> tuple[tvm.IRModule, list[PassRecord]]:
-    """A model after all passes, from its configuration alone; `after_each` sees the module behind every pass.
+    """A model after all passes, from its configuration alone; arguments are those of `run_passes`.
 
     Raises:
         UnsupportedError: see `compile_model`.
     """
     imported = import_model(trace(config, DTYPES[dtype]), max_positions(config))
-    return run_passes(imported.module, after_each)
+    return run_passes(imported.module, after_each, operators)
 
 
 def _buckets(path: Path | None, machine: Target) -> BucketPlan | None:
@@ -299,9 +304,10 @@ def _model_shape(model: Model, module: tvm.IRModule) -> ModelShape:
         )
     (_, num_kv_heads, _, width) = caches.pop()
     functions = (function for _, function in module.functions_items() if isinstance(function, relax.Function))
-    calls = (b.value for function in functions for b in Definitions(function).bindings)
-    queries = next(arguments_of(call)["q"] for call in calls if PAGED_ATTENTION.matches(call))
-    num_heads, head_dim = map(int, queries.ty.shape.values[-2:])
+    calls = ((op_of(b.value), b.value) for function in functions for b in Definitions(function).bindings)
+    specs = (attention_of(op_spec(op, call)) for op, call in calls if op is not None)
+    queries = next(spec for spec in specs if spec is not None).input("q")
+    num_heads, head_dim = queries.size(-2), queries.size(-1)
     return ModelShape(
         num_layers=sum(p.name.startswith("kv_") for p in forward.params),
         num_heads=num_heads,

@@ -15,8 +15,8 @@ from tvm import relax
 from .call_specs import op_spec, tensor_spec
 from .errors import UnsupportedError
 from .kernel_table import Kernels, KernelTable
-from .ops import OPS, OwnOp
-from .ops.base import PREFIX, arguments_of
+from .ops import OwnOp, op_of
+from .ops.base import arguments_of
 from .relax_passes.base import Definitions
 from .relax_passes.lift_weights import WEIGHTS
 from .relax_passes.outline_layers import FORWARD, LOGITS, place
@@ -155,8 +155,8 @@ class _FunctionLowering:
             self._call(binding.var, value)
         elif isinstance(operator, tvm.ir.Op) and operator.name in VIEWS:
             self._names[binding.var] = self._names[value.args[0]]
-        elif isinstance(operator, tvm.ir.Op) and operator.name.removeprefix(PREFIX) in OPS:
-            self._kernel(binding.var, value, OPS[operator.name.removeprefix(PREFIX)])
+        elif (own := op_of(value)) is not None:
+            self._kernel(binding.var, value, own)
         else:
             what = operator.name if isinstance(operator, tvm.ir.Op) else type(value).__name__
             raise UnsupportedError(f"operator {what} ({value.ty}) is left after all passes and has no kernel")
@@ -229,17 +229,27 @@ class _FunctionLowering:
         self, vendor: Vendor, spec: OpSpec, arguments: list[tuple[str, Argument]], outputs: list[Argument]
     ) -> Large:
         (result,) = outputs
-        if vendor.epilogue is None:
-            last = []
-        else:
-            kernels = self._kernels.of(vendor.epilogue)
+        first, last, rest = [], [], spec
+        if vendor.prologue is not None:
+            call, rest = vendor.prologue.call, vendor.prologue.rest
+            given = dict(arguments)
+            made = [Argument(self._new_buffer(call.op, tensor), tensor) for tensor in call.outputs]
+            first = [self._own_step(call, [*(given[name] for name, _ in call.inputs), *made])]
+            left = iter(made)
+            arguments = [(name, given[name] if name in given else next(left)) for name, _ in rest.inputs]
+        if vendor.epilogue is not None:
             ((_, between),) = vendor.epilogue.inputs
             workspace = Argument(self._new_buffer("workspace", between), between)
-            variants = tuple((v.min_tokens, s) for v, s in zip(kernels.choice.variants, kernels.symbols, strict=True))
-            last = [KernelStep(vendor.epilogue.op, kernels.choice.family.name, variants, (workspace, result))]
+            last = [self._own_step(vendor.epilogue, [workspace, result])]
             result = workspace
-        product = VendorCall(vendor.function, (*arguments, ("out", result)), spec.attributes)
-        return Large(vendor.min_tokens, vendor.prefill, (product, *last))
+        product = VendorCall(vendor.function, (*arguments, ("out", result)), rest.attributes)
+        return Large(vendor.min_tokens, vendor.prefill, (*first, product, *last))
+
+    def _own_step(self, spec: OpSpec, arguments: list[Argument]) -> KernelStep:
+        """A call of ours beside a vendor's."""
+        kernels = self._kernels.of(spec)
+        variants = tuple((v.min_tokens, s) for v, s in zip(kernels.choice.variants, kernels.symbols, strict=True))
+        return KernelStep(spec.op, kernels.choice.family.name, variants, tuple(arguments))
 
     def _weight(self, expr: relax.Var, layout: Layout | None, read_by: OpSpec, restored: Layout | None = None) -> str:
         plain = tensor_spec(expr.ty)

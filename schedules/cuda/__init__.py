@@ -8,6 +8,7 @@ from .gate_up import GateUpSilu
 from .kv_cache_write import KVCacheWrite
 from .linear import Linear
 from .norm import LayerNorm, RMSNorm
+from .rope_attention import QKVRopeAttention
 from .rope_cache import QKVRopeCache
 
 FAMILIES: tuple[KernelFamily, ...] = (
@@ -21,6 +22,7 @@ FAMILIES: tuple[KernelFamily, ...] = (
     Embedding(),
     SiluMul(),
     Elementwise(),
+    QKVRopeAttention(),
     QKVRopeCache(),
     KVCacheWrite(),
     PagedAttention(),

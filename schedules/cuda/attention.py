@@ -4,9 +4,11 @@ Bytes: 4 * KH * D a cached token, read once for all queries of its group; 4 * H 
 tensor cores do meanwhile.  Llama-3.1-8B: 4,096 bytes a token and layer; 16 requests of 1,024 tokens are 67 MB, 14 us
 at 4.8 TB/s; one of 131,072 is 537 MB, 112 us.
 
-Splits: two thread blocks fit on a multiprocessor (96 KB of stages each at D = 128), so each request's KV heads are
-split until there are about so many blocks.  A block has WARPS * (STAGES - 1) tiles of 16 * 4 * D bytes under way:
-64 KB, above the 29 KB that a multiprocessor's share of 4.8 TB/s needs at 800 ns of latency.
+Splits: each request's KV heads are split until there are about as many thread blocks as the chip holds, but a stretch
+is no shorter than `short_tiles`: starting another block, and adding up what two of them found, costs as much as reading
+so much.  Two blocks of 4 warps fit on a multiprocessor (96 KB of stages each at D = 128), or one of 8: either way
+warps * (stages - 1) * 16 * 4 * D bytes are under way, 128 KB, above the 29 KB that a multiprocessor's share of 4.8 TB/s
+needs at 800 ns of latency.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ from .launch import Launch, kernel
 
 TILE = 16
 WARPS = 4
+SHORT_TILES = 8
 MOST_GROUP, MOST_HEAD_DIM = 16, 256
+LEAST_STAGES, MOST_STAGES = 2, 6
 MOST_SPLITS = 64
-BLOCKS_PER_MULTIPROCESSOR = 2
+BESIDE_BYTES = 10 << 10  # that are left of shared memory: a block's own 1 KB, and (MOST_GROUP + 2) turned heads
 MOST_PARTS = 264  # that the workspace in paged_attention.cuh has room for
 
 
@@ -51,32 +55,67 @@ class PagedAttention(KernelFamily):
         return q.dtype == "bfloat16" and not rest and fits
 
     def variants(self, spec: OpSpec, target: CudaTarget) -> Sequence[Variant]:
-        head_dim = spec.input("q").size(2)
-        share = target.shared_bytes // BLOCKS_PER_MULTIPROCESSOR
-        stages = max(2, min(6, share // (WARPS * TILE * 4 * head_dim)))
-        return (Variant(1, {"warps": WARPS, "stages": stages}),)
+        return default_variants(spec, target)
 
     def vendor(self, spec: OpSpec, target: CudaTarget) -> Vendor:
         """FlashAttention for prefill, as vLLM ships it."""
         return Vendor("paged_attention", min_tokens=1, prefill=True)
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
-        kv_heads, head_dim = spec.input("kv").size(1), spec.input("q").size(2)
-        group = spec.input("q").size(1) // kv_heads
-        warps, stages = config["warps"], config["stages"]
-        blocks = min(BLOCKS_PER_MULTIPROCESSOR * target.multiprocessors, MOST_PARTS)
-        scale = T.float32(spec.attribute("scale") * log2(e))
+        return attention_kernel(spec, spec, "paged_attention", ("q", "kv"), config, target)
 
-        def launch(call):
-            requests = call.dims[Sym.REQUESTS]
-            fitting = T.floordiv(blocks, T.max(requests, 1) * kv_heads)
-            splits = T.max(1, T.min(MOST_SPLITS, fitting))
-            return Launch([splits, kv_heads, requests], 32 * warps, warps * stages * TILE * 4 * head_dim)
 
-        def arguments(call):
-            sizes = (call.dims[Sym.BLOCK_SIZE], call.dims[Sym.TABLE_WIDTH])
-            names = ("q", "kv", "block_table", "seq_lens", "query_start_loc", "out")
-            return [*map(call.data, names), scale, *(T.Cast("int32", s) for s in sizes), *call.strides("kv")]
+def default_variants(attention: OpSpec, target: CudaTarget) -> Sequence[Variant]:
+    """One large thread block on each multiprocessor while there are no more KV heads than those, then two smaller ones.
 
-        function = f"paged_attention<{head_dim}, {group}, {kv_heads}, {warps}, {stages}>"
-        return kernel(spec, "paged_attention.cuh", function, launch, arguments)
+    The large one has twice the tiles under way before the kernels before have ended, and fewer parts to add up.
+    """
+    kv_heads, head_dim = attention.input("kv").size(1), attention.input("q").size(2)
+
+    def config(blocks: int, warps: int, short_tiles: int) -> Config:
+        stages = (target.shared_bytes // blocks - BESIDE_BYTES) // (warps * TILE * 4 * head_dim)
+        if stages < LEAST_STAGES:
+            return config(blocks, warps // 2, short_tiles)
+        return {"blocks": blocks, "warps": warps, "stages": min(stages, MOST_STAGES), "short_tiles": short_tiles}
+
+    few = target.multiprocessors // kv_heads
+    large, small = config(1, 2 * WARPS, 2 * SHORT_TILES), config(2, WARPS, SHORT_TILES)
+    return (Variant(1, large), Variant(few + 1, small)) if few else (Variant(1, small),)
+
+
+def attention_kernel(
+    spec: OpSpec,
+    attention: OpSpec,
+    function: str,
+    tokens: Sequence[str],
+    config: Config,
+    target: CudaTarget,
+    beside: int = 0,
+) -> tirx.PrimFunc:
+    """The kernel of a call that is, or ends in, the `paged_attention` call `attention`.
+
+    Args:
+        function: in the header of the same name.
+        tokens: inputs that it takes before the block table.
+        beside: bytes of shared memory that it needs beside the stages.
+    """
+    kv_heads, head_dim = attention.input("kv").size(1), attention.input("q").size(2)
+    group = attention.input("q").size(1) // kv_heads
+    warps, stages = config["warps"], config["stages"]
+    blocks = min(config["blocks"] * target.multiprocessors, MOST_PARTS)
+    stage_bytes = warps * stages * TILE * 4 * head_dim
+    scale = T.float32(attention.attribute("scale") * log2(e))
+
+    def launch(call):
+        requests = call.dims[Sym.REQUESTS]
+        fitting = T.floordiv(blocks, T.max(requests, 1) * kv_heads)
+        splits = T.max(1, T.min(MOST_SPLITS, fitting))
+        return Launch([splits, kv_heads, requests], 32 * warps, stage_bytes + beside)
+
+    def arguments(call):
+        sizes = (call.dims[Sym.BLOCK_SIZE], call.dims[Sym.TABLE_WIDTH])
+        names = (*tokens, "block_table", "seq_lens", "query_start_loc", "out")
+        return [*map(call.data, names), scale, *(T.Cast("int32", s) for s in sizes), *call.strides("kv")]
+
+    instance = f"{function}<{head_dim}, {group}, {kv_heads}, {warps}, {stages}, {config['short_tiles']}>"
+    return kernel(spec, f"{function}.cuh", instance, launch, arguments)

@@ -7,6 +7,8 @@
 // workspace below, and the one that comes last adds them up, in a fixed order.
 //
 // Tiles that earlier steps have filled are requested before wait_for_kernels_before(), while q, k and v are computed.
+// Where this step's keys and values are made here (rope_attention.cuh), a decode step requests all tiles so: the newest
+// token goes from registers into its tile, and into the cache.
 //
 // Any batch is served: several queries of a request (prefill) are taken one after the other, which is right but slow.
 #ifndef VLLM_COMPILE_PAGED_ATTENTION
@@ -16,8 +18,7 @@
 
 namespace vllm_compile {
 
-constexpr int TILE = 16;        // cached tokens of a tile: no block of the cache is smaller
-constexpr int SHORT_TILES = 8;  // a stretch is no shorter: starting a block costs as much as reading so much
+constexpr int TILE = 16;  // cached tokens of a tile: no block of the cache is smaller
 
 // Parts of split requests: a launch has no more than PARTS blocks if it splits.  Kernels of one stream take turns.
 constexpr int PARTS = 264, MOST_ROWS = 16, MOST_HEAD_DIM = 256;
@@ -25,14 +26,33 @@ __device__ float attention_parts[PARTS * MOST_ROWS * MOST_HEAD_DIM];
 __device__ float2 attention_sums[PARTS * MOST_ROWS];  // {largest score, sum of exponentials} of a part
 __device__ unsigned attention_arrived[PARTS];         // blocks of a split request that are done; zero between launches
 
-// q, out [tokens, KV_HEADS * GROUP, HEAD_DIM]; kv [blocks, KV_HEADS, block_size, 2 * HEAD_DIM], strides in elements.
-// Block (split, KV head, request).  scale is that of the scores times log2(e).
-template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int STAGES>
-__device__ __forceinline__ void paged_attention(const void* __restrict__ q, const void* __restrict__ kv,
-                                                const int* __restrict__ block_table, const int* __restrict__ seq_lens,
-                                                const int* __restrict__ query_start_loc, void* __restrict__ out,
-                                                float scale, int block_size, int table_width, int64_t block_stride,
-                                                int64_t head_stride, int64_t token_stride, void* shared) {
+// The KV cache: kv [blocks, KV_HEADS, block_size, 2 * HEAD_DIM], strides in elements, and where requests lie in it.
+struct PagedCache {
+  const void* kv;
+  const int* block_table;  // [requests, table_width]
+  const int* seq_lens;     // [requests]
+  int block_size, table_width;
+  int64_t block_stride, head_stride, token_stride;
+};
+
+// Tokens whose queries are computed and whose keys and values are cached: q [tokens, KV_HEADS * GROUP, HEAD_DIM].
+template <int HEAD_DIM, int GROUP, int KV_HEADS>
+struct CachedTokens {
+  static constexpr bool MAKES_ROWS = false;  // of the cache
+  static constexpr int STRIDE = HEAD_DIM / 2;  // words from a query to the next
+  const uint32_t* q;
+
+  __device__ __forceinline__ const uint32_t* queries(size_t token, int head) const {
+    return q + (token * KV_HEADS + head) * GROUP * STRIDE;
+  }
+};
+
+// out [tokens, KV_HEADS * GROUP, HEAD_DIM].  Block (split, KV head, request); a split's stretch is not shorter than
+// SHORT_TILES.  scale is that of the scores times log2(e).
+template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int STAGES, int SHORT_TILES, class Tokens>
+__device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& paged,
+                                       const int* __restrict__ query_start_loc, void* __restrict__ out, float scale,
+                                       void* shared) {
   constexpr int HEADS = KV_HEADS * GROUP, THREADS = 32 * WARPS;
   constexpr int CHUNKS = HEAD_DIM / 4;                     // 16 bytes each, of a token's K and V
   constexpr int STAGE = TILE * CHUNKS;                     // chunks of a tile
@@ -45,14 +65,24 @@ __device__ __forceinline__ void paged_attention(const void* __restrict__ q, cons
   const int split = blockIdx.x, splits = gridDim.x, head = blockIdx.y, request = blockIdx.z;
   // Arguments of the whole program: no kernel before writes them.
   const int first_row = query_start_loc[request], queries = query_start_loc[request + 1] - first_row;
-  const int length = queries > 0 ? seq_lens[request] : 0;
-  const int* const table = block_table + (size_t)request * table_width;
-  const __nv_bfloat16* const cache = static_cast<const __nv_bfloat16*>(kv) + head * head_stride;
+  const int length = queries > 0 ? paged.seq_lens[request] : 0;
+  const int* const table = paged.block_table + (size_t)request * paged.table_width;
+  const __nv_bfloat16* const cache = static_cast<const __nv_bfloat16*>(paged.kv) + head * paged.head_stride;
   uint4* const ring = static_cast<uint4*>(shared) + warp * STAGES * STAGE;
   const uint32_t ring_address = shared_address(ring);
+  uint4* const turned = static_cast<uint4*>(shared) + WARPS * STAGES * STAGE;  // queries, the newest key and value
   bool waited = false;
 
   launch_dependents();
+  bool newest_is_made = false;  // here: it is not read from the cache
+  if constexpr (Tokens::MAKES_ROWS) {
+    newest_is_made = queries == 1 && tokens.slots[first_row] >= 0;
+    if (queries > 1 && split == 0) {
+      wait_for_kernels_before(), waited = true;
+      tokens.template store<THREADS>(first_row, queries, head);
+      __syncthreads();
+    }
+  }
   for (int query = 0; query < queries && length > 0; query++) {
     const int visible = length - queries + 1 + query;  // cached tokens up to the query's own
     const int tiles = (visible + TILE - 1) / TILE;
@@ -70,19 +100,20 @@ __device__ __forceinline__ void paged_attention(const void* __restrict__ q, cons
       const int tile = begin + number * WARPS;
       if (number % 32 == 0) {
         const int own = (tile + lane * WARPS) * TILE;
-        if (own < visible) block = table[own / block_size], row = own % block_size;
+        if (own < visible) block = table[own / paged.block_size], row = own % paged.block_size;
       }
       const int at_block = __shfl_sync(0xffffffff, block, number % 32);
       const int at_row = __shfl_sync(0xffffffff, row, number % 32);
       if (tile < end) {
-        const __nv_bfloat16* const from = cache + at_block * block_stride + at_row * token_stride;
+        const __nv_bfloat16* const from = cache + at_block * paged.block_stride + at_row * paged.token_stride;
         const uint32_t to = ring_address + number % STAGES * (STAGE * 16);
 #pragma unroll
         for (int i = 0; i < STAGE / 32; i++) {
           const int token = (i * 32 + lane) / CHUNKS, chunk = (i * 32 + lane) % CHUNKS;
           // Rows are 8 chunks apart modulo the banks: swizzled, so that a column of them is read at once.
-          copy_async_or_zero(to + (token * CHUNKS + (chunk ^ (token & 7))) * 16, from + token * token_stride + chunk * 8,
-                             tile * TILE + token < visible);
+          copy_async_or_zero(to + (token * CHUNKS + (chunk ^ (token & 7))) * 16,
+                             from + token * paged.token_stride + chunk * 8,
+                             tile * TILE + token < visible - newest_is_made);
         }
       }
       commit_copies();
@@ -90,20 +121,30 @@ __device__ __forceinline__ void paged_attention(const void* __restrict__ q, cons
 #pragma unroll
     for (int number = 0; number < STAGES - 1; number++) {
       const int tile = begin + number * WARPS;
-      if (!waited && tile < end && tile >= fresh) wait_for_kernels_before(), waited = true;
+      if (!waited && !newest_is_made && tile < end && tile >= fresh) wait_for_kernels_before(), waited = true;
       load(number);
     }
     if (!waited) wait_for_kernels_before(), waited = true;
 
+    // The block that has the last tile makes the newest token's row; the warp that has it puts it in.
+    const bool newest_is_ours = newest_is_made && end == tiles;
+    const uint32_t* q_rows;
+    if constexpr (Tokens::MAKES_ROWS) {
+      const int64_t block = table[(visible - 1) / paged.block_size], at = (visible - 1) % paged.block_size;
+      const int64_t row = head * paged.head_stride + block * paged.block_stride + at * paged.token_stride;
+      tokens.template turn<THREADS>(turned, first_row + query, head, newest_is_ours, row);
+      __syncthreads();
+      q_rows = reinterpret_cast<const uint32_t*>(turned);
+    } else {
+      q_rows = tokens.queries(first_row + query, head);
+    }
     uint32_t q_words[STEPS][4];
-    const uint32_t* const q_row = static_cast<const uint32_t*>(q) +
-                                  ((size_t)(first_row + query) * HEADS + head * GROUP) * (HEAD_DIM / 2);
 #pragma unroll
     for (int step = 0; step < STEPS; step++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int at = g + i % 2 * 8;
-        q_words[step][i] = at < GROUP ? q_row[at * (HEAD_DIM / 2) + step * 8 + i / 2 * 4 + t] : 0;
+        q_words[step][i] = at < GROUP ? q_rows[at * Tokens::STRIDE + step * 8 + i / 2 * 4 + t] : 0;
       }
 
     float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
@@ -113,6 +154,14 @@ __device__ __forceinline__ void paged_attention(const void* __restrict__ q, cons
       wait_copies<STAGES - 2>();
       __syncwarp();
       load(number + STAGES - 1);
+      if constexpr (Tokens::MAKES_ROWS) {
+        if (newest_is_ours && tile == end - 1) {
+          const int token = (visible - 1) % TILE;
+          uint4* const to = ring + number % STAGES * STAGE + token * CHUNKS;
+          for (int chunk = lane; chunk < CHUNKS; chunk += 32) to[chunk ^ (token & 7)] = tokens.made(turned, chunk);
+          __syncwarp();
+        }
+      }
       const uint32_t stage = ring_address + number % STAGES * (STAGE * 16);
 
       // Scores: queries are A, 16 tokens are B, twice 8.
@@ -240,6 +289,19 @@ __device__ __forceinline__ void paged_attention(const void* __restrict__ q, cons
     __syncthreads();  // before the next query's tiles take the place of the sums
   }
   if (!waited) wait_for_kernels_before();
+}
+
+// q, out [tokens, KV_HEADS * GROUP, HEAD_DIM]; the cache holds all tokens.
+template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int STAGES, int SHORT_TILES>
+__device__ __forceinline__ void paged_attention(const void* __restrict__ q, const void* __restrict__ kv,
+                                                const int* __restrict__ block_table, const int* __restrict__ seq_lens,
+                                                const int* __restrict__ query_start_loc, void* __restrict__ out,
+                                                float scale, int block_size, int table_width, int64_t block_stride,
+                                                int64_t head_stride, int64_t token_stride, void* shared) {
+  attend<HEAD_DIM, GROUP, KV_HEADS, WARPS, STAGES, SHORT_TILES>(
+      CachedTokens<HEAD_DIM, GROUP, KV_HEADS>{static_cast<const uint32_t*>(q)},
+      PagedCache{kv, block_table, seq_lens, block_size, table_width, block_stride, head_stride, token_stride},
+      query_start_loc, out, scale, shared);
 }
 
 }  // namespace vllm_compile

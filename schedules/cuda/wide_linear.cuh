@@ -29,9 +29,10 @@ namespace vllm_compile {
 // The side list of a tile of 16 rows, from column `begin` on: lane r < 16 is at the next entry of row r.
 struct Side {
   const Entry* entries;
-  uint32_t next, last;  // of the row
-  Entry now, ahead;     // ahead: loaded long before it is needed
-  float scale;
+  uint32_t next, last;   // of the row
+  Entry now, ahead;      // now: its value over the scale; ahead: loaded long before it is needed
+  float scale, inverse;  // powers of two
+  uint32_t nearest;      // column of the next entry of all rows: one comparison says that a block has none
 
   __device__ __forceinline__ Entry entry(uint32_t at) const {
     return at < last ? entries[at] : Entry{0xffffffffu, 0.f};
@@ -41,6 +42,7 @@ struct Side {
     entries = list;
     next = last = 0, scale = 1.f;
     if (mine) next = row[0].first, last = row[1].first, scale = row[0].scale;
+    inverse = 1.f / scale;
     if (begin > 0) {
       uint32_t before = 0;
 #pragma unroll 1
@@ -49,23 +51,30 @@ struct Side {
         for (int i = 0; i < 4; i++) before += entry(at + i).k < begin;
       next += before;
     }
-    now = entry(next), ahead = entry(next + 1);
-    next += 2;
+    ahead = entry(next++);
+    advance();
+    nearest = __reduce_min_sync(0xffffffff, now.k);
+  }
+
+  __device__ __forceinline__ void advance() {
+    now = Entry{ahead.k, ahead.value * inverse};
+    ahead = entry(next++);
   }
 
   // Puts the entries of columns up to `end` into the fragments of the block before it.
   __device__ __forceinline__ void put(uint32_t (&a)[4][4], uint32_t end, int lane) {
-    while (const uint32_t rows = __ballot_sync(0xffffffff, now.k < end)) {
-      const int row = __ffs(rows) - 1;
-      const uint32_t k = __shfl_sync(0xffffffff, now.k, row);
-      const float value = __shfl_sync(0xffffffff, now.value / scale, row);
-      if (lane == row % 8 * 4 + k / 8 % 4) {
-        const int place = k / 2 % 4 * 4 + k / 32 % 2 * 2 + row / 8;
-        const uint32_t bits = word_of(k % 2 ? 0.f : value, k % 2 ? value : 0.f);
+#pragma unroll 1
+    while (nearest < end) {
+      const int row = __ffs(__ballot_sync(0xffffffff, now.k == nearest)) - 1;
+      const float value = __shfl_sync(0xffffffff, now.value, row);
+      if (lane == row % 8 * 4 + nearest / 8 % 4) {
+        const int place = nearest / 2 % 4 * 4 + nearest / 32 % 2 * 2 + row / 8;
+        const uint32_t bits = word_of(nearest % 2 ? 0.f : value, nearest % 2 ? value : 0.f);
 #pragma unroll
         for (int i = 0; i < 16; i++) a[i / 4][i % 4] |= i == place ? bits : 0;  // the code is a zero of the same sign
       }
-      if (lane == row) now = ahead, ahead = entry(next++);
+      if (lane == row) advance();
+      nearest = __reduce_min_sync(0xffffffff, now.k);
     }
   }
 };

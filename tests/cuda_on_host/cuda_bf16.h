@@ -233,6 +233,21 @@ inline T exchange(const char* name, unsigned mask, T value, int from, Site site)
   return value;
 }
 
+inline uint32_t least(const char* name, unsigned mask, uint32_t value, Site site) {
+  Exchanged own{value, 0, 0};
+  collective(
+      name, mask, false, &own,
+      [](void* const (&of_lane)[WARP], uint32_t mask) {
+        uint64_t least = ~uint64_t{0};
+        for (int i = 0; i < WARP; i++)
+          if (mask >> i & 1) least = min(least, static_cast<Exchanged*>(of_lane[i])->value);
+        for (int i = 0; i < WARP; i++)
+          if (mask >> i & 1) static_cast<Exchanged*>(of_lane[i])->result = least;
+      },
+      site);
+  return own.result;
+}
+
 inline uint32_t vote(const char* name, unsigned mask, int predicate, Site site) {
   Exchanged own{predicate != 0, 0, 0};
   collective(
@@ -277,6 +292,10 @@ inline T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32,
 inline unsigned __ballot_sync(unsigned mask, int predicate,
                               cuda_on_host::Site site = cuda_on_host::Site::current()) {
   return cuda_on_host::vote("__ballot_sync", mask, predicate, site);
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value,
+                                  cuda_on_host::Site site = cuda_on_host::Site::current()) {
+  return cuda_on_host::least("__reduce_min_sync", mask, value, site);
 }
 inline int __any_sync(unsigned mask, int predicate, cuda_on_host::Site site = cuda_on_host::Site::current()) {
   return cuda_on_host::vote("__any_sync", mask, predicate, site) != 0;

@@ -23,6 +23,7 @@ import torch
 from vllm_compile import ops
 from vllm_compile.schedules.cuda import FAMILIES
 from vllm_compile.schedules.cuda.build import build_library
+from vllm_compile.schedules.family import KernelFamily, Variant
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import cuda
 
@@ -82,25 +83,31 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
             for block_size in (16, 32) if batch != "decode_long" else (128,):
                 sample = ops.PAGED_ATTENTION.sample(generator, bf16, lengths, heads, kv_heads, head_dim, block_size)
                 yield Case(f"{name} {batch} {block_size}", ops.PAGED_ATTENTION, *sample, "kv")
+                sample = ops.QKV_ROPE_ATTENTION.sample(generator, bf16, lengths, heads, kv_heads, head_dim, block_size)
+                yield Case(f"{name} {batch} {block_size}", ops.QKV_ROPE_ATTENTION, *sample, "kv")
 
 
 def build(folder: Path, seed: int) -> None:
-    """One kernel for each distinct call."""
-    target = cuda.for_chip()
-    kernels = {}
-    for spec, symbol in symbols(list(cases(torch.Generator().manual_seed(seed)))).items():
-        family = next(f for f in FAMILIES if f.op == spec.op and f.serves(spec, target))
-        (variant,) = family.variants(spec, target)
-        kernels[symbol] = family.build(spec, variant.config, target)
+    """Every variant for each distinct call."""
+    target, kernels = cuda.for_chip(), {}
+    for spec, variants in variants_of(list(cases(torch.Generator().manual_seed(seed)))).items():
+        for symbol, variant in variants.items():
+            kernels[symbol] = family_of(spec).build(spec, variant.config, target)
     folder.mkdir(parents=True, exist_ok=True)
     resources = build_library(kernels, target, folder / LIBRARY)
     spilled = {symbol: used for symbol, used in resources.items() if used.spilled_bytes}
     print(f"{len(kernels)} kernels; spills: {spilled or 'none'}")
 
 
-def symbols(all_cases: list[Case]) -> dict[OpSpec, str]:
-    """Calls in the order of the cases, numbered."""
-    return {spec: f"kernel_{i}" for i, spec in enumerate(dict.fromkeys(case.spec() for case in all_cases))}
+def family_of(spec: OpSpec) -> KernelFamily:
+    return next(f for f in FAMILIES if f.op == spec.op and f.serves(spec, cuda.for_chip()))
+
+
+def variants_of(all_cases: list[Case]) -> dict[OpSpec, dict[str, Variant]]:
+    """Of each distinct call, by symbol; numbered in the order of the cases."""
+    specs = dict.fromkeys(case.spec() for case in all_cases)
+    found = {spec: family_of(spec).variants(spec, cuda.for_chip()) for spec in specs}
+    return {s: {f"kernel_{i}_{v.min_tokens}": v for v in found[s]} for i, s in enumerate(specs)}
 
 
 def check(folder: Path, seed: int) -> int:
@@ -109,13 +116,14 @@ def check(folder: Path, seed: int) -> int:
 
     module = tvm_ffi.load_module(str(folder / LIBRARY))
     all_cases = list(cases(torch.Generator().manual_seed(seed)))
-    symbol_of = symbols(all_cases)
-    failed = 0
+    variants, failed, ran = variants_of(all_cases), 0, 0
     for case in all_cases:
-        if problems := check_case(case, module[symbol_of[case.spec()]]):
-            failed += 1
-            print(f"{case.op.name} {case.name}: {'; '.join(problems)}", flush=True)
-    print(f"{len(all_cases)} cases, {failed} failed (seed {seed})")
+        for symbol in variants[case.spec()]:
+            ran += 1
+            if problems := check_case(case, module[symbol]):
+                failed += 1
+                print(f"{case.op.name} {case.name} {symbol}: {'; '.join(problems)}", flush=True)
+    print(f"{ran} kernels run on {len(all_cases)} cases, {failed} failed (seed {seed})")
     return failed
 
 

@@ -41,6 +41,10 @@ CASES = {  # operator, arguments of its samples, the input that the negative con
     "attention": (ops.PAGED_ATTENTION, (((1, 1), (1, 37), (9, 9), (5, 30), (0, 0)), 8, 2, 64, 16), "q"),
     "attention_split": (ops.PAGED_ATTENTION, (((1, 1), (1, 300), (1, 700)), 8, 2, 64, 32), "q"),
     "attention_16_heads": (ops.PAGED_ATTENTION, (((1, 300), (2, 40)), 16, 1, 32, 16), "q"),
+    "rope_attention": (ops.QKV_ROPE_ATTENTION, (((1, 1), (1, 37), (9, 9), (5, 30), (0, 0)), 8, 2, 64, 16), "qkv"),
+    "rope_attention_split": (ops.QKV_ROPE_ATTENTION, (((1, 1), (1, 641), (1, 700)), 8, 2, 64, 32), "qkv"),
+    "rope_attention_16_heads": (ops.QKV_ROPE_ATTENTION, (((1, 300), (2, 40)), 16, 1, 32, 16), "qkv"),
+    "rope_attention_wide_heads": (ops.QKV_ROPE_ATTENTION, (((1, 150),), 3, 1, 256, 16), "cos"),
     "attention_wide_heads": (ops.PAGED_ATTENTION, (((1, 150),), 3, 1, 256, 16), "q"),
 }
 
@@ -62,8 +66,7 @@ class OnHost:
         self.inputs = CHANGES.get(case, lambda inputs: inputs)(inputs)
         spec = harness.op_spec(self.op, self.inputs, self.attributes)
         family = next(f for f in FAMILIES if f.op == spec.op and f.serves(spec, TARGET))
-        (variant,) = family.variants(spec, TARGET)
-        self.kernel = family.build(spec, variant.config, TARGET)
+        self.kernels = [family.build(spec, variant.config, TARGET) for variant in family.variants(spec, TARGET)]
 
     def expected(self):
         """Results of the reference, and what it has updated."""
@@ -72,11 +75,10 @@ class OnHost:
         self.rows = owned_rows(self.inputs, self.written[0].shape[0] if self.written else 1)
         return [*(result[self.rows] for result in self.written), *(copies[name] for name in self.op.updates)]
 
-    def run(self, inputs, **options):
+    def run(self, inputs, kernel, **options):
         given = {name: tensor.clone() for name, tensor in inputs.items()}
         outputs = [torch.full_like(result, float("nan")) for result in self.written]
-        early = EARLY - set(self.op.updates)
-        report = run_kernel(self.kernel, *given.values(), *outputs, early=early, **options)
+        report = run_kernel(kernel, *given.values(), *outputs, early=EARLY, **options)
         assert report.launched[1] == report.waited[1] == 1
         return [*(out[self.rows] for out in outputs), *(given[name] for name in self.op.updates)]
 
@@ -90,16 +92,17 @@ class OnHost:
 def test_matches_reference_in_every_order_of_threads(case, generator):
     call = OnHost(case, generator)
     expected = call.expected()
-    results = [call.run(call.inputs, seed=seed) for seed in range(4)]
-    assert not call.problems(results[0], expected)
-    for result in results[1:]:
-        assert all(torch.equal(ours, first) for ours, first in zip(result, results[0], strict=True))
+    for kernel in call.kernels:
+        results = [call.run(call.inputs, kernel, seed=seed) for seed in range(4)]
+        assert not call.problems(results[0], expected)
+        for result in results[1:]:
+            assert all(torch.equal(ours, first) for ours, first in zip(result, results[0], strict=True))
     changed = call.inputs[call.changed].clone()
     if call.op is ops.EMBEDDING:
         changed[0] = (changed[0] + 4) % len(call.inputs["table"])
     else:
         changed[call.rows[-1]] += 4  # of a request with several cached tokens
-    assert call.problems(call.run({**call.inputs, call.changed: changed}), expected)
+    assert call.problems(call.run({**call.inputs, call.changed: changed}, call.kernels[0]), expected)
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 64), ("bfloat16", 37), ("float32", 64)])

@@ -18,6 +18,7 @@ from vllm_compile.frontend.read_model import dtype_of, read_model
 from vllm_compile.model_files import find_files
 from vllm_compile.relax_passes.pipeline import run_passes
 from vllm_compile.relax_passes.record import PassRecord
+from vllm_compile.schedules.select import operators
 from vllm_compile.targets import CHIPS, Chip, Target, resolve
 from vllm_compile.targets.cuda import CudaTarget
 
@@ -100,7 +101,9 @@ def analyze(
         machine = resolve(chip)  # kernels are chosen by chip
     where = _chip(machine, chip)
     stages: list[Stage] = []
-    config, dtype, records = _fuse(model, dtype, lambda name, module: stages.append(Stage(name, calls(module))))
+    config, dtype, records = _fuse(
+        model, dtype, machine, lambda name, module: stages.append(Stage(name, calls(module)))
+    )
     fused = stages[-1].calls
     chooser = Chooser(machine, pack == "lossless")
     weights = count_weights(fused, chooser)
@@ -139,16 +142,16 @@ def analyze(
 
 
 def _fuse(
-    model: Path, dtype: str | None, after_each: Callable[[str, tvm.IRModule], None]
+    model: Path, dtype: str | None, machine: Target, after_each: Callable[[str, tvm.IRModule], None]
 ) -> tuple[Any, str, list[PassRecord]]:
     """The configuration, what is computed in, and what the passes did; no weight is read."""
     files = find_files(model)
     if files.graph is not None:
         opened = read_model(files, dtype, dummy_seed=0)
-        return opened.config, opened.dtype, run_passes(opened.module, after_each)[1]
+        return opened.config, opened.dtype, run_passes(opened.module, after_each, operators(machine))[1]
     config = read_config_file(model) if model.is_file() else read_config(model)
     dtype = dtype_of(config, dtype)
-    return config, dtype, fuse_model(config, dtype, after_each)[1]
+    return config, dtype, fuse_model(config, dtype, after_each, operators(machine))[1]
 
 
 def _chip(machine: Target, name: str | Chip | None) -> Chip:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from vllm_compile.ops.qkv_rope_attention import attention_of
+
 from .graph import Call
 
 NORMS = {"rms_norm", "add_rms_norm", "layer_norm"}
@@ -23,7 +25,7 @@ def find_blocks(unfused: Sequence[Call], fused: Sequence[Call], hidden_size: int
         return sum(call.times for call in fused if matches(call))
 
     return {
-        "attention": count(lambda call: call.op == "paged_attention"),
+        "attention": count(lambda call: attention_of(call.spec) is not None),
         "feed-forward": count(lambda call: _ends_feed_forward(fused, call)),
         "mixture of experts": count(lambda call: call.op == MIXTURE),
         "norms": count(lambda call: call.op in NORMS),

@@ -8,12 +8,13 @@ function of one element is one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.expression import BINARY, UNARY, read_expression
+from vllm_compile.ops.qkv_rope_attention import parts
 from vllm_compile.relax_passes.outline_layers import LOGITS
 from vllm_compile.spec import DTYPE_BYTES, OpSpec, Sym, TensorSpec
 
@@ -201,6 +202,12 @@ def _paged_attention(step: _Step) -> Cost:
     return step.moved(2 * columns * scores, 4 * scores, kv_bytes=workload.read(window) * token)
 
 
+def _qkv_rope_attention(step: _Step) -> Cost:
+    """Both its parts, but that the turned queries do not go through memory."""
+    rotation, attention = (step_cost(replace(step.call, spec=part), step.workload) for part in parts(step.call.spec))
+    return replace(rotation + attention, activation_bytes=step.activation_bytes())
+
+
 def kv_token_bytes(spec: OpSpec) -> int:
     """Bytes of one token's keys and values in one layer, of a call that reads or writes the KV cache."""
     kv = spec.input("kv")
@@ -275,6 +282,7 @@ COSTS: dict[str, Callable[[_Step], Cost]] = {
     "limit_groups": _reduction,
     "route": _reduction,
     "paged_attention": _paged_attention,
+    "qkv_rope_attention": _qkv_rope_attention,
     "qkv_rope_cache": _kv_write(3),
     "kv_cache_write": _kv_write(0),
     "embedding": _embedding,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vllm_compile.ops.qkv_rope_attention import attention_of
+
 from .cost import kv_token_bytes
 from .graph import Call, numbered_calls
 from .kernels import Chooser, library
@@ -89,7 +91,7 @@ def step_figures(
     whole = step.total(run, chooser.compiled)
     cost, time = whole.cost, whole.time
     tiling, score_bytes = tiling_saving(run, step)
-    token = sum(kv_token_bytes(call.spec) * call.times for call in run if call.op == "paged_attention")
+    token = sum(kv_token_bytes(call.spec) * call.times for call in run if attention_of(call.spec) is not None)
     cache = token * workload.requests * workload.length
     parts = {"memory": time.memory, "compute": time.compute, "launch": time.launch}
     return StepFigures(

@@ -15,8 +15,8 @@ from tvm.ir.expr import GenericConst
 from vllm_compile.call_specs import op_spec
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.lowering import VIEWS
-from vllm_compile.ops import LAYER_BOUNDARY, OPS
-from vllm_compile.ops.base import PREFIX, arguments_of
+from vllm_compile.ops import LAYER_BOUNDARY, op_of
+from vllm_compile.ops.base import arguments_of
 from vllm_compile.relax_passes.base import Definitions
 from vllm_compile.relax_passes.lift_weights import WEIGHTS
 from vllm_compile.relax_passes.outline_layers import FORWARD, LOGITS
@@ -174,7 +174,7 @@ class _Walk:
             raise UnsupportedError(f"{type(value).__name__} in {self._name} cannot be counted")
 
     def _call(self, call: relax.Call, operands: Sequence[relax.Var]) -> Call:
-        op = OPS.get(call.op.name.removeprefix(PREFIX))
+        op = op_of(call)
         spec = op_spec(op, call) if op is not None else _relax_spec(call)
         given = arguments_of(call) if op is not None else dict(zip(map(str, range(99)), operands, strict=False))
         known = {name: self._values[arg] for name, arg in given.items()}

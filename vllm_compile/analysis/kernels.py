@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_compile.errors import UnsupportedError
+from vllm_compile.ops.qkv_rope_attention import parts
 from vllm_compile.schedules.family import TorchCall
 from vllm_compile.schedules.select import Choice, choose
 from vllm_compile.spec import OpSpec
@@ -63,6 +64,9 @@ class Chooser:
         prefill = workload.queries > 1
         if vendor is None or rows_of(call, workload) < vendor.min_tokens or (vendor.prefill and not prefill):
             return (Kernel(step_cost(call, workload, choice.layouts)),)
+        if vendor.prologue is not None:
+            first, rest = (replace(call, spec=part) for part in (vendor.prologue.call, vendor.prologue.rest))
+            return (Kernel(step_cost(first, workload)), Kernel(step_cost(rest, workload), library=True))
         if vendor.epilogue is None:
             return (Kernel(step_cost(call, workload), library=True),)
         product, gate = gated_parts(call, workload)
@@ -91,4 +95,6 @@ def library(call: Call, workload: Workload) -> tuple[Kernel, ...]:
     if call.op == "gate_up_silu":
         product, gate = gated_parts(call, workload)
         return (Kernel(product, library=True), Kernel(gate, library=True))
+    if call.op == "qkv_rope_attention":
+        return tuple(kernel for part in parts(call.spec) for kernel in library(replace(call, spec=part), workload))
     return (Kernel(step_cost(call, workload), library=True, launches=2 if call.op == "qkv_rope_cache" else 1),)

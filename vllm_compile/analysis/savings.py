@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from vllm_compile.ops.qkv_rope_attention import attention_of
 from vllm_compile.spec import DTYPE_BYTES
 from vllm_compile.targets import Chip
 
@@ -122,8 +123,8 @@ def tiling_saving(calls: Sequence[Call], step: Step) -> tuple[Saving, int]:
     workload, chip = step.workload, step.chip
     moved = kernels = largest = 0
     for call in calls:
-        if call.op == "paged_attention":
-            q = call.spec.input("q")
+        if (attention := attention_of(call.spec)) is not None:
+            q = attention.input("q")
             scores = workload.tokens * workload.length * q.size(-2) * DTYPE_BYTES[q.dtype]
             moved += SCORE_PASSES * scores * call.times
             kernels += UNTILED_KERNELS * call.times

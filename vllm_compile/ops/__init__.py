@@ -1,5 +1,7 @@
 """The operators that carry a Transformer's meaning through the passes: one file each."""
 
+from typing import Any
+
 from .add_rms_norm import ADD_RMS_NORM
 from .base import OwnOp, Tolerance
 from .causal_attention import CAUSAL_ATTENTION
@@ -16,6 +18,7 @@ from .limit_groups import LIMIT_GROUPS
 from .linear import LINEAR
 from .moe import MOE
 from .paged_attention import PAGED_ATTENTION
+from .qkv_rope_attention import QKV_ROPE_ATTENTION
 from .qkv_rope_cache import QKV_ROPE_CACHE
 from .rms_norm import RMS_NORM
 from .route import ROUTE
@@ -39,6 +42,7 @@ OPS: dict[str, OwnOp] = {
         LINEAR,
         MOE,
         PAGED_ATTENTION,
+        QKV_ROPE_ATTENTION,
         QKV_ROPE_CACHE,
         RMS_NORM,
         ROUTE,
@@ -46,4 +50,10 @@ OPS: dict[str, OwnOp] = {
     )
 }
 
-__all__ = [*(name.upper() for name in OPS), "OPS", "OwnOp", "Tolerance"]
+
+def op_of(expr: Any) -> OwnOp | None:
+    """The operator of ours that `expr` is a call of, else None."""
+    return next((op for op in OPS.values() if op.matches(expr)), None)
+
+
+__all__ = [*(name.upper() for name in OPS), "OPS", "OwnOp", "Tolerance", "op_of"]
