@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import models
+from tests.schedules.expressions import rotation, spec_of
 from tests.schedules.harness import op_spec
-from tests.schedules.test_elementwise import rotation, spec_of
 from vllm_compile import lossless, ops
 from vllm_compile.cache import Cache
 from vllm_compile.driver import CompileOptions, CompileResult, compile_model

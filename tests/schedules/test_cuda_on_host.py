@@ -15,7 +15,7 @@ from vllm_compile.targets import cuda
 
 from . import harness
 from .cuda_cases import mismatch, owned_rows
-from .test_elementwise import every_function, inputs_of, rotation, spec_of
+from .expressions import every_function, inputs_of, rotation, spec_of
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux")
 
