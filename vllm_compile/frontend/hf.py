@@ -94,7 +94,8 @@ def read_config_file(file: Path) -> Any:
     kind = raw.get("model_type")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         named = ", ".join(map(str, raw.get("architectures") or [kind]))
-        raise UnsupportedError(f"{file.parent}: architecture {named} is not a causal language model of transformers")
+        what = f"{file.parent}: architecture {named} is not a causal language model of transformers"
+        raise UnsupportedError(f"{what}; {SUPPORTED}")
     try:
         return AutoConfig.from_pretrained(file, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its validators do
