@@ -140,7 +140,8 @@ def test_what_the_target_has_no_kernel_for_is_said(tmp_path):
         tmp_path
     )
     found = analyze(tmp_path, "cuda", [1], [8], dtype="bfloat16")
-    assert any("would be refused: target cuda has no kernel for paged_attention" in warning for warning in found.warnings)
+    refused = "would be refused: target cuda has no kernel for paged_attention"
+    assert any(refused in warning for warning in found.warnings)
     assert found.steps[0].predicted_ms > 0
 
 
