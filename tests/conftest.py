@@ -1,9 +1,12 @@
 """Fixtures shared by all tests: a fresh seed each run, printed so that a failure can be repeated."""
 
+import fcntl
 import os
 import secrets
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +17,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 SEED = int(os.environ.get("TEST_SEED") or secrets.randbits(31))
 os.environ["TEST_SEED"] = str(SEED)  # one seed for all workers of a run
-TRAINED = {"trained_llama", "compiled_fp32", "compiled_bf16"}
 
 
 def pytest_report_header(config):
@@ -22,13 +24,22 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that share what is built go to one worker: those of a file, of a family, of the trained model."""
+    """Tests that share what is built go to one worker: those of a file, of a family.
+
+    Workers take groups in the order of the items (`--no-loadscope-reorder`): long ones first, so that at the end no
+    worker is left alone.
+    """
+    seconds = Counter()  # about
     for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        group = f"{item.nodeid.partition('::')[0]} {parameters.get('family', '')}"
-        item.add_marker(
-            pytest.mark.xdist_group("trained" if TRAINED & set(getattr(item, "fixturenames", ())) else group)
-        )
+        seconds[_group(item)] += 20 if item.get_closest_marker("slow") else 1
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=lambda item: -seconds[_group(item)])
+
+
+def _group(item) -> str:
+    if "family_artifact" in item.fixturenames:
+        return item.callspec.params["family"]
+    return item.nodeid.partition("::")[0]
 
 
 @pytest.fixture
@@ -46,51 +57,101 @@ def pairs():
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def shared(tmp_path_factory):
+    """`shared(name, make)`: a directory that all workers of a run have in common; who first wants it makes it.
+
+    `make(directory)` fills an empty one.  Tests change nothing in it: those that want to take a copy.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # a worker's own folder is one of the run's
+    (root / "shared").mkdir(exist_ok=True)
+
+    def find(name, make):
+        whole, partial = root / "shared" / name, root / "shared" / f"{name}.partial"
+        with whole.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            if not whole.exists():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                make(partial)
+                partial.rename(whole)
+        return whole
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def compiled(shared):
+    """`compiled(name, model, dtype)`: the artifact of a model, with all kernels and a verdict."""
+
+    def find(name, model, dtype):
+        from vllm_compile import compile
+
+        return shared(name, lambda folder: compile(model, out=folder / "artifact", dtype=dtype)) / "artifact"
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def tiny(shared):
     """Directory of a random float32 Llama of two layers, in several shards."""
     from tests.models import save
 
-    directory = tmp_path_factory.mktemp("tiny") / "model"
-    save(directory, SEED)
-    return directory
+    return shared("tiny", lambda folder: save(folder / "model", SEED)) / "model"
 
 
 @pytest.fixture(scope="session")
-def tiny_fp32(tiny):
+def tiny_fp32(compiled, tiny):
     """The compiled artifact of `tiny` in float32; tests that change it take a copy."""
-    from vllm_compile import compile
-
-    return compile(tiny, out=tiny.with_name("float32")).artifact
+    return compiled("tiny_fp32", tiny, "float32")
 
 
 @pytest.fixture(scope="session")
-def tiny_bf16(tiny):
+def tiny_bf16(compiled, tiny):
     """The compiled artifact of `tiny` in bfloat16."""
-    from vllm_compile import compile
-
-    return compile(tiny, out=tiny.with_name("bfloat16"), dtype="bfloat16").artifact
+    return compiled("tiny_bf16", tiny, "bfloat16")
 
 
 @pytest.fixture(scope="session")
-def trained_llama(tmp_path_factory):
+def trained_llama(shared):
     """Directory of a small Llama that has learnt some Python, in float32, with held-out text beside it."""
-    directory = tmp_path_factory.mktemp("trained") / "model"
     script = Path(__file__).parents[1] / "examples" / "train_llama.py"
-    subprocess.run([sys.executable, script, "--out", directory, "--steps", "100"], check=True)
-    return directory
+
+    def train(folder):
+        subprocess.run([sys.executable, script, "--out", folder / "model", "--steps", "60"], check=True)
+
+    return shared("trained", train) / "model"
 
 
 @pytest.fixture(scope="session")
-def compiled_fp32(trained_llama):
+def compiled_fp32(compiled, trained_llama):
     """The compiled artifact of `trained_llama` in float32."""
-    from vllm_compile import compile
-
-    return compile(trained_llama, out=trained_llama.with_name("float32")).artifact
+    return compiled("trained_fp32", trained_llama, "float32")
 
 
 @pytest.fixture(scope="session")
-def compiled_bf16(trained_llama):
+def compiled_bf16(compiled, trained_llama):
     """The compiled artifact of `trained_llama` in bfloat16."""
-    from vllm_compile import compile
+    return compiled("trained_bf16", trained_llama, "bfloat16")
 
-    return compile(trained_llama, out=trained_llama.with_name("bfloat16"), dtype="bfloat16").artifact
+
+@pytest.fixture(scope="session")
+def family_artifact(shared):
+    """`family_artifact(family, dtype)`: the artifact of one of `tests/families.py`; not verified, which tests do."""
+    from tests.families import compile_family
+
+    def find(family, dtype="float32"):
+        name = f"{family} {dtype}"
+        return shared(name, lambda folder: compile_family(family, dtype, folder)) / "artifact"
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def few_kernels():
+    """Models are compiled with one tile per matrix product."""
+    from tests.families import few_kernels
+
+    with few_kernels():
+        yield

@@ -16,13 +16,19 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel
 
+from tests import models
+from tests.conftest import SEED
+from vllm_compile.frontend.model import Model
+from vllm_compile.frontend.read_model import read_model
+from vllm_compile.model_files import find_files
+
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 builder = pytest.importorskip("onnxruntime_genai.models.builder")
 
 GRAPH = "model.onnx"
 VOCABULARY = 160
-
+SIZES = {"hidden_size": 64, "vocab_size": VOCABULARY, "max_position_embeddings": 96}
 
 # What the builder has for each precision; the graphs differ in details.
 PROVIDERS = {"fp32": "cpu", "int4": "cpu", "fp16": "cuda", "bf16": "cuda"}
@@ -125,3 +131,13 @@ def set_input(graph: Any, op: str, index: int, name: str) -> None:
     node = next(node for node in graph.node if node.op_type == op)
     node.input.extend([""] * (index + 1 - len(node.input)))
     node.input[index] = name
+
+
+def llama(**changes) -> PreTrainedModel:
+    """A random one in float32, to be built."""
+    return models.llama(SEED, **SIZES | {"initializer_range": 0.15} | changes)
+
+
+def opened(directory: Path, dtype: str | None = None, **changes) -> Model:
+    """What is imported of the ONNX model there."""
+    return read_model(find_files(directory), dtype, **{"dummy_seed": None} | changes)

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests import models
+from tests.families import random_model
 from tests.runtime.test_program import run
-from tests.test_families import random_model
 from vllm_compile.accuracy import relative_error
 from vllm_compile.compilation import CompileOptions
 from vllm_compile.driver import compile_model

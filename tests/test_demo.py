@@ -105,14 +105,17 @@ def test_different_tokens_are_a_failure_in_float32_only(capsys):
 
 
 @pytest.mark.slow
-def test_the_whole_way_twice(tmp_path):
-    """From nothing, then with the artifact there already, which another model of that name makes stale."""
+def test_the_whole_way(tmp_path, monkeypatch, capsys):
+    """From nothing; then with the artifact there already, which another model of that name makes stale."""
     save_model(tmp_path / "tiny", SEED)
     command = [sys.executable, demo.__file__, "--model", str(tmp_path / "tiny"), "--work", str(tmp_path)]
-    for expected in ("→ vllm-compile compile", "is up to date"):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert expected in done.stdout
-        assert "equal: all" in done.stdout
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "→ vllm-compile compile" in done.stdout
+    assert "equal: all" in done.stdout
+    monkeypatch.setattr(demo, "execute", lambda *_, **__: pytest.fail("it was compiled again"))
+    artifact = demo.compiled(tmp_path / "tiny", tmp_path, None)
+    assert (artifact / "manifest.json").is_file()
+    assert "is up to date" in capsys.readouterr().out
     save_model(tmp_path / "tiny", SEED + 1)
-    assert not demo.up_to_date(tmp_path / "tiny.artifact", tmp_path / "tiny")
+    assert not demo.up_to_date(artifact, tmp_path / "tiny")

@@ -12,15 +12,9 @@ import torch
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import vllm_compile
-from tests.frontend.test_onnx import EOS, WHOLE_CACHE, llama, rounded
-from tests.onnx_models import GRAPH, VOCABULARY, build, continued, logits
-from tests.test_families import (
-    NEW_TOKENS,
-    _few_kernels,  # noqa: F401  (compiles fewer tiles)
-    prompts,
-    random_model,
-    served,
-)
+from tests.families import NEW_TOKENS, prompts, random_model, served
+from tests.frontend.test_onnx import EOS, WHOLE_CACHE, rounded
+from tests.onnx_models import GRAPH, VOCABULARY, build, continued, llama, logits
 from vllm_compile import driver
 from vllm_compile.accuracy import relative_error
 from vllm_compile.analysis.analyze import analyze
@@ -30,7 +24,7 @@ from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.runtime.manifest import read_manifest
 from vllm_compile.targets import resolve
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_kernels")]
 
 
 def compiled_logits(artifact: Path, ids: torch.Tensor) -> torch.Tensor:

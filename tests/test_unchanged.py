@@ -37,18 +37,14 @@ sys.exit(code)
 """
 
 
-def compile_apart(*arguments: object) -> tuple[dict, list[str]]:
-    """In a process of its own: the summary, and which of the large packages it imported."""
-    process = start(*arguments)
-    return finish(process)
-
-
 def start(*arguments: object, **variables: str) -> subprocess.Popen:
+    """A compile in a process of its own."""
     command = [sys.executable, "-c", COMPILE, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables})
 
 
 def finish(process: subprocess.Popen) -> tuple[dict, list[str]]:
+    """Its summary, and which of the large packages it imported."""
     *_, summary, imported = process.communicate()[0].splitlines()
     assert process.returncode == 0
     return json.loads(summary), json.loads(imported)["imported"]
@@ -63,7 +59,9 @@ def folder(tmp_path_factory) -> Path:
 def both(tiny, folder):
     """One model compiled by two processes at once, which share an empty cache."""
     processes = [start("--model", tiny, "--out", folder / n, "--cache", folder / "cache") for n in ("one", "two")]
-    return [finish(process)[0] for process in processes]
+    finished = [finish(process) for process in processes]
+    assert all(imported for _, imported in finished), "as it should be seen where it is compiled"
+    return [summary for summary, _ in finished]
 
 
 def contents(artifact: Path) -> dict[str, bytes]:
@@ -105,12 +103,10 @@ class TestTheWholeWay:
 
     def test_kernels_are_shared_with_other_weights(self, both, folder):
         models.save(folder / "other", SEED + 1, num_hidden_layers=3)
-        arguments = ("--model", folder / "other", "--out", folder / "three", "--cache", folder / "cache")
-        summary, imported = compile_apart(*arguments)
-        assert not summary["unchanged"]
-        assert summary["built"] == 0
-        assert summary["verdict"]["outcome"] == "pass"
-        assert imported, "as it should be seen where it is compiled"
+        result = vllm_compile.compile(folder / "other", out=folder / "three", cache=folder / "cache")
+        assert not result.unchanged
+        assert result.built == 0
+        assert result.verdict["outcome"] == "pass"
         assert (folder / "three" / "kernels.so").read_bytes() == (folder / "one" / "kernels.so").read_bytes()
 
 

@@ -71,10 +71,16 @@ def _config(rows: int, panels: int, in_flight: int, words: int, lossless: bool, 
 
 def space(spec: OpSpec, target: Target, gated: bool, lossless: bool) -> list[Config]:
     """Every tile, with several distances of prefetching."""
+    tiles = _shapes(spec, target, gated)
+    return [config for tile in tiles for config in _configs(spec, target, *tile, lossless)]
+
+
+def _configs(spec: OpSpec, target: Target, rows: int, panels: int, lossless: bool) -> list[Config]:
+    """Those of one tile."""
     distances = (0, IN_FLIGHT // 2, IN_FLIGHT, IN_FLIGHT * 2)
+    words = _pass_words(spec, target, panels)
     return [
-        _config(rows, panels, distance, _pass_words(spec, target, panels), lossless, cached)
-        for rows, panels in _shapes(spec, target, gated)
+        _config(rows, panels, distance, words, lossless, cached)
         for cached in ((False, True) if lossless else (False,))
         for distance in distances
     ]
@@ -82,7 +88,10 @@ def space(spec: OpSpec, target: Target, gated: bool, lossless: bool) -> list[Con
 
 def admits(spec: OpSpec, config: Config, min_tokens: int, target: Target, gated: bool, lossless: bool) -> bool:
     """True for a tile of the space that needs no more rows than there are tokens."""
-    return config in space(spec, target, gated, lossless) and config["rows"] <= min_tokens
+    tile = rows, panels = config.get("rows", 0), config.get("panels", 0)
+    if tile not in _shapes(spec, target, gated) or rows > min_tokens:
+        return False
+    return config in _configs(spec, target, rows, panels, lossless)
 
 
 def default_variants(spec: OpSpec, target: Target, gated: bool, lossless: bool) -> Sequence[Variant]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.test_families import FAMILIES, SIZES
+from tests.families import FAMILIES, SIZES
 from vllm_compile.analysis.analyze import analyze
 from vllm_compile.analysis.report import render
 from vllm_compile.errors import TargetError

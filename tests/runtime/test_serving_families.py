@@ -11,7 +11,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM, SamplingParams, TokensPrompt
 
 import vllm_compile
-from tests.test_families import LONG_PROMPTS, NEW_TOKENS, continued, prompts, random_model
+from tests.families import LONG_PROMPTS, NEW_TOKENS, continued, prompts, random_model
 from vllm_compile.runtime.buckets import BucketPlan, Limits, Work
 
 pytestmark = pytest.mark.slow
@@ -26,24 +26,27 @@ def tokens_of_vllm(artifact, requests, **options):
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-ON_CPU = ["DeepSeek-V2-Lite", "Falcon", "Gemma 2", "GPT-2", "Mixtral"]
-
-
-@pytest.mark.parametrize(("family", "target"), [*((family, "cpu") for family in ON_CPU), ("Mistral", "gaudi2")])
-def test_same_tokens(family, target, tmp_path):
-    """A program for a Gaudi runs on the CPU, in the two buckets that there have to be for the server's limits."""
+@pytest.mark.parametrize("family", ["DeepSeek-V2-Lite", "Falcon", "Gemma 2", "GPT-2", "Mixtral"])
+def test_same_tokens(family, family_artifact):
     model, requests = random_model(family), prompts()
+    tokens = tokens_of_vllm(family_artifact(family), requests, max_model_len=96)
+    assert tokens == [continued(model, ids) for ids in requests]
+
+
+def test_same_tokens_of_a_program_for_a_gaudi(tmp_path):
+    """It runs on the CPU, in the two buckets that there have to be for the server's limits."""
+    model, requests = random_model("Mistral"), prompts()
     model.save_pretrained(tmp_path / "model")
-    options = {} if target == "cpu" else {"buckets": tmp_path / "b.json"}
-    BucketPlan(Limits(4, 32, 96, 16, 1000).largest, Work(1.0, 1.0), 16).write(tmp_path / "b.json")
-    artifact = vllm_compile.compile(tmp_path / "model", target=target, out=tmp_path / "artifact", **options).artifact
-    assert tokens_of_vllm(artifact, requests, max_model_len=96) == [continued(model, ids) for ids in requests]
+    buckets = tmp_path / "b.json"
+    BucketPlan(Limits(4, 32, 96, 16, 1000).largest, Work(1.0, 1.0), 16).write(buckets)
+    compiled = vllm_compile.compile(tmp_path / "model", target="gaudi2", out=tmp_path / "artifact", buckets=buckets)
+    tokens = tokens_of_vllm(compiled.artifact, requests, max_model_len=96)
+    assert tokens == [continued(model, ids) for ids in requests]
 
 
-def test_longrope_in_both_lengths(tmp_path):
+@pytest.mark.parametrize("family", ["Phi-3 longrope"])
+def test_longrope_in_both_lengths(family, family_artifact):
     """By default of the length that it was trained for, with the short factors; asked for more, with the long ones."""
-    model = random_model("Phi-3 longrope")
-    model.save_pretrained(tmp_path / "model")
-    artifact = vllm_compile.compile(tmp_path / "model", out=tmp_path / "artifact").artifact
+    model, artifact = random_model(family), family_artifact(family)
     for requests, options in ((prompts(), {}), (prompts(LONG_PROMPTS), {"max_model_len": 384})):
         assert tokens_of_vllm(artifact, requests, **options) == [continued(model, ids) for ids in requests]
