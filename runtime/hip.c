@@ -4,6 +4,9 @@
  * threads of a block, and the device.  A kernel runs on the stream that apache-tvm-ffi has for the device.  HIP is that
  * of the process (torch's), found once the first kernel is launched: the library loads on machines without it.
  *
+ * An argument that is vllm_compile_workspace() becomes the address of WORKSPACE_BYTES of the device's memory, which
+ * kernels that follow each other on a stream share: artifacts run on one stream of a device at a time.
+ *
  * kernels.inc, written by schedules/rocm/build.py, has a line KERNEL(<symbol>_kernel) for each; kernels.hsaco is the
  * code object.
  */
@@ -36,6 +39,7 @@ static struct {
   int (*hipGetDevice)(int*);
   int (*hipSetDevice)(int);
   int (*hipModuleLoadData)(void**, const void*);
+  int (*hipMalloc)(void**, size_t);
   int (*hipModuleGetFunction)(void**, void*, const char*);
   int (*hipModuleLaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
                                void**, void**);
@@ -53,6 +57,9 @@ extern const char vllm_compile_code_object[] __attribute__((visibility("hidden")
 
 static pthread_mutex_t loading = PTHREAD_MUTEX_INITIALIZER;
 static void* modules[MOST_DEVICES];
+static void* workspaces[MOST_DEVICES]; /* allocated with the module: before a graph is captured */
+
+__attribute__((visibility("hidden"))) void* vllm_compile_workspace(void) { return workspaces; }
 
 static int fail(const char* doing, const char* why) {
   char message[512];
@@ -96,6 +103,7 @@ static void find_hip(void) {
   FIND(hipGetDevice);
   FIND(hipSetDevice);
   FIND(hipModuleLoadData);
+  FIND(hipMalloc);
   FIND(hipModuleGetFunction);
   FIND(hipModuleLaunchKernel);
   FIND(hipGetErrorString);
@@ -107,7 +115,9 @@ static void* load(Kernel* kernel, int device) {
   void* function = NULL;
   pthread_mutex_lock(&loading);
   int failed = 0;
-  if (!modules[device])
+  if (WORKSPACE_BYTES && !workspaces[device])
+    failed = check(hip.hipMalloc(&workspaces[device], WORKSPACE_BYTES), "allocating the workspace");
+  if (!failed && !modules[device])
     failed = check(hip.hipModuleLoadData(&modules[device], vllm_compile_code_object), "loading the code object");
   if (!failed && !check(hip.hipModuleGetFunction(&function, modules[device], kernel->name), kernel->name))
     __atomic_store_n(&kernel->functions[device], function, __ATOMIC_RELEASE);
@@ -119,7 +129,8 @@ static int run(Kernel* kernel, const Any* arguments, int count, int device) {
   void* function = __atomic_load_n(&kernel->functions[device], __ATOMIC_ACQUIRE);
   if (!function && !(function = load(kernel, device))) return -1;
   uint64_t words[MOST_ARGUMENTS];
-  for (int i = 0; i < count; i++) words[i] = arguments[i].bits;
+  for (int i = 0; i < count; i++)
+    words[i] = arguments[i].bits == (uintptr_t)workspaces ? (uintptr_t)workspaces[device] : arguments[i].bits;
   size_t size = count * sizeof *words;
   void* extra[] = {LAUNCH_BUFFER_POINTER, words, LAUNCH_BUFFER_SIZE, &size, LAUNCH_END};
   const Any* grid = arguments + count;

@@ -17,8 +17,9 @@ DETECT: dict[str, Callable[[], Target]] = {
     **{arch: partial(rocm.for_arch, arch) for arch in rocm.ARCHS},
     **gaudi.DETECT,
 }
-# Chips of each target, the default first; a CPU's peaks are measured where it stands (`analysis/probe.py`).
-CHIPS: dict[str, Mapping[str, Chip]] = {"cpu": {}, cuda.NAME: cuda.CHIPS, **gaudi.CHIPS}
+# Chips of each target by `Target.resolved_by`, the default first; a CPU's peaks are measured where it stands
+# (`analysis/probe.py`).
+CHIPS: dict[str, Mapping[str, Chip]] = {"cpu": {}, cuda.NAME: cuda.CHIPS, **rocm.CHIPS, **gaudi.CHIPS}
 
 
 def resolve(name: str) -> Target:

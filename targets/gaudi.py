@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from .base import Target
-from .chip import Chip
+from .chip import GUESSED, GUESSED_PRODUCTS, H200_LAUNCH, H200_SHARE_OF_PRODUCTS, H200_SHARE_OF_READS, Chip
 
 VECTOR_BITS = 2048
 VECTOR_MEMORY = 80 << 10  # of a TPC
@@ -43,11 +43,6 @@ def _target(name: str, tpcs: int, sram_bytes: int) -> GaudiTarget:
 
 TARGETS = {target.name: target for target in (_target("gaudi2", 24, 48 << 20), _target("gaudi3", 64, 96 << 20))}
 DETECT = {name: partial(TARGETS.__getitem__, name) for name in TARGETS}
-
-# No Gaudi was measured.  What stands for a sustained rate or a launch and is not somebody's published measurement is a
-# share of the peak, or a number, that was seen on an H200: a prediction from it is a guess with a reason.
-H200_SHARE_OF_READS, H200_SHARE_OF_PRODUCTS, H200_LAUNCH = 0.94, 0.79, 2.4e-6
-GUESSED = "sustained reads and launches: not measured; as on an H200, 0.94 of the peak and 2.4 us in a graph"
 
 
 def _vector_flops(tpcs: int) -> float:
@@ -88,7 +83,7 @@ GAUDI3 = Chip(
     sources=(
         "peaks: Hot Chips 2024 (1,835 TFLOP/s in BF16, 28.7 TFLOP/s of BF16 vectors, 3.67 TB/s, 128 GB); float32 has "
         "half as many lanes, and its products are counted as vector work",
-        "sustained products: not measured; 0.79 of the peak, as on an H200",
+        GUESSED_PRODUCTS,
         GUESSED,
     ),
 )

@@ -13,6 +13,15 @@ from dataclasses import dataclass
 from vllm_compile.errors import TargetError
 
 from .base import Target
+from .chip import (
+    GUESSED,
+    GUESSED_PRODUCTS,
+    H200_LAUNCH,
+    H200_SHARE_OF_PRODUCTS,
+    H200_SHARE_OF_READS,
+    H200_VENDOR_LAUNCH,
+    Chip,
+)
 
 NAME = "rocm"
 DEFAULT_ARCH = "gfx942"
@@ -128,6 +137,48 @@ ARCHS = {
         _target("MI300X", "gfx942", 304, 32 << 10, 4 << 20, 64 << 10, 5.3e12, 1307.4e12, 2.1e9, 128, 128 * 128, 16),
         _target("MI355X", "gfx950", 256, 32 << 10, 4 << 20, 160 << 10, 8.0e12, 2516.6e12, 2.4e9, 128, 128 * 128, 16),
     )
+}
+
+
+def _chip(arch: str, memory_bytes: int, cache_bytes: int, vector: float, matrix_float32: float, sheet: str) -> Chip:
+    """The chip of a target, whose bf16 peak and bandwidth it has; no AMD GPU was measured."""
+    target = ARCHS[arch]
+    return Chip(
+        name=target.device,
+        memory_bytes=memory_bytes,
+        cache_bytes=cache_bytes,
+        bandwidth=target.bandwidth,
+        matrix={"bfloat16": target.matrix_flops, "float32": matrix_float32},
+        vector=vector,
+        sustained_bandwidth=H200_SHARE_OF_READS * target.bandwidth,
+        sustained_matrix={
+            "bfloat16": H200_SHARE_OF_PRODUCTS * target.matrix_flops,
+            "float32": H200_SHARE_OF_PRODUCTS * matrix_float32,
+        },
+        launch=H200_LAUNCH,
+        vendor_launch=H200_VENDOR_LAUNCH,
+        sources=(f"peaks: {sheet}", GUESSED_PRODUCTS, f"{GUESSED}, 5.1 us of a library's kernel"),
+    )
+
+
+# The cache that all compute units share: L2 of a die of an MI250X, the Infinity Cache of the others.
+CHIPS = {
+    "gfx942": {
+        "mi300x": _chip("gfx942", 192 * 10**9, 256 << 20, 163.4e12, 163.4e12, "AMD Instinct MI300X data sheet"),
+    },
+    "gfx90a": {
+        "mi250x": _chip(
+            "gfx90a",
+            64 * 10**9,
+            8 << 20,
+            23.9e12,
+            47.9e12,
+            "AMD Instinct MI250X data sheet, halved: a HIP device is one of its two dies",
+        ),
+    },
+    "gfx950": {
+        "mi355x": _chip("gfx950", 288 * 10**9, 256 << 20, 157.3e12, 157.3e12, "AMD Instinct MI355X data sheet"),
+    },
 }
 
 

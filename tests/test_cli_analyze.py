@@ -105,6 +105,9 @@ class TestRefused:
     def test_targets(self, refused, config):
         refused("unknown target 'tpu'", "--model", config, "--target", "tpu")
         refused("has no chip 'h300'; it has: h200, h100", "--model", config, "--target", "cuda", "--chip", "h300")
+        refused(
+            "gfx942 has no chip 'mi355x'; it has: mi300x", "--model", config, "--target", "rocm", "--chip", "mi355x"
+        )
         refused("has no chip 'h200'; its only one is this machine's", "--model", config, "--chip", "h200")
 
     def test_a_page_that_cannot_be_written(self, config, tmp_path, capsys):

@@ -33,7 +33,9 @@ def add_analyze(commands: Any) -> None:
         help="Hugging Face model directory, or its config.json; or an ONNX file, or its directory",
     )
     parser.add_argument("--target", default="cpu", help="what it would be compiled for (default: cpu)")
-    parser.add_argument("--chip", help="of the target: h200 or h100 for cuda (default: h200; of a CPU: this machine's)")
+    parser.add_argument(
+        "--chip", help="of the target: h200 or h100 for cuda (default: h200; others have one; of a CPU: this machine's)"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the model's own")
     parser.add_argument(
         "--batch", type=_sizes, default=[1, 64], metavar="N,...", help="requests at once (default: 1,64)"

@@ -8,7 +8,9 @@ from .norm import RMSNorm
 from .rope_cache import QKVRopeCache
 
 FAMILIES: tuple[KernelFamily, ...] = (
+    Linear(packed=True),
     Linear(),
+    GateUpSilu(packed=True),
     GateUpSilu(),
     RMSNorm(),
     RMSNorm(add=True),

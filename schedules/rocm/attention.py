@@ -1,241 +1,37 @@
-"""Attention over the paged KV cache on the matrix cores: a thread block a token and KV head.
-
-Bytes: 4 * KH * D a cached token, read once for all queries of its group; 4 * H * D operations.  Llama-3.1-8B: 4,096
-bytes a token and layer; 64 requests of 1,024 tokens are 268 MB, 51 us at an MI300X's 5.3 TB/s.
-
-Waves take tiles of 16 cached tokens in turn, each with its own online softmax (Milakov and Gimelshein 2018); they meet
-once, in LDS.  Scores are K @ Q.T, tokens by queries, as the next product takes them: V.T @ P needs no exchange between
-lanes.  A lane's rows of V.T lie D / 16 apart, so that it reads neighbours of a token's V.
-
-A request's cache is not split over thread blocks: where requests times KV heads are fewer than compute units, some stay
-idle.  Several tokens of a request (prefill) are as many thread blocks, which read its cache from L2.
-"""
+"""Attention over the paged KV cache: the family around paged_attention.py, and how a cache is split."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import e, log2
-from typing import Any
+from itertools import product
 
 from tvm import tirx
-from tvm.script import tirx as T
 
 from vllm_compile.spec import OpSpec
-from vllm_compile.targets.rocm import WAVE, RocmTarget
+from vllm_compile.targets.rocm import RocmTarget
 
 from ..family import Config, KernelFamily, Variant
+from .combine import MOST_SPLITS, combine_rounds
 from .footprint import Footprint
-from .intrinsics import block_sum, from_lane, mfma, uniform
-from .norm import ALIGN, VECTOR
+from .paged_attention import TILE, paged_attention
 
-TILE = 16  # cached tokens, and queries, of an MFMA
 MOST_HEAD_DIM = 256
-LOWEST = -3e38  # a score that is none: finite, so that differences are numbers
 WAVES = (4, 2, 1)  # of a thread block; they share the rows of a tile evenly
+BLOCKS = (2, 1, 4)  # of a compute unit, up to which caches are split
 CONTEXT = 1024  # cached tokens of a request where configurations are ranked, as `analyze` takes them by default
 SOFTMAX = 64  # vector instructions of a tile's scores: scale, mask, maximum, exponentials, rounding, roughly
-LANE_STEPS = (16, 32)  # between the lanes that share a query
-
-
-def paged_attention(heads: int, kv_heads: int, head_dim: int, scale: float, waves: int) -> tirx.PrimFunc:
-    """q [T, H, D], kv [B, KH, N, 2*D], block_table [R, W], seq_lens [R], query_start_loc [R+1] -> out [T, H, D]."""
-    group = heads // kv_heads
-    threads = waves * WAVE
-    vectors = head_dim // 32  # of 8 values, that a lane has of a token's K
-    own = head_dim // TILE  # neighbouring values that a lane has of a token's V: a row of each of so many products
-    width = min(own, VECTOR)  # of them at once
-    kept = 4 * group  # lanes whose sums are of a query
-    factor = scale * log2(e)
-
-    def spread(value: tirx.Expr, lane: tirx.Expr, combine: Any, into: tirx.Buffer) -> None:
-        """into[0] = value combined over the four lanes of a query."""
-        T.buffer_store(into, value, [0])
-        for step in LANE_STEPS:
-            T.buffer_store(into, combine(into[0], from_lane(into[0], T.bitwise_xor(lane, step))), [0])
-
-    def bits(value: tirx.Expr) -> tirx.Expr:
-        """A float32 that is neither infinite nor NaN, rounded to bf16 (nearest, ties to even)."""
-        word = T.reinterpret("uint32", value)
-        last = T.bitwise_and(T.shift_right(word, T.uint32(16)), T.uint32(1))
-        return T.Cast("uint16", T.shift_right(word + last + T.uint32(0x7FFF), T.uint32(16)))
-
-    def add(a: tirx.Expr, b: tirx.Expr) -> tirx.Expr:
-        return a + b
-
-    @T.prim_func(s_tir=True)
-    def kernel(
-        q: T.handle, kv: T.handle, block_table: T.handle, seq_lens: T.handle, query_start_loc: T.handle, out: T.handle
-    ):
-        tokens = T.int64()
-        blocks = T.int64()
-        block_size = T.int64()
-        requests = T.int64()
-        boundaries = T.int64()
-        table_width = T.int64()
-        block_stride = T.int64()
-        head_stride = T.int64()
-        token_stride = T.int64()
-        q_THD = T.match_buffer(q, (tokens, heads, head_dim), "bfloat16", align=ALIGN)
-        kv_BHNC = T.match_buffer(
-            kv,
-            (blocks, kv_heads, block_size, 2 * head_dim),
-            "bfloat16",
-            strides=[block_stride, head_stride, token_stride, 1],
-            align=ALIGN,
-        )
-        table_RW = T.match_buffer(block_table, (requests, table_width), "int32", align=4)
-        seq_R = T.match_buffer(seq_lens, (requests,), "int32", align=4)
-        start_R1 = T.match_buffer(query_start_loc, (boundaries,), "int32", align=4)
-        out_THD = T.match_buffer(out, (tokens, heads, head_dim), "bfloat16", align=ALIGN)
-        q_bits = T.decl_buffer((tokens * heads * head_dim,), "uint16", data=q_THD.data, align=ALIGN)
-        kv_bits = T.decl_buffer((blocks * block_stride,), "uint16", data=kv_BHNC.data, align=ALIGN)
-        for head in T.thread_binding(kv_heads, thread="blockIdx.x"):
-            for t in T.thread_binding(tokens, thread="blockIdx.y"):
-                for thread in T.thread_binding(threads, thread="threadIdx.x"):
-                    count = T.alloc_buffer((1,), "float32", scope="local")
-                    counts = T.alloc_buffer((waves,), "float32", scope="shared")
-                    query = T.alloc_buffer((vectors * VECTOR,), "uint16", scope="local")
-                    key = T.alloc_buffer((vectors * VECTOR,), "uint16", scope="local")
-                    value = T.alloc_buffer((4 * own,), "uint16", scope="local")
-                    column = T.alloc_buffer((4,), "uint16", scope="local")
-                    p = T.alloc_buffer((4,), "uint16", scope="local")
-                    scores = T.alloc_buffer((4,), "float32", scope="local")
-                    sums = T.alloc_buffer((own * 4,), "float32", scope="local")
-                    most = T.alloc_buffer((1,), "float32", scope="local")
-                    largest = T.alloc_buffer((1,), "float32", scope="local")
-                    weight = T.alloc_buffer((1,), "float32", scope="local")
-                    result = T.alloc_buffer((own,), "float32", scope="local")
-                    all_sums = T.alloc_buffer((waves * own * kept * 4,), "float32", scope="shared")
-                    all_largest = T.alloc_buffer((waves * TILE,), "float32", scope="shared")
-                    all_weights = T.alloc_buffer((waves * TILE,), "float32", scope="shared")
-                    wave: T.let[T.int32] = uniform(thread // WAVE)
-                    lane: T.let[T.int32] = thread % WAVE
-                    at: T.let[T.int32] = thread % TILE  # the lane's token of a tile of K, and its query
-                    quarter: T.let[T.int32] = lane // TILE
-
-                    # The token's request is the last that starts at or before it.
-                    count[0] = T.float32(0)
-                    for i in T.serial(T.ceildiv(requests, T.int64(threads))):
-                        if i * threads + thread < requests:  # noqa: SIM102 (what is read must be there)
-                            if T.Cast("int64", start_R1[i * threads + thread]) <= t:
-                                count[0] += T.float32(1)
-                    block_sum(count, counts, thread, threads)
-                    request: T.let[T.int32] = T.max(uniform(T.Cast("int32", count[0])) - 1, 0)
-                    end: T.let[T.int32] = start_R1[request + 1]
-                    length: T.let[T.int32] = seq_R[request]
-                    visible: T.let[T.int32] = T.if_then_else(
-                        tirx.all(t < T.Cast("int64", end), length > 0), length - end + 1 + T.Cast("int32", t), 0
-                    )
-                    tiles: T.let[T.int32] = (visible + TILE - 1) // TILE
-
-                    for v in T.unroll(vectors):
-                        for j in T.vectorized(VECTOR):
-                            query[v * VECTOR + j] = q_bits[
-                                (t * heads + head * group + T.min(at, group - 1)) * head_dim
-                                + v * 32
-                                + quarter * VECTOR
-                                + j
-                            ]
-                    for m in T.unroll(own):
-                        for i in T.vectorized(4):
-                            sums[m * 4 + i] = T.float32(0)
-                    largest[0] = T.float32(LOWEST)
-                    weight[0] = T.float32(0)
-                    for turn in T.serial((tiles + waves - 1) // waves):
-                        tile: T.let[T.int32] = turn * waves + wave
-                        first: T.let[T.int32] = T.min(tile, tiles - 1) * TILE
-                        block: T.let[T.int64] = T.Cast(
-                            "int64", table_RW[request, T.truncdiv(T.Cast("int64", first), block_size)]
-                        )
-                        base: T.let[T.int64] = (
-                            block * block_stride
-                            + head * head_stride
-                            + T.truncmod(T.Cast("int64", first), block_size) * token_stride
-                        )
-                        for v in T.unroll(vectors):
-                            for j in T.vectorized(VECTOR):
-                                key[v * VECTOR + j] = kv_bits[base + at * token_stride + v * 32 + quarter * VECTOR + j]
-                        for i in T.unroll(4):
-                            row_base: T.let[T.int64] = base + (quarter * 4 + i) * token_stride + head_dim + at * own
-                            for v in T.unroll(own // width):
-                                for j in T.vectorized(width):
-                                    value[i * own + v * width + j] = T.if_then_else(
-                                        first + quarter * 4 + i < visible,
-                                        kv_bits[row_base + v * width + j],
-                                        T.uint16(0),
-                                    )
-                        for i in T.vectorized(4):
-                            scores[i] = T.float32(0)
-                        for i in T.unroll(2 * vectors):
-                            scores[T.ramp(0, 1, 4)] = mfma(
-                                key.vload([i * 4], "uint16x4"),
-                                query.vload([i * 4], "uint16x4"),
-                                scores.vload([0], "float32x4"),
-                            )
-                        for i in T.unroll(4):
-                            scores[i] = T.if_then_else(
-                                tile * TILE + quarter * 4 + i < visible,
-                                scores[i] * T.float32(factor),
-                                T.float32(LOWEST),
-                            )
-                        spread(T.max(T.max(scores[0], scores[1]), T.max(scores[2], scores[3])), lane, T.max, most)
-                        most[0] = T.max(most[0], largest[0])
-                        weight[0] = weight[0] * T.exp2(largest[0] - most[0])
-                        for i in T.unroll(own * 4):
-                            sums[i] = sums[i] * T.exp2(largest[0] - most[0])
-                        largest[0] = most[0]
-                        for i in T.unroll(4):
-                            scores[i] = T.exp2(scores[i] - most[0])
-                            weight[0] += scores[i]
-                            p[i] = bits(scores[i])
-                        for m in T.unroll(own):
-                            for i in T.unroll(4):
-                                column[i] = value[i * own + m]
-                            sums[T.ramp(m * 4, 1, 4)] = mfma(
-                                column.vload([0], "uint16x4"),
-                                p.vload([0], "uint16x4"),
-                                sums.vload([m * 4], "float32x4"),
-                            )
-
-                    spread(weight[0], lane, add, weight)
-                    mine: T.let[T.int32] = quarter * group + T.min(at, group - 1)  # of a wave's sums that are kept
-                    if at < group:
-                        for m in T.unroll(own):
-                            for i in T.vectorized(4):
-                                all_sums[((wave * own + m) * kept + mine) * 4 + i] = sums[m * 4 + i]
-                    if lane < TILE:
-                        all_largest[wave * TILE + at] = largest[0]
-                        all_weights[wave * TILE + at] = weight[0]
-                    most[0] = T.float32(LOWEST)
-                    for w in T.unroll(waves):
-                        most[0] = T.max(most[0], all_largest[w * TILE + at])
-                    weight[0] = T.float32(0)
-                    for w in T.unroll(waves):
-                        weight[0] += all_weights[w * TILE + at] * T.exp2(all_largest[w * TILE + at] - most[0])
-                    for turn in T.serial(4 // waves):
-                        row: T.let[T.int32] = turn * waves + wave
-                        for m in T.unroll(own):
-                            result[m] = T.float32(0)
-                        for w in T.unroll(waves):
-                            for m in T.unroll(own):
-                                result[m] += all_sums[((w * own + m) * kept + mine) * 4 + row] * T.exp2(
-                                    all_largest[w * TILE + at] - most[0]
-                                )
-                        if tirx.all(at < group, visible > 0):
-                            for v in T.unroll(own // width):
-                                for j in T.vectorized(width):
-                                    out_THD[t, head * group + at, (quarter * 4 + row) * own + v * width + j] = T.Cast(
-                                        "bfloat16", result[v * width + j] / weight[0]
-                                    )
-
-    return kernel
 
 
 def _lds_bytes(spec: OpSpec, waves: int) -> int:
-    """Of what waves leave each other: sums, the largest score and the weight of each query."""
+    """Of what waves leave each other: sums, the largest score and the weight of each query; and a count."""
     heads, head_dim, kv_heads = spec.input("q").size(1), spec.input("q").size(2), spec.input("kv").size(1)
-    return 4 * waves * (head_dim * heads // kv_heads + 2 * TILE)
+    return 4 * waves * (head_dim * heads // kv_heads + 2 * TILE + 1)
+
+
+def _splits(config: Config, pairs: int, target: RocmTarget) -> int:
+    """Parts of each token's cache, of so many pairs of a token and a KV head: as the kernel computes it."""
+    return max(min(config["blocks"] * target.compute_units // max(pairs, 1), MOST_SPLITS), 1)
 
 
 @dataclass(frozen=True)
@@ -257,10 +53,11 @@ class PagedAttention(KernelFamily):
 
     def variants(self, spec: OpSpec, target: RocmTarget) -> Sequence[Variant]:
         """As many waves as there is LDS for what they leave there: 32 KiB at most."""
-        return (Variant(1, {"waves": 4 if spec.input("q").size(2) <= 128 else 2}),)
+        return (Variant(1, {"waves": 4 if spec.input("q").size(2) <= 128 else 2, "blocks": BLOCKS[0]}),)
 
     def space(self, spec: OpSpec, target: RocmTarget) -> Sequence[Config]:
-        return [{"waves": waves} for waves in WAVES if _lds_bytes(spec, waves) <= target.lds_bytes]
+        pairs = product(WAVES, BLOCKS)
+        return [{"waves": w, "blocks": b} for w, b in pairs if _lds_bytes(spec, w) <= target.lds_bytes]
 
     def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: RocmTarget) -> bool:
         return config in self.space(spec, target)
@@ -268,20 +65,24 @@ class PagedAttention(KernelFamily):
     def footprint(self, spec: OpSpec, config: Config, tokens: int, target: RocmTarget) -> Footprint:
         """Of so many requests that decode (tuning ranks at 4 alone), each behind `CONTEXT` cached tokens."""
         heads, head_dim, kv_heads = spec.input("q").size(1), spec.input("q").size(2), spec.input("kv").size(1)
-        waves, own = config["waves"], head_dim // TILE
-        turns = -(-CONTEXT // TILE // waves)
-        cached, queries = CONTEXT * 4 * head_dim, 4 * heads // kv_heads * head_dim  # bytes; queries and results
+        waves, own, group = config["waves"], head_dim // TILE, heads // kv_heads
+        splits = _splits(config, tokens * kv_heads, target)
+        turns = -(-CONTEXT // TILE // (splits * waves))
+        cached = turns * waves * TILE * 4 * head_dim  # bytes that a block reads
+        queries = 2 * group * head_dim + (4 if splits > 1 else 2) * group * head_dim  # read; what is written
         return Footprint(
-            bytes=tokens * kv_heads * (cached + queries),
-            blocks=tokens * kv_heads,
+            bytes=tokens * kv_heads * (CONTEXT * 4 + 4 * group) * head_dim,
+            blocks=tokens * kv_heads * splits,
             waves=waves,
             rounds=2 * turns + 2,  # of a turn: the block table, then K and V; before them the request, and its length
             block_bytes=cached + queries,
             mfmas=turns * 2 * own,  # D / 16 instructions for scores, as many for sums
             instructions=turns * (4 * own + SOFTMAX + 2 * own),  # sums rescaled, softmax, loads
             lds_bytes=2 * _lds_bytes(spec, waves),
+            rounds_after=combine_rounds(splits, head_dim) if splits > 1 else 0,
         )
 
     def build(self, spec: OpSpec, config: Config, target: RocmTarget) -> tirx.PrimFunc:
         q, kv_heads = spec.input("q"), spec.input("kv").size(1)
-        return paged_attention(q.size(1), kv_heads, q.size(2), spec.attribute("scale"), config["waves"])
+        blocks = config["blocks"] * target.compute_units
+        return paged_attention(q.size(1), kv_heads, q.size(2), spec.attribute("scale"), config["waves"], blocks)

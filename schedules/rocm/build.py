@@ -37,6 +37,9 @@ HOST = {"kind": "llvm", "mtriple": "x86_64-unknown-linux-gnu", "mcpu": "x86-64"}
 LINK, DEVICE_LIBRARIES = "tvm_callback_rocm_link", "tvm_callback_rocm_bitcode_path"
 ARGUMENT_BYTES = 8  # of every argument of a kernel: runtime/hip.c lays them out as an array
 GRID = ("blockIdx.x", "blockIdx.y", "blockIdx.z", "threadIdx.x")
+WORKSPACE = "vllm_compile_workspace"  # of runtime/hip.c: memory of the device that kernels leave each other
+WORKSPACE_BYTES = "workspace_bytes"  # an attribute of a PrimFunc: how much of it
+LDS_AS_GLOBAL = "addrspacecast (ptr addrspace(3)"
 METADATA = re.compile(r"\.amdgpu_metadata\n(.*?)\s*\.end_amdgpu_metadata", re.DOTALL)
 
 
@@ -66,7 +69,8 @@ class CodeObject:
 
     Attributes:
         elf: the file that HIP loads.
-        resources: of each kernel by its name in it, which is the symbol with `_kernel` after it.
+        resources: of each kernel by its name in it, which is the symbol with `_kernel` after it; `_kernel_1` of a
+            function's second launch.
         assembly: as LLVM prints it.
     """
 
@@ -92,7 +96,10 @@ def compile_kernels(kernels: Mapping[str, tirx.PrimFunc], target: RocmTarget) ->
     host, devices = split_host_device_mods(lowered)
     ((device_target, device),) = devices.items()
     with _unlinked() as objects:
-        assembly = codegen_build(finish_device()(device), device_target).inspect_source("asm")
+        module = codegen_build(finish_device()(device), device_target)
+    # TVM lets buffers whose uses are apart share memory, and takes a second one of LDS for memory of the device.
+    assert LDS_AS_GLOBAL not in module.inspect_source("llvm"), "a kernel has one buffer of LDS"
+    assembly = module.inspect_source("asm")
     return CodeObject(_link(objects[-1], linker), _resources(assembly), assembly), host
 
 
@@ -102,7 +109,7 @@ def build_library(kernels: Mapping[str, tirx.PrimFunc], target: RocmTarget, path
     The library depends on apache-tvm-ffi's ABI, and HIP once a kernel is run.
 
     Returns:
-        The resources of each kernel by its symbol.
+        The resources of each kernel by its symbol, those of a function's second launch by `<symbol>_kernel_1`.
 
     Raises:
         TargetError: the linker or gcc is missing or fails.
@@ -116,7 +123,9 @@ def build_library(kernels: Mapping[str, tirx.PrimFunc], target: RocmTarget, path
         (folder / "kernels.hsaco").write_bytes(code.elf)
         (folder / "kernels.inc").write_text("".join(f"KERNEL({name})\n" for name in code.resources))
         module.write_to_file(str(folder / "host.o"), "o")
-        gcc("-O2", "-fPIC", f"-I{folder}", f"-Wa,-I{folder}", "-c", str(LAUNCHER), "-o", str(folder / "hip.o"))
+        workspace = max((int(f.attrs.get(WORKSPACE_BYTES, 0)) for f in kernels.values()), default=0)
+        options = ["-O2", "-fPIC", f"-I{folder}", f"-Wa,-I{folder}", f"-DWORKSPACE_BYTES={workspace}"]
+        gcc(*options, "-c", str(LAUNCHER), "-o", str(folder / "hip.o"))
         gcc("-shared", str(folder / "host.o"), str(folder / "hip.o"), "-o", str(path))
     return {name.removesuffix("_kernel"): resources for name, resources in code.resources.items()}
 

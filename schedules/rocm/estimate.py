@@ -1,6 +1,7 @@
 """The time of a kernel on a chip that is not at hand, from its footprint and the registers and LDS of its machine code.
 
-It ranks configurations; it does not predict.  Launches and clocks below the peak are left out, bandwidth is the peak.
+It ranks configurations; it does not predict.  The first launch and clocks below the peak are left out, bandwidth is
+the peak.
 
 A compute unit runs its thread blocks in passes, of as many as registers, LDS and places for waves let in.  A pass takes
 the longest of (Williams et al. 2009, a roofline of the compute unit):
@@ -11,7 +12,8 @@ the longest of (Williams et al. 2009, a roofline of the compute unit):
 - the waves' instructions on the SIMDs, matrix cores beside vectors.
 
 The compute unit with most blocks sets the time (tail quantisation).  Beside that stands what all share: the bytes from
-memory once, and all loads from L2, the longer of the two.  Neither hides behind the other entirely: the root of their
+memory once, and all loads from L2, the longer of the two.  A second launch adds its start and its loads' latency.
+Neither hides behind the other entirely: the root of their
 squares stands for something between maximum and sum, as in `analysis/roofline.py`.
 """
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 from math import hypot, inf
 
+from vllm_compile.targets.chip import H200_LAUNCH
 from vllm_compile.targets.rocm import ISSUE_CLOCKS, LDS_CLOCK_BYTES, SIMDS, RocmTarget
 
 from .build import Resources
@@ -38,7 +41,8 @@ def seconds_of(footprint: Footprint, resources: Resources, target: RocmTarget) -
         footprint.bytes / target.bandwidth,
         footprint.blocks * footprint.block_bytes / (target.l2_clock_bytes * target.clock),
     )
-    return hypot(alone, shared)
+    after = H200_LAUNCH + footprint.rounds_after * LATENCY if footprint.rounds_after else 0
+    return hypot(alone, shared) + after
 
 
 def _pass(footprint: Footprint, blocks: int, target: RocmTarget) -> float:

@@ -20,6 +20,7 @@ class Footprint:
         mfmas: matrix instructions of a wave.
         instructions: vector instructions of a wave besides, roughly.
         lds_bytes: that a thread block writes to and reads from LDS.
+        rounds_after: of loads, of a second launch that adds up what blocks of the first leave; 0 if there is none.
     """
 
     bytes: int
@@ -30,3 +31,4 @@ class Footprint:
     mfmas: int = 0
     instructions: int = 0
     lds_bytes: int = 0
+    rounds_after: int = 0

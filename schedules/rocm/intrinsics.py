@@ -6,6 +6,9 @@ addition does, DS_BPERMUTE_B32 goes through the LDS crossbar.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import reduce
+from operator import add
 from typing import Any
 
 from tvm.script import tirx as T
@@ -58,22 +61,23 @@ def schedule_barrier() -> None:
     T.evaluate(T.call_llvm_intrin("void", "llvm.amdgcn.sched.barrier", T.int32(0)))
 
 
-def wave_sum(total: Any, thread: Any) -> None:
-    """Local total [1] float32 of each lane -> the sum over its wave, in all lanes the same to the last bit."""
+def wave_reduce(value: Any, thread: Any, combine: Callable[[Any, Any], Any] = add) -> None:
+    """Local value [1] float32 of each lane -> all of its wave's combined, in all lanes the same to the last bit."""
     for control in DPP_STEPS:
-        T.buffer_store(total, total[0] + move_dpp(total[0], control), [0])
+        T.buffer_store(value, combine(value[0], move_dpp(value[0], control)), [0])
     for step in PERMUTE_STEPS:
-        T.buffer_store(total, total[0] + from_lane(total[0], T.bitwise_xor(thread % WAVE, step)), [0])
+        T.buffer_store(value, combine(value[0], from_lane(value[0], T.bitwise_xor(thread % WAVE, step))), [0])
 
 
-def block_sum(total: Any, shared: Any, thread: Any, threads: int) -> None:
-    """The same over a thread block of so many threads; `shared` [threads / 64] float32 is its memory.
+def block_reduce(
+    value: Any, shared: Any, thread: Any, threads: int, combine: Callable[[Any, Any], Any] = add, at: int = 0
+) -> None:
+    """The same over a thread block; threads / 64 values of `shared` float32, from `at` on, are its memory.
 
     TVM puts the barrier between the writes to shared memory and the reads of it.
     """
-    wave_sum(total, thread)
+    wave_reduce(value, thread, combine)
     if threads > WAVE:
         with T.If(thread % WAVE == 0), T.Then():
-            T.buffer_store(shared, total[0], [thread // WAVE])
-        sums = [shared[wave] for wave in range(threads // WAVE)]
-        T.buffer_store(total, sum(sums[1:], sums[0]), [0])
+            T.buffer_store(shared, value[0], [at + thread // WAVE])
+        T.buffer_store(value, reduce(combine, [shared[at + wave] for wave in range(threads // WAVE)]), [0])

@@ -17,7 +17,7 @@ from vllm_compile.targets.rocm import MOST_THREADS, WAVE, RocmTarget
 
 from ..family import Config, KernelFamily
 from ..rounding import rounded
-from .intrinsics import block_sum
+from .intrinsics import block_reduce
 
 VECTOR = 8  # bf16 values that a lane reads at once: 16 bytes
 ALIGN = 16
@@ -62,7 +62,7 @@ def _row_kernel(width: int, eps: float, add: bool) -> Any:
                         total_TD[t, (i * threads + thread) * VECTOR + j] = T.Cast("bfloat16", values[i, j])
                 for j in T.unroll(VECTOR):
                     squares[0] += values[i, j] * values[i, j]
-        block_sum(squares, shared, thread, threads)
+        block_reduce(squares, shared, thread, threads)
         inverse: T.let[T.float32] = T.float32(1) / T.sqrt(squares[0] / T.float32(width) + T.float32(eps))
         for i in T.unroll(own):
             if whole or i * threads + thread < vectors:

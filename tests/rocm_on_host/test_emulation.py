@@ -42,9 +42,9 @@ def run(kernel, x, folder):
     return out
 
 
-def test_a_wave_sums_its_own_lanes(generator, tmp_path):
+def test_a_wave_reduces_its_own_lanes(generator, tmp_path):
     x = torch.randint(-99, 99, (3, THREADS), generator=generator).float()  # sums of integers are exact
-    out = run(sums(lambda total, shared, thread: intrinsics.wave_sum(total, thread)), x, tmp_path)
+    out = run(sums(lambda total, shared, thread: intrinsics.wave_reduce(total, thread)), x, tmp_path)
     waves = x.view(3, -1, WAVE)
     assert torch.equal(out, waves.sum(-1, keepdim=True).expand_as(waves).reshape(out.shape))
 
@@ -54,7 +54,7 @@ def test_a_wrong_lane_shows(kind, generator, tmp_path, monkeypatch):
     right = getattr(intrinsics, kind)
     monkeypatch.setattr(intrinsics, kind, (right[1], *right[1:]))
     x = torch.randint(-99, 99, (3, THREADS), generator=generator).float()
-    out = run(sums(lambda total, shared, thread: intrinsics.wave_sum(total, thread)), x, tmp_path)
+    out = run(sums(lambda total, shared, thread: intrinsics.wave_reduce(total, thread)), x, tmp_path)
     assert not torch.equal(out[:, 0], x.view(3, -1, WAVE)[:, 0].sum(-1))
 
 
@@ -70,7 +70,7 @@ def test_a_missing_barrier_shows(barriers, generator, tmp_path, monkeypatch):
     if not barriers:
         monkeypatch.setattr(opencl, "source", without)
     x = torch.randint(-99, 99, (3, THREADS), generator=generator).float()
-    kernel = sums(lambda total, shared, thread: intrinsics.block_sum(total, shared, thread, THREADS))
+    kernel = sums(lambda total, shared, thread: intrinsics.block_reduce(total, shared, thread, THREADS))
     out = run(kernel, x, tmp_path)
     assert torch.equal(out, x.sum(-1, keepdim=True).expand_as(out)) == barriers
 

@@ -18,6 +18,7 @@ from vllm_compile.runtime.executor import load_kernels, torch_stream
 from vllm_compile.runtime.manifest import check_target
 from vllm_compile.schedules.rocm.build import build_library
 from vllm_compile.schedules.rocm.elementwise import silu_mul
+from vllm_compile.schedules.rocm.paged_attention import paged_attention
 from vllm_compile.schedules.rocm.rope_cache import qkv_rope_cache
 from vllm_compile.targets.rocm import for_arch
 
@@ -87,6 +88,35 @@ def test_a_module_is_loaded_once_a_device_and_the_device_is_restored(kernels, ga
     current = hip.ctypes.c_int(-1)
     assert library.hipGetDevice(hip.ctypes.byref(current)) == 0
     assert current.value == 0
+
+
+@pytest.fixture(scope="module")
+def attention(tmp_path_factory):
+    """Split into two parts at most, of one token."""
+    path = tmp_path_factory.mktemp("attention") / "kernels.so"
+    build_library({"attention": paged_attention(2, 2, 64, 0.1, 1, 4)}, for_arch("gfx90a"), path)
+    return load_kernels(path)("attention")
+
+
+@needs_lld
+def test_parts_of_attention_are_in_a_workspace_of_the_device(attention):
+    def arguments(tokens):
+        sizes = torch.full((1,), 9, dtype=torch.int32)
+        starts = torch.tensor([0, tokens], dtype=torch.int32)
+        q, kv = torch.zeros(tokens, 2, 64).bfloat16(), torch.zeros(3, 2, 16, 128).bfloat16()
+        return (q, kv, torch.zeros(1, 2, dtype=torch.int32), sizes, starts, torch.empty_like(q))
+
+    with hip.recording() as recorded:
+        for device in (0, 1, 0):
+            call(attention, *arguments(1), device=device)
+        call(attention, *arguments(2))
+    grids = [launch.grid for launch in recorded.launches]
+    assert grids == 3 * [(2, 1, 2), (2, 1, 1)] + [(2, 2, 1)], "two tokens are not split"
+    first, second, again = (
+        {launch.arguments["workspace"] for launch in recorded.launches[i : i + 2]} for i in range(0, 6, 2)
+    )
+    assert len(first) == len(second) == 1
+    assert first == again != second
 
 
 @needs_lld

@@ -14,9 +14,9 @@ from vllm_compile import toolchain
 from vllm_compile.errors import TargetError
 from vllm_compile.ops import GATE_UP_SILU, LINEAR
 from vllm_compile.schedules.rocm import build
-from vllm_compile.schedules.rocm.attention import paged_attention
 from vllm_compile.schedules.rocm.elementwise import embedding, silu_mul
 from vllm_compile.schedules.rocm.norm import add_rms_norm, rms_norm
+from vllm_compile.schedules.rocm.paged_attention import paged_attention
 from vllm_compile.schedules.rocm.rope_cache import qkv_rope_cache
 from vllm_compile.schedules.select import choose
 from vllm_compile.spec import OpSpec, Sym, TensorSpec
@@ -25,18 +25,20 @@ from vllm_compile.targets.rocm import ARCHS, for_arch
 pytestmark = needs_lld
 
 
-def product(op, N, K, tokens):
+def product(op, N, K, tokens, lossless=False):
     """The kernel of a matrix product for so many tokens, as it is chosen for an MI300X."""
     width = N // 2 if op is GATE_UP_SILU else N
     x, y = (TensorSpec((Sym.TOKENS, size), "bfloat16") for size in (K, width))
     spec = OpSpec(op.name, (("x", x), ("weight", TensorSpec((N, K), "bfloat16"))), (y,))
-    choice = choose(spec, for_arch())
+    choice = choose(spec, for_arch(), lossless)
+    assert bool(choice.layouts) == lossless
     (variant,) = [variant for variant in choice.variants if variant.min_tokens == tokens]
     return choice.family.build(spec, variant.config, for_arch())
 
 
 OBJDUMP = shutil.which(f"llvm-objdump-{toolchain.TVM_LLVM}")
 MFMA = "v_mfma_f32_16x16x16_?bf16"
+UNPACKING = ("v_alignbit_b32", "v_pk_mul_f32")  # and of x, raised
 # Llama-3.1-8B's.  16-byte loads (None: as LLVM unrolls) and stores of a lane, waves of a SIMD at least, instructions
 # that must be there.
 KERNELS = {
@@ -55,7 +57,11 @@ KERNELS = {
     "linear_of_64": (product(LINEAR, 4096, 14336, 33), 20, 0, 4, (MFMA, "ds_read_b128")),
     "logits": (product(LINEAR, 128256, 4096, 1), None, 0, 4, (MFMA, "ds_read_b128")),
     "gate_up": (product(GATE_UP_SILU, 28672, 4096, 1), None, 0, 4, (MFMA, "v_exp_f32")),
-    "paged_attention": (paged_attention(32, 8, 128, 0.1, 4), 13, 1, 4, (MFMA, "ds_bpermute_b32", "ds_write_b128")),
+    "lossless_logits": (product(LINEAR, 128256, 4096, 1, True), 20, 0, 4, (MFMA, *UNPACKING, "ds_read_b128")),
+    "lossless_gate_up": (product(GATE_UP_SILU, 28672, 4096, 1, True), 20, 0, 4, (MFMA, *UNPACKING, "v_exp_f32")),
+    "lossless_of_32": (product(GATE_UP_SILU, 28672, 4096, 17, True), None, 0, 3, (MFMA, *UNPACKING)),
+    "paged_attention": (paged_attention(32, 8, 128, 0.1, 4, 608), 12, 3, 4, (MFMA, "ds_bpermute_b32", "ds_write_b128")),
+    "paged_attention_1": (None, None, 0, 8, ("v_exp_f32", "ds_read_b128", "ds_write_b128")),  # its second launch
     "rope_cache": (qkv_rope_cache(32, 8, 128), 14, 6, 8, ("v_pk_mul_f32",)),
 }
 
@@ -63,7 +69,7 @@ KERNELS = {
 @pytest.fixture(scope="module", params=list(ARCHS))
 def compiled(request):
     target = for_arch(request.param)
-    code, _ = build.compile_kernels({name: case[0] for name, case in KERNELS.items()}, target)
+    code, _ = build.compile_kernels({name: case[0] for name, case in KERNELS.items() if case[0]}, target)
     return target, code
 
 
@@ -78,14 +84,17 @@ def disassembly(compiled, tmp_path_factory):
     path.write_bytes(code.elf)
     command = [OBJDUMP, "--disassemble", f"--mcpu={target.arch}", "--no-show-raw-insn", str(path)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    parts = re.split(r"^[0-9a-f]+ <(\w+)_kernel>:$", text, flags=re.MULTILINE)
-    return {name: body.split("s_endpgm")[0].split() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    parts = re.split(r"^[0-9a-f]+ <(\w+_kernel\w*)>:$", text, flags=re.MULTILINE)
+    return {
+        name.replace("_kernel", ""): body.split("s_endpgm")[0].split()
+        for name, body in zip(parts[1::2], parts[2::2], strict=True)
+    }
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_resources(name, compiled):
     target, code = compiled
-    resources = code.resources[f"{name}_kernel"]
+    resources = {kernel.replace("_kernel", ""): r for kernel, r in code.resources.items()}[name]
     assert resources.spilled == resources.scratch_bytes == 0
     waves = target.waves(resources.registers, resources.lds_bytes, resources.threads)
     assert waves >= KERNELS[name][3], resources
@@ -99,9 +108,9 @@ def test_instructions(name, disassembly):
     assert words.count("global_store_dwordx4") == stores
     for instruction in wanted:
         assert any(re.match(instruction, word) for word in words), instruction
-    # Narrow loads are of ids and slots, which are scalars of a block.
-    slow = {word for word in words if word.startswith(("scratch_", "flat_", "buffer_", "global_load_ushort"))}
-    assert not slow
+    # Narrow loads are of ids and slots, which are scalars of a block, and of x where a weight is listed.
+    narrow = () if name.startswith("lossless") else ("global_load_ushort",)
+    assert not {word for word in words if word.startswith(("scratch_", "flat_", "buffer_", *narrow))}
 
 
 def test_loads_of_weights_are_under_way_together(disassembly):
@@ -109,6 +118,26 @@ def test_loads_of_weights_are_under_way_together(disassembly):
     words = disassembly["linear"]
     first = next(i for i, word in enumerate(words) if re.match(MFMA, word))
     assert words[:first].count("global_load_dwordx4") >= 16
+
+
+def test_a_second_buffer_of_lds_is_an_error():
+    """Where its uses are apart from the first's, TVM would have it share that one's memory, as global memory."""
+
+    @T.prim_func(s_tir=True)
+    def kernel(x: T.handle):
+        rows = T.int64()
+        x_TD = T.match_buffer(x, (rows, 256), "float32", align=16)
+        for row in T.thread_binding(rows, thread="blockIdx.x"):
+            for thread in T.thread_binding(256, thread="threadIdx.x"):
+                first = T.alloc_buffer((256,), "float32", scope="shared")
+                second = T.alloc_buffer((256,), "float32", scope="shared")
+                first[thread] = x_TD[row, thread]
+                x_TD[row, thread] = first[255 - thread]
+                second[thread] = x_TD[row, thread] + T.float32(1)
+                x_TD[row, thread] = second[T.bitwise_xor(thread, 64)]
+
+    with pytest.raises(AssertionError, match="one buffer of LDS"):
+        build.compile_kernels({"twice": kernel}, for_arch())
 
 
 def test_waves_of_a_simd():

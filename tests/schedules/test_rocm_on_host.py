@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from tests.rocm_on_host import needs_opencl
 from tests.rocm_on_host.runner import OnHost
+from vllm_compile import lossless
 from vllm_compile.ops import (
     ADD_RMS_NORM,
     EMBEDDING,
@@ -19,6 +21,7 @@ from vllm_compile.ops import (
     RMS_NORM,
     SILU_MUL,
 )
+from vllm_compile.schedules.rocm.linear import GateUpSilu, Linear
 from vllm_compile.schedules.select import choose
 from vllm_compile.targets.rocm import WAVE, for_arch
 
@@ -41,6 +44,8 @@ CASES = {
     "linear of blocks that three waves share": (LINEAR, {"tokens": 5, "K": 192, "N": 48}, "residual"),
     "linear of more tokens than a vendor leaves": (LINEAR, {"tokens": 83, "K": 128, "N": 16}, "bias"),
     "gate_up_silu": (GATE_UP_SILU, {"tokens": 16, "K": 128, "intermediate": 32}, "weight"),
+    "lossless linear": (LINEAR, {"tokens": 19, "K": 192, "N": 96}, "residual"),
+    "lossless gate_up_silu": (GATE_UP_SILU, {"tokens": 35, "K": 256, "intermediate": 48}, "weight"),
     "paged_attention": (PAGED_ATTENTION, {"head_dim": 64}, "kv"),
     "paged_attention of one query a head": (
         PAGED_ATTENTION,
@@ -59,6 +64,11 @@ CASES = {
         "qkv",
     ),
 }
+# Compute units of the chip, where they decide into how many parts a cache is split.
+UNITS = {"paged_attention": 32, "paged_attention of one query a head": 1, "paged_attention of wide heads": 10}
+PARTS = {"paged_attention": 2, "paged_attention of one query a head": 1, "paged_attention of wide heads": 5}
+# The model of the chip would have weights of these sizes plain.
+LOSSLESS = {"lossless linear": Linear(packed=True), "lossless gate_up_silu": GateUpSilu(packed=True)}
 
 
 class Case:
@@ -68,19 +78,22 @@ class Case:
         self.op, sizes, self.changed = CASES[name]
         self.inputs, self.attributes = self.op.sample(generator, torch.bfloat16, **sizes)
         self.spec = harness.op_spec(self.op, self.inputs, self.attributes)
-        choice = choose(self.spec, TARGET)
+        target = replace(TARGET, compute_units=UNITS.get(name, TARGET.compute_units))
+        family = LOSSLESS.get(name) or choose(self.spec, target).family
+        self.layouts = family.layouts(self.spec, target)
         self.kernels = {
-            f"from_{variant.min_tokens}": choice.family.build(self.spec, variant.config, TARGET)
-            for variant in choice.variants
+            f"from_{variant.min_tokens}": family.build(self.spec, variant.config, target)
+            for variant in family.variants(self.spec, target)
         }
-        self.on_host = OnHost(self.kernels, TARGET, folder)
+        self.on_host = OnHost(self.kernels, target, folder)
 
     def run(self, inputs, kernel="from_1"):
         """What a kernel writes into poisoned outputs, and what it updates."""
         given = {name: tensor.clone(memory_format=torch.preserve_format) for name, tensor in inputs.items()}
         tokens = len(next(iter(inputs.values())))
         outputs = [torch.full(out.sizes(tokens), float("nan"), dtype=torch.bfloat16) for out in self.spec.outputs]
-        self.launches = self.on_host.run(kernel, *given.values(), *outputs)
+        stored = {**given, **{name: layout.pack(given[name]) for name, layout in self.layouts.items()}}
+        self.launches = self.on_host.run(kernel, *stored.values(), *outputs)
         return (*outputs, *(given[name] for name in self.op.updates))
 
     def expected(self, inputs):
@@ -95,6 +108,9 @@ def test_matches_reference(name, generator, tmp_path):
     for kernel in case.kernels:
         actual = case.run(case.inputs, kernel)
         harness.assert_matches(case.op, actual, expected)
+    if name in PARTS:
+        assert [launch.grid[2] for launch in case.launches] == [PARTS[name], 1][: len(case.launches)]
+        assert len(case.launches) == 1 + (PARTS[name] > 1)
     if case.op in (EMBEDDING, QKV_ROPE_CACHE):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
     elif (
@@ -108,12 +124,35 @@ def test_matches_reference(name, generator, tmp_path):
         harness.assert_matches(case.op, case.run({**case.inputs, case.changed: changed}), expected)
 
 
+def test_lossless_weights_are_restored_bit_for_bit(generator, tmp_path):
+    """Rows of an identity times the weight, of numbers of all sizes: each result is one weight."""
+    N, K = 64, 128
+    weight = torch.randn(N, K, generator=generator).bfloat16()
+    far = torch.randint(-120, 120, (N, K), generator=generator).float()
+    listed = torch.rand(N, K, generator=generator) < 2**-7
+    weight = torch.where(listed, weight.float() * 2**far, weight.float()).bfloat16()
+    weight[0, :3] = torch.tensor([0.0, -0.0, 1e-39])
+    inputs = {"x": torch.eye(K, dtype=torch.bfloat16), "weight": weight}
+    spec, family = harness.op_spec(LINEAR, inputs, {}), Linear(packed=True)
+    kernels = {f"from_{v.min_tokens}": family.build(spec, v.config, TARGET) for v in family.variants(spec, TARGET)}
+    on_host, packed = OnHost(kernels, TARGET, tmp_path), lossless.pack(weight)
+    for kernel in kernels:
+        out = torch.full((K, N), float("nan"), dtype=torch.bfloat16)
+        on_host.run(kernel, inputs["x"], packed, out)
+        assert torch.equal(out.T, weight)
+    places = torch.randperm(N * K * 3 // 2, generator=generator)[:1]  # a byte of the codes
+    packed[places] = packed[places] ^ 1
+    on_host.run("from_1", inputs["x"], packed, out)
+    assert not torch.equal(out.T, weight)
+
+
 MOST_UNROLLED = 8  # tiles of products in a loop's body: PoCL takes many seconds to compile the largest
 MOST_STEPS = 8  # that the model of the chip likes best: the first that is tried has them
 # op, sizes of its sample, configurations that are tried: others each run
 SPACES = {
     "linear": (LINEAR, {"tokens": 19, "K": 512, "N": 64}, 2),
     "gate_up_silu": (GATE_UP_SILU, {"tokens": 37, "K": 512, "intermediate": 64}, 2),
+    "lossless gate_up_silu": (GATE_UP_SILU, {"tokens": 21, "K": 128, "intermediate": 32}, 1),
     "paged_attention": (PAGED_ATTENTION, {"head_dim": 64}, 1),
 }
 
@@ -121,27 +160,30 @@ SPACES = {
 @pytest.mark.parametrize("name", SPACES)
 def test_what_tuning_may_choose(name, generator, tmp_path):
     """Any configuration of a family's space matches the reference, and is the launch that its footprint says."""
+    target = replace(TARGET, compute_units=UNITS.get(name, TARGET.compute_units))
     op, sizes, most = SPACES[name]
     inputs, attributes = op.sample(generator, torch.bfloat16, **sizes)
     spec = harness.op_spec(op, inputs, attributes)
-    family = choose(spec, TARGET).family
-    space = family.space(spec, TARGET)
-    others = [c for c in space if c not in [v.config for v in family.variants(spec, TARGET)]]
+    family = LOSSLESS.get(name) or choose(spec, target).family
+    stored = {**inputs, **{n: layout.pack(inputs[n]) for n, layout in family.layouts(spec, target).items()}}
+    space = family.space(spec, target)
+    others = [c for c in space if c not in [v.config for v in family.variants(spec, target)]]
     small = [config for config in others if prod(config.values()) <= MOST_UNROLLED * config["waves"]]
     drawn = [small[i] for i in torch.randperm(len(small), generator=generator)]
     chosen = sorted(drawn, key=lambda config: config.get("steps") != MOST_STEPS)[:most]
-    assert all(any(family.admits(spec, c, least, TARGET) for least in (1, 17, 33)) for c in space)
-    on_host = OnHost({f"k{i}": family.build(spec, c, TARGET) for i, c in enumerate(chosen)}, TARGET, tmp_path)
+    assert all(any(family.admits(spec, c, least, target) for least in (1, 17, 33)) for c in space)
+    on_host = OnHost({f"k{i}": family.build(spec, c, target) for i, c in enumerate(chosen)}, target, tmp_path)
     expected = harness.results(op, inputs, attributes)
     tokens = len(next(iter(inputs.values())))
     for i, config in enumerate(chosen):
         outputs = [torch.full(out.sizes(tokens), float("nan"), dtype=torch.bfloat16) for out in spec.outputs]
-        (launch,) = on_host.run(f"k{i}", *inputs.values(), *outputs)
+        launch, *after = on_host.run(f"k{i}", *stored.values(), *outputs)
         harness.assert_matches(op, outputs, expected)
         with pytest.raises(AssertionError):
             harness.assert_matches(op, [out.roll(1, -1) for out in outputs], expected)
-        footprint, resources = family.footprint(spec, config, tokens, TARGET), on_host.resources[f"k{i}"]
+        footprint, resources = family.footprint(spec, config, tokens, target), on_host.resources[f"k{i}"]
         assert (prod(launch.grid), launch.block[0]) == (footprint.blocks, WAVE * footprint.waves), config
+        assert len(after) == (footprint.rounds_after > 0), config
         assert footprint.lds_bytes == 2 * resources.lds_bytes, config
         assert resources.spilled == 0, config
 

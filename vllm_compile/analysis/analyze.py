@@ -157,14 +157,12 @@ def _fuse(
 def _chip(machine: Target, name: str | Chip | None) -> Chip:
     if isinstance(name, Chip):
         return name
-    if machine.name not in CHIPS:
-        raise TargetError(f"no chip of target {machine.name} is known yet; analyze knows those of {', '.join(CHIPS)}")
-    known = CHIPS[machine.name]
+    known = CHIPS[machine.resolved_by]
     if name is None and not known:
         return measure_cpu(machine)
     if name is not None and name not in known:
         has = f"it has: {', '.join(known)}" if known else "its only one is this machine's"
-        raise TargetError(f"target {machine.name} has no chip {name!r}; {has}")
+        raise TargetError(f"target {machine.resolved_by} has no chip {name!r}; {has}")
     own = machine.chip if isinstance(machine, CudaTarget) else next(iter(known))
     return known[name or own]
 
