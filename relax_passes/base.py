@@ -7,6 +7,7 @@ the module as an attribute, so a pass stays a plain function from module to modu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import count
 from typing import Any
 
 import tvm
@@ -88,6 +89,14 @@ class Definitions:
     def is_parameter(self, expr: Any) -> bool:
         """True if `expr` is known from the start of the function."""
         return isinstance(expr, relax.Var) and expr not in self._value
+
+
+def new_name(name: str, names: set[str]) -> str:
+    """The name, with a number if it is one of `names` already; from then on it is one."""
+    numbered = (name if n == 1 else f"{name}_{n}" for n in count(1))
+    found = next(candidate for candidate in numbered if candidate not in names)
+    names.add(found)
+    return found
 
 
 def used_vars(expr: relax.Expr) -> Iterable[relax.Var]:

@@ -139,7 +139,10 @@ class _Group:
         if isinstance(value, GenericConst):
             if value.ty.shape.values:
                 raise _unsupported(value, "constant")
-            return self._add(value, "constant", parameters=(float(value.value.numpy()),))
+            # Torch computes with a whole number as with a float32 one.
+            dtype = "float32" if str(value.ty.dtype).startswith("int") else str(value.ty.dtype)
+            self._nodes.append(Node("constant", (), (), dtype, (float(value.value.numpy()),)))
+            return len(self._nodes) - 1
         if isinstance(value, relax.TupleGetItem):
             return self._part(expr, value)
         if not isinstance(value, relax.Call):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 from vllm_compile.ops import RMS_NORM
 
@@ -38,17 +38,33 @@ def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
 
 
 def _fuse(d: Definitions, var: relax.Var, match: Scaled) -> Rewrite:
-    """The norm; of permuted rows, it comes before the permutation, where they lie one after the other."""
+    """The norm, of rows that lie one after the other, a token's together; where they do not, permuted for it.
+
+    If they come from a permutation, the norm comes before it.
+    """
     permuted = d.call(match.x, "relax.permute_dims")
     axes = [] if permuted is None else [int(axis) for axis in permuted.attrs.axes]
-    if not axes or axes[-1] != len(axes) - 1:
+    if axes and axes[-1] == len(axes) - 1:
+        x = permuted.args[0]
+    elif (order := _token_major(match.x)) is not None:
+        x, axes = relax.op.permute_dims(match.x, order), [order.index(axis) for axis in range(len(order))]
+    else:
         return replace_by(var, RMS_NORM({"x": match.x, "weight": match.weight}, eps=match.eps))
 
     def rewrite(emit):
-        norm = emit(RMS_NORM({"x": permuted.args[0], "weight": match.weight}, eps=match.eps))
+        norm = emit(RMS_NORM({"x": emit(x), "weight": match.weight}, eps=match.eps))
         return {var: relax.op.permute_dims(norm, axes)}
 
     return rewrite
+
+
+def _token_major(x: relax.Expr) -> list[int] | None:
+    """The order of axes that brings the tokens to the front, but for the last; None if nothing is before them."""
+    shape = x.ty.shape.values
+    tokens = next((axis for axis, dim in enumerate(shape) if isinstance(dim, tirx.Var)), 0)
+    before = [axis for axis in range(tokens) if int(shape[axis]) != 1]
+    rest = [axis for axis in range(len(shape)) if axis not in (*before, tokens)]
+    return [*rest[: tokens - len(before)], tokens, *before, *rest[tokens - len(before) :]] if before else None
 
 
 @dataclass(frozen=True)

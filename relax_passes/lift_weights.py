@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import count
 
 import tvm
 from tvm import relax
 
-from .base import Definitions, clean, counted_pass, substitute, used_vars
+from .base import Definitions, clean, counted_pass, new_name, substitute, used_vars
 from .outline_layers import FORWARD, LOGITS
 
 WEIGHTS = "weights"
@@ -75,7 +74,7 @@ def _lift_from_layers(
         if call.op not in lifted:
             constant = [argument in known for argument in call.args]
             constants = {p for p, c in zip(layer.params, constant, strict=True) if c}
-            split = _split(layer, constants, {p.name for p in constants})
+            split = _split(layer, constants, {p.name for p in layer.params})
             kept = [p for p, c in zip(layer.params, constant, strict=True) if not c]
             lifted[call.op] = (split, constant, builder.add_func(_keep(layer, kept, split), call.op.name_hint))
         split, constant, callee = lifted[call.op]
@@ -103,7 +102,7 @@ def _split(function: relax.Function, weights: set[relax.Var], names: set[str]) -
             always.append(binding)
     frontier = dict.fromkeys((v for b in always for v in used_vars(b.value) if v in sources), "")
     for v in frontier:
-        frontier[v] = v.name if v in weights else _new(_merged_name(sources[v]), names)
+        frontier[v] = v.name if v in weights else new_name(_merged_name(sources[v]), names)
     return _Split(once, always, frontier)
 
 
@@ -118,14 +117,6 @@ def _merged_name(sources: list[str]) -> str:
         tail += 1
     middle = [word for name in words for word in name[head : len(name) - tail]]
     return "_".join([*words[0][:head], *middle, *words[0][len(words[0]) - tail :]])
-
-
-def _new(name: str, names: set[str]) -> str:
-    """The name, with a number if there is one like it already."""
-    numbered = (name if n == 1 else f"{name}_{n}" for n in count(1))
-    found = next(candidate for candidate in numbered if candidate not in names)
-    names.add(found)
-    return found
 
 
 def _keep(function: relax.Function, kept: list[relax.Var], split: _Split) -> relax.Function:

@@ -14,7 +14,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.ops import LAYER_BOUNDARY
 
-from .base import Definitions, clean, counted_pass, substitute, used_vars
+from .base import Definitions, clean, counted_pass, new_name, substitute, used_vars
 
 FORWARD, LOGITS, LAYER = "forward", "logits", "layer"
 
@@ -106,9 +106,11 @@ def _free(segment: list[relax.VarBinding]) -> list[relax.Var]:
 def _function(
     bindings: list[relax.VarBinding], arguments: list[relax.Var], result: relax.Var, names: list[str] | None
 ) -> relax.Function:
-    """A function of `arguments` that runs `bindings` and returns `result`."""
+    """A function of `arguments` that runs `bindings` and returns `result`; no two parameters have one name."""
+    taken: set[str] = set()
     parameters = [
-        relax.Var(name, var.ty) for name, var in zip(names or [v.name for v in arguments], arguments, strict=True)
+        relax.Var(new_name(name, taken), var.ty)
+        for name, var in zip(names or [v.name for v in arguments], arguments, strict=True)
     ]
     out = relax.Var("result", result.ty)
     block = relax.DataflowBlock([*bindings, relax.VarBinding(out, result)])

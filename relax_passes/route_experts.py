@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 from typing import Any
 
 import tvm
@@ -17,13 +18,22 @@ from .base import Definitions, Rewrite, counted_pass, rewrite_functions
 
 @dataclass(frozen=True)
 class _Router:
-    """What a router computes: the logits it chooses by, how many experts; if scores add up to one, and their factor."""
+    """What a router computes: the logits it chooses by and what is added to scores before, and the factor at last."""
 
     logits: relax.Expr
-    top_k: int
-    normalise: bool
+    bias: relax.Expr | None
     scale: float
-    groups: dict[str, int]  # which of them it keeps first, if it does
+    attributes: dict[str, Any]  # of `route`
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What experts are chosen by: values of all of them, a bias, groups that are kept; and the choice."""
+
+    values: relax.Expr
+    bias: relax.Expr | None
+    groups: dict[str, int]
+    top: relax.Call
 
 
 @counted_pass("route_experts")
@@ -37,9 +47,11 @@ def route_experts(module: tvm.IRModule) -> tuple[tvm.IRModule, int]:
         experts, scores, order, ends = route(logits, top_k=k, normalise=True)
         h = expert_gate_up_silu(x, experts, order, ends, gate_up)
         y = sum over j of expert_linear(h, experts, order, ends, down)[:, j] * scores[:, j]
-    A model that does not divide by the sum has `normalise=False`; a constant that scores are multiplied by at last
-    stays an operator of its own; groups of experts that are kept (`limit_groups`) are options of `route`.  A router of
-    another kind, or one whose softmax is not float32, stays as it is.
+    A model that does not divide by the sum has `normalise=False`, and so on for the other options of `route`: sigmoid
+    for softmax, experts that are chosen by the sum of score and bias (their scores gathered then), groups of experts
+    that are kept (`limit_groups`), a divisor that is not too small.  The softmax of the k largest logits alone is
+    `normalise=True`.  A constant that scores are multiplied by at last stays an operator of its own.  A router of
+    another kind, or one whose scores are not float32, stays as it is.
     """
     return rewrite_functions(module, _find)
 
@@ -63,34 +75,85 @@ def _find(function: relax.Function) -> dict[relax.Var, Rewrite]:
 def _router(d: Definitions, experts: relax.Expr, scores: relax.Expr) -> _Router | None:
     """The router whose choice `experts` and `scores` are."""
     chosen = d.value(_uncast(d, experts))
+    choice = _choice(d, chosen.tuple_value) if isinstance(chosen, relax.TupleGetItem) and chosen.index == 1 else None
+    if choice is None:
+        return None
     values, scale = _unscaled(d, d.value(_uncast(d, scores)))
-    divided = d.call(values, "relax.divide")
-    if divided is not None:
-        total = d.call(divided.args[1], "relax.sum")
-        values = d.value(divided.args[0])
-        if total is None or not d.value(total.args[0]).same_as(values) or not _is_over_last(total):
+    attributes = {"top_k": int(choice.top.ty.fields[0].shape.values[-1]), **choice.groups}
+    kind = _kind(d, choice.values)
+    if kind is None:
+        largest = d.operand(values, "relax.nn.softmax") if _kind(d, values) == "relax.nn.softmax" else None
+        of_all = choice.bias is not None or choice.groups
+        if of_all or largest is None or not _is_chosen(d, d.value(_uncast(d, largest)), chosen, choice):
             return None
-    both = (chosen, values)
-    if not all(isinstance(part, relax.TupleGetItem) for part in both) or (chosen.index, values.index) != (1, 0):
+        return _Router(_uncast(d, choice.values), None, scale, attributes | {"normalise": True})
+    divisor = _divisor(d, values)
+    if divisor is not None:
+        values = d.value(d.operand(values, "relax.divide"))
+    if divisor == {} or not _is_chosen(d, values, chosen, choice):
         return None
-    top, same = (d.call(part.tuple_value, "relax.topk") for part in both)
-    if top is None or not top.same_as(same) or not top.attrs.largest or str(top.attrs.ret_type) != "both":
+    attributes |= divisor or {"normalise": False}
+    logits = _uncast(d, d.operand(choice.values, kind))
+    return _Router(logits, choice.bias, scale, attributes | {"sigmoid": int(kind == "relax.sigmoid")})
+
+
+def _choice(d: Definitions, chosen: relax.Expr) -> _Choice | None:
+    """The choice of the largest k in each row of [T, E] that `chosen` is."""
+    top = d.call(chosen, "relax.topk")
+    if top is None or not top.attrs.largest or str(top.attrs.ret_type) != "both":
         return None
-    limit = d.value(top.args[0])
-    groups = attributes_of(limit) if LIMIT_GROUPS.matches(limit) else {}
-    softmax = d.call(limit.args[0] if groups else limit, "relax.nn.softmax")
-    rank = len(top.ty.fields[0].shape.values)
-    if (
-        softmax is None
-        or str(softmax.ty.dtype) != "float32"
-        or rank != 2
-        or {int(top.attrs.axis) % 2, int(softmax.attrs.axis) % 2} != {1}
-    ):
+    seen, groups = top.args[0], {}
+    if LIMIT_GROUPS.matches(d.value(seen)):
+        groups, seen = attributes_of(d.value(seen)), d.value(seen).args[0]
+    shape = seen.ty.shape.values
+    if len(shape) != 2 or int(top.attrs.axis) % 2 != 1:
         return None
-    top_k, experts_in_all = (int(type_.shape.values[-1]) for type_ in (top.ty.fields[0], softmax.ty))
-    if groups and top_k > groups["kept"] * (experts_in_all // groups["groups"]):
-        return None  # some of those chosen have a score of zero, whichever they are
-    return _Router(_uncast(d, softmax.args[0]), top_k, divided is not None, scale, groups)
+    values, bias = d.call(seen, "relax.add").args if d.call(seen, "relax.add") is not None else (seen, None)
+    if bias is not None and (str(bias.ty.dtype) != "float32" or prod(map(int, bias.ty.shape.values)) != int(shape[1])):
+        return None
+    if groups:
+        enough = groups["kept"] * (int(shape[1]) // groups["groups"])
+        # Where the groups have fewer experts, the rest is anyone's; so it is where a zero may be more than a sum.
+        if int(top.ty.fields[0].shape.values[1]) > enough or (groups.pop("zeros", 0) and bias is not None):
+            return None
+    return _Choice(values, bias, groups, top)
+
+
+def _kind(d: Definitions, scores: relax.Expr) -> str | None:
+    """The operator that makes scores of logits, if it does so in float32: softmax over the last axis, or sigmoid."""
+    for kind in ("relax.nn.softmax", "relax.sigmoid"):
+        call = d.call(scores, kind)
+        if call is not None and str(call.ty.dtype) == "float32":
+            return kind if kind == "relax.sigmoid" or int(call.attrs.axis) % 2 == 1 else None
+    return None
+
+
+def _is_chosen(d: Definitions, values: relax.Expr, experts: relax.Expr, choice: _Choice) -> bool:
+    """Whether `values` are those of all, without the bias, at the experts that were chosen."""
+    if isinstance(values, relax.TupleGetItem):
+        return values.index == 0 and choice.bias is None and d.value(values.tuple_value).same_as(choice.top)
+    gathered = d.call(values, "relax.gather_elements")
+    if gathered is None or int(gathered.attrs.axis) % 2 != 1:
+        return False
+    source, index = d.value(gathered.args[0]), d.value(_uncast(d, gathered.args[1]))
+    return bool(source.same_as(d.value(choice.values)) and index.same_as(experts))
+
+
+def _divisor(d: Definitions, values: relax.Expr) -> dict[str, Any] | None:
+    """What scores are divided by, as options of `route`; {} if it is not about their sum, None if by nothing."""
+    divided = d.call(values, "relax.divide")
+    if divided is None:
+        return None
+    options: dict[str, Any] = {"normalise": True}
+    total = divided.args[1]
+    if (clipped := d.call(total, "relax.clip")) is not None:
+        options["least"], total = float(clipped.args[1].value), clipped.args[0]
+    epsilon = d.constant(d.operand(total, "relax.add", 1))
+    if epsilon is not None:
+        options["epsilon"], total = epsilon, d.operand(total, "relax.add")
+    summed = d.call(total, "relax.sum")
+    same = summed is not None and d.value(summed.args[0]).same_as(d.value(divided.args[0]))
+    return options if same and _is_over_last(summed) else {}
 
 
 def _unscaled(d: Definitions, scores: relax.Expr) -> tuple[relax.Expr, float]:
@@ -111,7 +174,8 @@ def _is_over_last(total: relax.Call) -> bool:
 
 
 def _routed(emit: Any, inputs: dict[str, relax.Expr], router: _Router) -> relax.Expr:
-    route = emit(ROUTE({"logits": router.logits}, top_k=router.top_k, normalise=router.normalise, **router.groups))
+    bias = None if router.bias is None else emit(relax.op.reshape(router.bias, [prod(router.bias.ty.shape.values)]))
+    route = emit(ROUTE({"logits": router.logits, "bias": bias}, **router.attributes))
     experts, scores, order, ends = (emit(relax.TupleGetItem(route, i)) for i in range(4))
     if router.scale != 1:
         scores = emit(relax.op.multiply(scores, relax.const(router.scale, "float32")))

@@ -23,6 +23,10 @@ class Layout(Protocol):
     def lossless(self) -> bool:
         """True if it takes fewer bytes and may not hold every weight: `pack` raises ValueError for one."""
 
+    @property
+    def unpack_flops(self) -> float:
+        """What a kernel could do instead of restoring one weight; 0 where the hardware does that beside its reads."""
+
     def shape(self, plain: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the packed tensor for a plain weight of shape `plain`."""
 
@@ -49,6 +53,7 @@ class Panels:
     pair: int
     gated: bool = False
     lossless: bool = False
+    unpack_flops: float = 0.0
 
     @property
     def name(self) -> str:

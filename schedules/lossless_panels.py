@@ -10,6 +10,9 @@ import torch
 from vllm_compile import lossless
 
 GROUP = 4  # words of K whose codes are stored together, in the place of three
+# The kernel's instructions for the words of a group, each of `lanes` int32 with two weights; one multiply-add is two
+# FLOPs of each of as many floats.
+UNPACK_INSTRUCTIONS = 23
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class LosslessPanels:
     lanes: int
     gated: bool = False
     lossless: bool = True
+    unpack_flops: float = 2 * UNPACK_INSTRUCTIONS / (2 * GROUP)
 
     @property
     def name(self) -> str:

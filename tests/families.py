@@ -56,10 +56,7 @@ DEEPSEEK = {
 }
 FAMILIES: dict[str, tuple[str, dict]] = {
     "Cohere": ("cohere", {"logit_scale": 0.25}),
-    "DeepSeek-V2": (
-        "deepseek_v2",
-        DEEPSEEK | {"q_lora_rank": 24, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
-    ),
+    "DeepSeek-V3": ("deepseek_v3", DEEPSEEK | {"q_lora_rank": 24, "n_group": 4, "topk_group": 2}),
     "DeepSeek-V2-Lite": ("deepseek_v2", DEEPSEEK | {"q_lora_rank": None, "topk_method": "greedy"}),
     "Falcon": ("falcon", {"multi_query": True, "parallel_attn": True, "bias": False, "alibi": False}),
     "Falcon 2": (
@@ -133,7 +130,7 @@ LONG_PROMPTS = (97, 150)  # longer than the tests' longrope is trained for
 
 
 def random_model(family: str, **changes) -> PreTrainedModel:
-    """Its weights are so large that all of it shows; norm weights and biases are random too."""
+    """Its weights are so large that all of it shows; norm weights and biases, of routers too, are random as well."""
     kind, options = FAMILIES[family]
     config = AutoConfig.for_model(kind, **SIZES | options | changes)
     for name in ("initializer_range", "init_std"):
@@ -141,9 +138,9 @@ def random_model(family: str, **changes) -> PreTrainedModel:
             setattr(config, name, 0.15)
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    for tensor in model.state_dict().values():
+        if tensor.ndim == 1:
+            tensor.add_(torch.randn_like(tensor) * 0.2)
     return model
 
 

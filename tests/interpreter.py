@@ -56,6 +56,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "relax.nn.silu": lambda call, x: torch.nn.functional.silu(x),
     "relax.nn.softmax": lambda call, x: x.softmax(int(call.attrs.axis)),
     "relax.topk": lambda call, x: tuple(x.topk(int(call.attrs.k), int(call.attrs.axis))),
+    "relax.gather_elements": lambda call, x, index: x.gather(int(call.attrs.axis), index),
+    "relax.clip": lambda call, x, least, most: x.clamp(least, most),
     "relax.sum": lambda call, x: x.sum(_axes(call.attrs.axis), keepdim=bool(call.attrs.keepdims)),
     "relax.mean": lambda call, x: x.mean(_axes(call.attrs.axis), keepdim=bool(call.attrs.keepdims)),
     "relax.astype": lambda call, x: x.to(getattr(torch, str(call.attrs.dtype))),
@@ -109,6 +111,8 @@ class _Frame:
             return torch.from_numpy(expr.value.numpy().astype("float64")).to(dtype)
         if isinstance(expr, tirx.IntImm):
             return int(expr)
+        if isinstance(expr, tirx.FloatImm):
+            return float(expr.value)
         return self._values[expr]
 
     def _call(self, call: relax.Call) -> Any:

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import models
-from vllm_compile import lossless
+from tests.schedules.expressions import rotation, spec_of
+from tests.schedules.harness import op_spec
+from vllm_compile import lossless, ops
 from vllm_compile.cache import Cache
 from vllm_compile.driver import CompileOptions, CompileResult, compile_model
 from vllm_compile.errors import ArtifactError, TargetError
@@ -22,6 +24,9 @@ from vllm_compile.runtime import gpu
 from vllm_compile.runtime.manifest import check_target, read_manifest
 from vllm_compile.runtime.plan import KernelStep, Large, VendorCall, from_json
 from vllm_compile.runtime.program import load, read_weights
+from vllm_compile.schedules.cuda.build import build_library
+from vllm_compile.schedules.select import choose
+from vllm_compile.targets import cuda
 
 from .conftest import SEED
 
@@ -97,6 +102,18 @@ def test_same_kernels_each_time(model, packed, tmp_path):
     assert [result.built for result in results] == [len(packed.kernels), 0]
     for name in ("kernels.so", "plan.json"):
         assert len({(result.artifact / name).read_bytes() for result in [packed, *results]}) == 1, name
+
+
+def test_kernels_of_other_families(tmp_path):
+    """Norms, a rotation of heads and the write of the cache, through nvcc; nothing spills."""
+    target, generator = cuda.for_chip(), torch.Generator().manual_seed(SEED)
+    specs = [spec_of(rotation("bfloat16", interleaved, 4, 64)) for interleaved in (False, True)]
+    for op in (ops.LAYER_NORM, ops.KV_CACHE_WRITE):
+        specs.append(op_spec(op, *op.sample(generator, torch.bfloat16, 5, 64)))
+    kernels = {f"kernel_{i}": choose(spec, target).family.build(spec, {}, target) for i, spec in enumerate(specs)}
+    resources = build_library(kernels, target, tmp_path / "kernels.so")
+    assert resources.keys() == kernels.keys()
+    assert not any(used.spilled_bytes for used in resources.values())
 
 
 def test_plain_weights(model, tmp_path):

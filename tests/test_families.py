@@ -28,8 +28,11 @@ from vllm_compile.driver import CompileOptions, compile_model
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.frontend.hf import read_config, trace
 from vllm_compile.frontend.importer import import_model
+from vllm_compile.lowering import lower
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.relax_passes.pipeline import run_passes
+from vllm_compile.schedules.select import choose
+from vllm_compile.targets import cuda
 from vllm_compile.verify import verify
 
 pytestmark = pytest.mark.slow
@@ -105,7 +108,7 @@ def logits_error(artifact: Path, model: PreTrainedModel) -> float:
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("DeepSeek-V2", {"topk_group": 3}),
+        ("DeepSeek-V3", {"topk_group": 3}),
         ("DeepSeek-V2-Lite", {"routed_scaling_factor": 1.6}),
         ("Mistral", {"sliding_window": WINDOW + 1}),
         ("Gemma 2", {"attn_logit_softcapping": 5.0}),
@@ -138,7 +141,7 @@ def test_layers_of_two_kinds_are_two_functions():
     ("family", "changes", "what"),
     [
         ("Mistral", {}, "window=24"),
-        ("GPT-2", {}, "layer_norm"),
+        ("Gemma 2", {"head_dim": 128}, "soft_cap=50.0"),
         ("Mixtral", {"head_dim": 128, "num_local_experts": 16}, "route"),
     ],
 )
@@ -148,3 +151,19 @@ def test_cuda_refuses_what_it_cannot_serve(family, changes, what, tmp_path):
     with pytest.raises(UnsupportedError, match=f"decoder layer 0.*: target cuda has no kernel for .*{what}"):
         compile_model(tmp_path / "model", "cuda", tmp_path / "artifact", CompileOptions())
     assert not (tmp_path / "artifact").exists()
+
+
+WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "vocab_size": 160}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("Cohere", {}), ("GPT-2", {"n_embd": 128, "n_inner": 192}), ("Qwen 3", {})]
+)
+def test_cuda_has_kernels(family, changes):
+    """For every operator that Llama has not."""
+    model = random_model(family, **WIDE | changes)
+    imported = import_model(trace(model.config, torch.bfloat16), 96)
+    module, _ = run_passes(imported.module)
+    target = cuda.for_chip()
+    chosen = lower(module, lambda spec: choose(spec, target)).kernels
+    assert "elementwise" in {spec.op for spec in chosen}

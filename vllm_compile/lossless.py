@@ -140,6 +140,7 @@ class Lossless:
 
     name: str = "lossless12"
     lossless: bool = True
+    unpack_flops: float = 0.0  # seen so: benchmarks/baseline.md
 
     def dtype(self, plain: str) -> str:
         return "uint8"

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .frontend.checkpoint import Checkpoint, DummyCheckpoint
-from .frontend.hf import decoder_layers, materialise_buffers, parameter_aliases
+from .frontend.hf import adopt_buffers, decoder_layers, materialise_buffers, parameter_aliases
 from .heap import trim
 
 META = torch.device("meta")
@@ -31,11 +31,12 @@ class Reference:
     ) -> None:
         with META:
             self._model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
+        adopt_buffers(self._model)
         materialise_buffers(self._model)
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-        self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
+        self._checkpoint, self._device = checkpoint, device
         self._aliases = parameter_aliases(self._model)
         self._layer_inputs: list[torch.Tensor] = []
         self._final: list[torch.Tensor] = []
@@ -56,7 +57,9 @@ class Reference:
     def model(config: Any) -> PreTrainedModel:
         """The model on meta tensors, for the names and shapes of its parameters."""
         with META:
-            return AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)
+        adopt_buffers(model)
+        return model
 
     @staticmethod
     def shapes(config: Any) -> dict[str, tuple[int, ...]]:
@@ -81,7 +84,7 @@ class Reference:
         def load(*_: Any) -> None:
             for name, candidates in places:
                 stored = next(n for n in candidates if n in self._checkpoint)
-                _assign(module, name, self._checkpoint.read(stored).to(self._device, self._dtype))
+                _assign(module, name, self._checkpoint.read(stored).to(self._device, _get(module, name).dtype))
 
         def drop(*_: Any) -> None:
             for name, _ in places:

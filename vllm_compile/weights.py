@@ -39,6 +39,7 @@ OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "relax.multiply": lambda call, a, b: a * b,
     "relax.astype": lambda call, tensor: tensor.to(getattr(torch, str(call.attrs.dtype))),
     "relax.reshape": lambda call, tensor, shape: tensor.reshape(shape),
+    "relax.squeeze": lambda call, tensor: tensor.reshape([int(dim) for dim in call.ty.shape.values]),
     "vllm_compile.embedding": lambda call, ids, table: table[ids],
 }
 
@@ -105,7 +106,8 @@ class WeightProgram:
             return [self._value(field) for field in value.fields]
         if isinstance(value, relax.Call) and value.op.name in OPERATORS:
             return OPERATORS[value.op.name](value, *(self._value(arg) for arg in value.args))
-        raise UnsupportedError(f"operator {getattr(value, 'op', value)} on weights is not supported")
+        operator = value.op.name if isinstance(value, relax.Call) else type(value).__name__
+        raise UnsupportedError(f"operator {operator} ({expr.ty}) on weights is not supported")
 
 
 def write_shards(

@@ -24,7 +24,7 @@ from vllm_compile.targets import Target
 
 from ..arguments import bind_arguments
 from ..family import Config, KernelFamily, Variant
-from .evaluator import Evaluator, cuts
+from .evaluator import VectorEvaluator, cuts
 
 # 16 K values take some 3 microseconds, waking OpenMP's threads 2 to 5: from here two cores gain.
 PARALLEL_VALUES = 1 << 14
@@ -74,7 +74,7 @@ def elementwise(spec: OpSpec, target: Target, parallel: bool) -> tirx.PrimFunc:
                 def index(lane: tirx.Expr) -> list[tirx.Expr]:
                     return [*where, first + lane][: len(out.shape)]
 
-                values = Evaluator(expression, bits, analyzer, count)
+                values = VectorEvaluator(expression, bits, analyzer, count)
                 lead = [T.int64(0)] * (len(expression[result].shape) - len(out.shape))
                 registers = values.value(result, lambda lane: [*lead, *index(lane)])
                 values.store(buffers["out"], index, lambda lane: T.Cast(out.dtype, registers[lane]))

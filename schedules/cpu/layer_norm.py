@@ -23,7 +23,7 @@ from .norm import PARALLEL_ROWS, pairwise_sum
 
 
 def layer_norm(spec: OpSpec, lanes: int, parallel: bool) -> tirx.PrimFunc:
-    """x [T, ..., D], weight [D], maybe bias [D] -> [T, ..., D]."""
+    """x [T, ..., D], maybe weight [D], maybe bias [D] -> [T, ..., D]."""
     x_spec, width = spec.input("x"), spec.input("x").size(-1)
     rows_per_token = math.prod(x_spec.sizes()[1:-1])
     chunk = math.gcd(width, 4 * lanes)
@@ -55,7 +55,9 @@ def layer_norm(spec: OpSpec, lanes: int, parallel: bool) -> tirx.PrimFunc:
             inverse = T.Bind(T.float32(1) / T.sqrt(variance + T.float32(spec.attribute("eps"))))
 
             def store(column, _):
-                value = (load(column) - mean) * inverse * T.Cast("float32", tensors["weight"][column])
+                value = (load(column) - mean) * inverse
+                if "weight" in tensors:
+                    value = value * T.Cast("float32", tensors["weight"][column])
                 if "bias" in tensors:
                     value = value + T.Cast("float32", tensors["bias"][column])
                 T.buffer_store(out, T.Cast(x_spec.dtype, value), [row * width + column])

@@ -1,4 +1,4 @@
-"""The router of a mixture of experts: softmax and the largest k of each token, then a counting sort by expert.
+"""The router of a mixture of experts: scores and the best k of each token, then a counting sort by expert.
 
 Bytes: T * E * size of logits, T * k * 16 of results; T * E exponentials and T * E * k comparisons.  For 2,048 tokens,
 128 experts and k = 8 some 2 million comparisons, a thousandth of the experts' own work.
@@ -26,25 +26,48 @@ PARALLEL_TOKENS = 16
 RESULTS = ("experts", "scores", "order", "ends")
 
 
-def route(
-    num_experts: int, top_k: int, normalise: bool, groups: int, kept: int, dtype: str, parallel: bool
-) -> tirx.PrimFunc:
-    """logits [T, E] -> experts, scores, order, ends [T, k]; of the `kept` best of `groups` groups, if that is not 0."""
+@dataclass(frozen=True)
+class _Router:
+    """What a call of `route` asks for; see the operator."""
+
+    experts: int
+    top_k: int
+    normalise: bool
+    biased: bool
+    sigmoid: bool
+    groups: int
+    kept: int
+    best: int
+    epsilon: float
+    least: float
+
+
+def route(router: _Router, dtype: str, parallel: bool) -> tirx.PrimFunc:
+    """logits [T, E], bias [E] if there is one -> experts, scores, order, ends [T, k]."""
+    E, top_k = router.experts, router.top_k
+    names = ("logits", *(["bias"] if router.biased else []), *RESULTS)
     with IRBuilder() as builder, build.prim_func(s_tir=True):
         T.func_name("kernel")
-        handles = [T.arg(name, T.handle()) for name in ("logits", *RESULTS)]
+        handles = {name: T.arg(name, T.handle()) for name in names}
         tokens = T.int64()
-        logits = T.match_buffer(handles[0], (tokens, num_experts), dtype, align=DTYPE_BYTES[dtype])
+        logits = T.match_buffer(handles["logits"], (tokens, E), dtype, align=DTYPE_BYTES[dtype])
+        bias = T.match_buffer(handles["bias"], (E,), "float32", align=4) if router.biased else None
         experts, scores, order, ends = (
-            T.match_buffer(handle, (tokens, top_k), "float32" if name == "scores" else "int32", align=4)
-            for handle, name in zip(handles[1:], RESULTS, strict=True)
+            T.match_buffer(handles[name], (tokens, top_k), "float32" if name == "scores" else "int32", align=4)
+            for name in RESULTS
         )
         with (T.parallel if parallel else T.serial)(0, tokens) as t:
-            row = _row(logits, t, num_experts)
-            left = _left(row, num_experts, groups, kept)
-            _choose(row, left, experts, scores, t, num_experts, top_k, normalise)
+            row = _row(logits, t, E)
+            all_scores = _sigmoid(row, E) if router.sigmoid else _softmax(row, E)
+            seen = all_scores if router.sigmoid else row
+            if bias is not None:
+                seen = _sum(all_scores, bias, E)
+            left = _left(seen, router)
+            for j in range(top_k):
+                T.buffer_store(experts, _take_largest(seen, left, E), [t, j])
+            _score(all_scores, experts, scores, t, router)
         slots = T.Bind(tokens * top_k)
-        _sort(_flat(experts, slots), _flat(order, slots), _flat(ends, slots), slots, num_experts)
+        _sort(_flat(experts, slots), _flat(order, slots), _flat(ends, slots), slots, E)
     return builder.get()
 
 
@@ -60,69 +83,88 @@ def _row(logits: tirx.Buffer, t: tirx.Var, E: int) -> tirx.Buffer:
     return row
 
 
-def _left(row: tirx.Buffer, E: int, groups: int, kept: int) -> tirx.Buffer:
+def _softmax(row: tirx.Buffer, E: int) -> tirx.Buffer:
+    """All of them NaN where one of the logits is."""
+    scores, of_all = scratch(E, "float32"), scratch(2, "float32")  # the largest, and the sum
+    T.buffer_store(of_all, row[0], [0])
+    T.buffer_store(of_all, T.float32(0), [1])
+    with T.serial(1, T.int64(E)) as e:
+        T.buffer_store(of_all, T.max(of_all[0], row[e]), [0])
+    with T.serial(0, T.int64(E)) as e:
+        T.buffer_store(scores, exp(row[e] - of_all[0]), [e])
+        T.buffer_store(of_all, of_all[1] + scores[e], [1])
+    with T.serial(0, T.int64(E)) as e:
+        T.buffer_store(scores, scores[e] / of_all[1], [e])
+    return scores
+
+
+def _sigmoid(row: tirx.Buffer, E: int) -> tirx.Buffer:
+    scores = scratch(E, "float32")
+    with T.serial(0, T.int64(E)) as e:
+        T.buffer_store(scores, T.float32(1) / (T.float32(1) + exp(T.float32(0) - row[e])), [e])
+    return scores
+
+
+def _sum(scores: tirx.Buffer, bias: tirx.Buffer, E: int) -> tirx.Buffer:
+    seen = scratch(E, "float32")
+    with T.serial(0, T.int64(E)) as e:
+        T.buffer_store(seen, scores[e] + bias[e], [e])
+    return seen
+
+
+def _left(seen: tirx.Buffer, router: _Router) -> tirx.Buffer:
     """1 for each expert that can be chosen: all, or those of the groups that are kept."""
+    E, groups = router.experts, router.groups
     left = scratch(E, "int32")
+    with T.serial(0, T.int64(E)) as e:
+        T.buffer_store(left, T.int32(1), [e])
     if not groups:
-        with T.serial(0, T.int64(E)) as e:
-            T.buffer_store(left, T.int32(1), [e])
         return left
-    size = T.int64(E // groups)
-    best, out = scratch(groups, "float32"), scratch(groups, "int32")  # of each group; 1: not kept
+    size = E // groups
+    good, out = scratch(groups, "float32"), scratch(groups, "int32")  # of each group; 1: not kept
     with T.serial(0, T.int64(groups)) as g:
         T.buffer_store(out, T.int32(1), [g])
-        T.buffer_store(best, row[g * size], [g])
-        with T.serial(1, size) as e:
-            T.buffer_store(best, T.max(best[g], row[g * size + e]), [g])
-    for _ in range(kept):
-        _take_largest(best, out, groups)
+        T.buffer_store(good, T.float32(0), [g])
+        for _ in range(router.best):
+            taken = _take_largest(seen, left, size, g * size)
+            T.buffer_store(good, good[g] + seen[T.Cast("int64", taken)], [g])
+    for _ in range(router.kept):
+        _take_largest(good, out, groups)
     with T.serial(0, T.int64(E)) as e:
-        T.buffer_store(left, 1 - out[T.truncdiv(e, size)], [e])
+        T.buffer_store(left, 1 - out[T.truncdiv(e, T.int64(size))], [e])
     return left
 
 
-def _take_largest(values: tirx.Buffer, left: tirx.Buffer, count: int) -> tirx.Expr:
-    """The first of the largest values that are `left`, which it no longer is.  With a NaN it still is one of them."""
+def _take_largest(values: tirx.Buffer, left: tirx.Buffer, count: int, first: tirx.Expr | int = 0) -> tirx.Expr:
+    """The first of the largest of `count` values that are `left`, which it no longer is.
+
+    With a NaN it still is one of them.
+    """
     best = scratch(1, "int32")
     T.buffer_store(best, T.int32(-1), [0])
     with T.serial(0, T.int64(count)) as i:
-        larger = T.Or(best[0] < 0, values[i] > values[T.Cast("int64", T.max(best[0], T.int32(0)))])
-        with build.If(T.And(left[i] == 1, larger)), build.Then():
-            T.buffer_store(best, T.Cast("int32", i), [0])
+        at = i + first
+        larger = T.Or(best[0] < 0, values[at] > values[T.Cast("int64", T.max(best[0], T.int32(0)))])
+        with build.If(T.And(left[at] == 1, larger)), build.Then():
+            T.buffer_store(best, T.Cast("int32", at), [0])
     T.buffer_store(left, T.int32(0), [T.Cast("int64", best[0])])
     return best[0]
 
 
-def _choose(
-    row: tirx.Buffer,
-    left: tirx.Buffer,
-    experts: tirx.Buffer,
-    scores: tirx.Buffer,
-    t: tirx.Var,
-    E: int,
-    top_k: int,
-    normalise: bool,
-) -> None:
-    """The experts of one token, and their scores, which are NaN where one of its logits is."""
-    total = scratch(2, "float32")
-    for j in range(top_k):
-        T.buffer_store(experts, _take_largest(row, left, E), [t, j])
-    # The softmax, at the experts that were chosen, the first of which has the largest logit.
-    largest = row[T.Cast("int64", experts[t, 0])]
-
-    def exponential(e: tirx.Expr) -> tirx.Expr:
-        return exp(row[e] - largest)
-
+def _score(all_scores: tirx.Buffer, experts: tirx.Buffer, scores: tirx.Buffer, t: tirx.Var, router: _Router) -> None:
+    """The scores of the experts of one token."""
+    total = scratch(1, "float32")
     T.buffer_store(total, T.float32(0), [0])
-    with T.serial(0, T.int64(E)) as e:
-        T.buffer_store(total, total[0] + exponential(e), [0])
-    T.buffer_store(total, T.float32(0), [1])
-    for j in range(top_k):
-        T.buffer_store(scores, exponential(T.Cast("int64", experts[t, j])) / total[0], [t, j])
-        T.buffer_store(total, total[1] + scores[t, j], [1])
-    if normalise:
-        for j in range(top_k):
-            T.buffer_store(scores, scores[t, j] / total[1], [t, j])
+    for j in range(router.top_k):
+        T.buffer_store(scores, all_scores[T.Cast("int64", experts[t, j])], [t, j])
+        T.buffer_store(total, total[0] + scores[t, j], [0])
+    if router.normalise:
+        if router.epsilon:
+            T.buffer_store(total, total[0] + T.float32(router.epsilon), [0])
+        if router.least:
+            T.buffer_store(total, T.Select(total[0] < T.float32(router.least), T.float32(router.least), total[0]), [0])
+        for j in range(router.top_k):
+            T.buffer_store(scores, scores[t, j] / total[0], [t, j])
 
 
 def _sort(experts: tirx.Buffer, order: tirx.Buffer, ends: tirx.Buffer, slots: tirx.Expr, E: int) -> None:
@@ -145,14 +187,14 @@ def _sort(experts: tirx.Buffer, order: tirx.Buffer, ends: tirx.Buffer, slots: ti
 
 @dataclass(frozen=True)
 class Route(KernelFamily):
-    """`route` for any number of experts and of equal groups of them, logits float32 or bfloat16."""
+    """`route` for any number of experts and of equal groups of them; logits float32 or bfloat16, a bias float32."""
 
     name: str = "cpu.route"
     op: str = "route"
 
     @property
     def options(self) -> frozenset[str]:
-        return frozenset({"groups", "kept"})
+        return frozenset({"sigmoid", "groups", "kept", "best", "epsilon", "least"})
 
     def serves(self, spec: OpSpec, target: Target) -> bool:
         logits = spec.input("logits")
@@ -163,6 +205,16 @@ class Route(KernelFamily):
 
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
         logits = spec.input("logits")
-        top_k, normalise = spec.attribute("top_k"), bool(spec.attribute("normalise"))
-        groups, kept = spec.option("groups"), spec.option("kept")
-        return route(logits.size(1), top_k, normalise, groups, kept, logits.dtype, config["parallel"])
+        router = _Router(
+            experts=logits.size(1),
+            top_k=spec.attribute("top_k"),
+            normalise=bool(spec.attribute("normalise")),
+            biased=spec.has_input("bias"),
+            sigmoid=bool(spec.option("sigmoid")),
+            groups=spec.option("groups"),
+            kept=spec.option("kept"),
+            best=spec.option("best") or 1,
+            epsilon=spec.option("epsilon"),
+            least=spec.option("least"),
+        )
+        return route(router, logits.dtype, config["parallel"])

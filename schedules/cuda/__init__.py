@@ -3,9 +3,11 @@
 from ..family import KernelFamily
 from .attention import PagedAttention
 from .elementwise import Embedding, SiluMul
+from .expression import Elementwise
 from .gate_up import GateUpSilu
+from .kv_cache_write import KVCacheWrite
 from .linear import Linear
-from .norm import RMSNorm
+from .norm import LayerNorm, RMSNorm
 from .rope_attention import QKVRopeAttention
 from .rope_cache import QKVRopeCache
 
@@ -16,9 +18,12 @@ FAMILIES: tuple[KernelFamily, ...] = (
     GateUpSilu(packed=False),
     RMSNorm(),
     RMSNorm(add=True),
+    LayerNorm(),
     Embedding(),
     SiluMul(),
+    Elementwise(),
     QKVRopeAttention(),
     QKVRopeCache(),
+    KVCacheWrite(),
     PagedAttention(),
 )

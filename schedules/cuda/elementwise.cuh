@@ -6,12 +6,10 @@
 
 namespace vllm_compile {
 
-// y [tokens, WIDTH] = rows `ids` of table [rows, WIDTH]; block t does row t.
-template <int WIDTH, int THREADS, typename Id>
+// y [tokens, 16 * VECTORS bytes] = rows `ids` of table; block t does row t.
+template <int VECTORS, int THREADS, typename Id>
 __device__ __forceinline__ void embedding(const Id* __restrict__ ids, const void* __restrict__ table,
                                           void* __restrict__ y) {
-  constexpr int VECTORS = WIDTH / VECTOR;
-  static_assert(WIDTH % VECTOR == 0, "rows are copied 16 bytes at a time");
   launch_dependents();
   wait_for_kernels_before();
   const size_t from = (size_t)ids[blockIdx.x] * VECTORS, to = (size_t)blockIdx.x * VECTORS;

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from vllm_compile.spec import OpSpec, Sym
+from vllm_compile.spec import DTYPE_BYTES, OpSpec, Sym, TensorSpec
 from vllm_compile.targets.cuda import CudaTarget
 
 from ..family import Config, KernelFamily
-from .launch import Launch, kernel
+from .launch import VECTOR_BYTES, Launch, kernel
 from .norm import VECTOR, threads_for
 
 IDS = {"int32": "int32_t", "int64": "int64_t"}
@@ -23,25 +23,29 @@ GATE_THREADS = 256
 
 @dataclass(frozen=True)
 class Embedding(KernelFamily):
-    """`embedding` of bf16 rows whose width is a multiple of 8."""
+    """`embedding` of rows of 16 * n bytes, bf16 or float32."""
 
     name: str = "cuda.embedding"
     op: str = "embedding"
 
     def serves(self, spec: OpSpec, target: CudaTarget) -> bool:
         table = spec.input("table")
-        return table.dtype == "bfloat16" and table.size(1) % VECTOR == 0
+        return table.dtype in ("bfloat16", "float32") and _row_bytes(table) % VECTOR_BYTES == 0
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
-        width = spec.input("table").size(1)
-        threads = threads_for(width)
+        vectors = _row_bytes(spec.input("table")) // VECTOR_BYTES
+        threads = threads_for(vectors * VECTOR)
         return kernel(
             spec,
             "elementwise.cuh",
-            f"embedding<{width}, {threads}, {IDS[spec.input('ids').dtype]}>",
+            f"embedding<{vectors}, {threads}, {IDS[spec.input('ids').dtype]}>",
             lambda call: Launch([call.dims[Sym.TOKENS]], threads),
             lambda call: [call.data("ids"), call.data("table"), call.data("out")],
         )
+
+
+def _row_bytes(table: TensorSpec) -> int:
+    return table.size(1) * DTYPE_BYTES[table.dtype]
 
 
 @dataclass(frozen=True)

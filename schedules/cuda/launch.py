@@ -64,6 +64,7 @@ def kernel(
     launch: Callable[[Call], Launch],
     arguments: Callable[[Call], Sequence[Any]],
     stored: Mapping[str, TensorSpec] | None = None,
+    source: str = "",
 ) -> tirx.PrimFunc:
     """The kernel `kernel(*inputs, *outputs)` of `spec`.
 
@@ -73,6 +74,7 @@ def kernel(
         launch: the grid, given the arguments.
         arguments: what to call it with; the shared memory's address follows if there is any.
         stored: weights that are stored otherwise than `spec` says.
+        source: the device function itself where it is generated, in terms of what `header` defines.
     """
     with IRBuilder() as builder, build.prim_func(s_tir=True):
         T.func_name("kernel")
@@ -109,8 +111,8 @@ def kernel(
             values = list(arguments(call))
             if how.shared_bytes:
                 values.append(T.alloc_buffer((how.shared_bytes,), "uint8", scope="shared.dyn").data)
-            source = f'#include "{header}"\n'
-            T.evaluate(T.cuda.func_call(f"vllm_compile::{function}", *values, source_code=source, return_type="void"))
+            code = f'#include "{header}"\n{source}'
+            T.evaluate(T.cuda.func_call(f"vllm_compile::{function}", *values, source_code=code, return_type="void"))
     return builder.get()
 
 

@@ -1,7 +1,7 @@
 // RMSNorm of one row by one thread block, with or without a residual add before it.
 //
 // Roundings are those of Hugging Face: the sum (if any) and the normalised value are rounded to bf16, then scaled and
-// rounded again.  A row stays in registers between its two passes.
+// rounded again; a float weight scales what is not rounded before.  A row stays in registers between its two passes.
 #ifndef VLLM_COMPILE_NORM
 #define VLLM_COMPILE_NORM
 
@@ -9,21 +9,8 @@
 
 namespace vllm_compile {
 
-// The sum of `value` over the thread block, in each of its threads; `shared` holds 32 floats.
-template <int THREADS>
-__device__ __forceinline__ float block_sum(float value, float* shared) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffff, value, step);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
-  __syncthreads();
-  float total = 0.f;
-#pragma unroll
-  for (int warp = 0; warp < THREADS / 32; warp++) total += shared[warp];
-  return total;
-}
-
-// x, residual, total, y [tokens, WIDTH], weight [WIDTH]; block t does row t.  ADD: total = residual + x is normalised.
-template <int WIDTH, int THREADS, bool ADD>
+// x, residual, total, y [rows, WIDTH], weight [WIDTH]; block r does row r.  ADD: total = residual + x is normalised.
+template <int WIDTH, int THREADS, bool ADD, typename Weight>
 __device__ __forceinline__ void rms_norm(const void* __restrict__ x, const void* __restrict__ residual,
                                          const void* __restrict__ weight, void* __restrict__ total,
                                          void* __restrict__ y, float epsilon, void* shared) {
@@ -31,11 +18,11 @@ __device__ __forceinline__ void rms_norm(const void* __restrict__ x, const void*
   static_assert(WIDTH % VECTOR == 0, "rows are read 16 bytes at a time");
   const size_t row = (size_t)blockIdx.x * VECTORS;
   launch_dependents();
-  uint4 scale[OWN];
+  Packed<Weight> scale[OWN];
 #pragma unroll
   for (int own = 0; own < OWN; own++) {
     const int i = own * THREADS + threadIdx.x;
-    if (i < VECTORS) scale[own] = load_vector(weight, i);
+    if (i < VECTORS) scale[own] = load_packed<Weight>(weight, i);
   }
   wait_for_kernels_before();
   float values[OWN][VECTOR];
@@ -62,9 +49,12 @@ __device__ __forceinline__ void rms_norm(const void* __restrict__ x, const void*
     const int i = own * THREADS + threadIdx.x;
     if (i < VECTORS) {
       float by[VECTOR];
-      unpack_vector(by, scale[own]);
+      unpack(by, scale[own]);
 #pragma unroll
-      for (int j = 0; j < VECTOR; j++) by[j] *= rounded(values[own][j] * factor);
+      for (int j = 0; j < VECTOR; j++) {
+        const float normed = values[own][j] * factor;
+        by[j] *= sizeof(Weight) == sizeof(float) ? normed : rounded(normed);
+      }
       store_vector(y, row + i, pack_vector(by));
     }
   }

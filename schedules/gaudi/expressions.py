@@ -82,7 +82,7 @@ def rms_norm(spec: OpSpec) -> Fused:
 def layer_norm(spec: OpSpec) -> Fused:
     """x [T, D] -> [T, D], all of it in float32."""
     b = _Builder()
-    dtype, width = spec.input("x").dtype, spec.input("weight").size(0)
+    dtype, width = spec.input("x").dtype, spec.input("x").size(-1)
     wide = b.cast(b.input("x", (T, width), dtype), "float32")
     centred = b.apply("subtract", wide, b.mean(wide))
     variance = b.mean(b.apply("square", centred))
@@ -91,7 +91,9 @@ def layer_norm(spec: OpSpec) -> Fused:
     def vector(name: str) -> int:
         return b.cast(b.input(name, (width,), spec.input(name).dtype), "float32")
 
-    result = b.apply("multiply", b.apply("multiply", centred, scale), vector("weight"))
+    result = b.apply("multiply", centred, scale)
+    if spec.has_input("weight"):
+        result = b.apply("multiply", result, vector("weight"))
     if spec.has_input("bias"):
         result = b.apply("add", result, vector("bias"))
     result = b.cast(result, dtype)

@@ -1,4 +1,4 @@
-"""`python -m tests.analysis.cpu_steps CONFIG ARTIFACT`: steps as predicted and as they were measured, on one thread.
+"""`python -m tests.analysis.cpu_steps CONFIG ARTIFACT lossless|none`: steps, predicted and measured, on one thread.
 
 Probe and steps take turns, in CPU time, and the fastest of each counts: others may be at work on the machine.
 Prints {"decode 1": [predicted, measured], "decode 8": ..., "prefill 1": ...} in milliseconds.
@@ -41,7 +41,7 @@ def better(a: Chip, b: Chip) -> Chip:
     )
 
 
-def main(config: Path, artifact: Path) -> None:
+def main(config: Path, artifact: Path, pack: str) -> None:
     target = resolve("cpu")
     program = load(artifact, weights=False)
     program.load_dummy_weights()
@@ -66,10 +66,10 @@ def main(config: Path, artifact: Path) -> None:
                 hidden = program.forward(ids[:tokens], kv=requests[count].kv, **step)
                 program.logits(hidden[-count:])
                 measured[what] = min(measured[what], time.process_time() - began)
-    steps = analyze(config, "cpu", [1, BATCH], [CONTEXT], chip, pack="none").steps
+    steps = analyze(config, "cpu", [1, BATCH], [CONTEXT], chip, pack=pack).steps
     predicted = {f"{step.phase} {step.batch}": step.predicted_ms for step in steps}
     print(json.dumps({what: [predicted[what], seconds * 1e3] for what, seconds in measured.items()}))
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

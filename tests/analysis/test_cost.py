@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,14 +15,17 @@ from tests.analysis.conftest import SIZES
 from vllm_compile.analysis import cost
 from vllm_compile.analysis.cost import COSTS, Cost, Workload, step_cost
 from vllm_compile.analysis.graph import Call, calls
-from vllm_compile.analysis.kernels import Chooser, library
+from vllm_compile.analysis.kernels import Chooser, Kernel, library
+from vllm_compile.analysis.roofline import predict
 from vllm_compile.driver import fuse_model
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.lossless import Lossless
 from vllm_compile.ops.paged_attention import unseen
 from vllm_compile.relax_passes.pipeline import run_passes
+from vllm_compile.schedules.lossless_panels import LosslessPanels
 from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets import resolve
+from vllm_compile.targets.cuda import H200
 
 TOKENS = 24
 
@@ -96,6 +101,12 @@ def test_weights_count_as_they_are_stored():
     assert plain == Cost(2 * 64 * 128, 0, 2 * 64 * 128, 0, 2 * (64 + 128))
     assert packed.weight_bytes == Lossless().shape((64, 128))[0] < plain.weight_bytes
     assert (packed.matrix_flops, packed.activation_bytes) == (plain.matrix_flops, plain.activation_bytes)
+    assert (plain.unpack_flops, packed.unpack_flops) == (0, 0)
+    on_cpu = step_cost(call, Workload(1, 1, 0), {"weight": LosslessPanels(16)})
+    assert on_cpu.unpack_flops == 64 * 128 * 23 / 4
+    for vector, seconds in ((1e12, on_cpu.bytes / 1e9), (1e9, on_cpu.unpack_flops / 1e9)):
+        chip = replace(H200, sustained_bandwidth=1e9, vector=vector)
+        assert predict(Kernel(on_cpu), "bfloat16", chip).memory == pytest.approx(seconds)
 
 
 def test_experts_that_nobody_chose_are_not_read():

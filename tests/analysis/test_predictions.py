@@ -66,7 +66,10 @@ def test_launches_are_those_of_linear_layers_alone(name):
 @pytest.mark.slow
 @pytest.mark.timed
 def test_steps_on_this_cpu(config_directory, tmp_path):
-    """A decode step and a prefill that really run, on one thread; up to three tries, as others may be at work."""
+    """A decode step and a prefill that really run, on one thread, weights packed as they are by default.
+
+    Up to three tries, as others may be at work.
+    """
     sizes = {
         "vocab_size": 48000,
         "hidden_size": 1024,
@@ -76,10 +79,8 @@ def test_steps_on_this_cpu(config_directory, tmp_path):
         "max_position_embeddings": 512,
     }
     config = config_directory(**sizes)
-    artifact = compile_model(
-        config, "cpu", tmp_path / "artifact", CompileOptions(weightless=True, pack="none")
-    ).artifact
-    command = [sys.executable, "-m", "tests.analysis.cpu_steps", config, artifact]
+    artifact = compile_model(config, "cpu", tmp_path / "artifact", CompileOptions(weightless=True)).artifact
+    command = [sys.executable, "-m", "tests.analysis.cpu_steps", config, artifact, "lossless"]
     seen = []
     for _ in range(3):
         done = subprocess.run(

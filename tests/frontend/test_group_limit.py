@@ -1,4 +1,4 @@
-"""DeepSeek-V2's choice of groups of experts is found in its graph."""
+"""DeepSeek's choice of groups of experts is found in its graph."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def exported(module, *inputs):
 
 def test_of_transformers():
     program = exported(group_router(), torch.randn(5, 32))
-    assert limited(program.graph) == [(4, 2)]
+    assert limited(program.graph) == [(4, 2, 1, True)]
 
 
 class Limit(torch.nn.Module):
@@ -53,12 +53,18 @@ class Limit(torch.nn.Module):
         return scores.masked_fill(~mask.bool(), of["fill"])
 
 
-def test_it_means_the_same(generator):
-    scores = torch.rand(7, 9, generator=generator)
-    program = exported(Limit(), scores)
-    assert limited(program.graph) == [(3, 2)]
-    assert torch.equal(LIMIT_GROUPS.reference(scores, 3, 2), Limit()(scores))
-    assert not torch.equal(LIMIT_GROUPS.reference(scores, 3, 1), Limit()(scores))
+@pytest.mark.parametrize(
+    ("changes", "best"),
+    [({}, 1), ({"fill": float("-inf"), "reduce": lambda x: x.topk(2, dim=-1)[0].sum(dim=-1)}, 2)],
+    ids=["DeepSeek-V2", "DeepSeek-V3"],
+)
+def test_it_means_the_same(changes, best, generator):
+    scores, limit = torch.rand(7, 9, generator=generator), Limit(**changes)
+    program = exported(limit, scores)
+    assert limited(program.graph) == [(3, 2, best, not changes)]
+    assert torch.equal(LIMIT_GROUPS.reference(scores, 3, 2, best, not changes), limit(scores))
+    assert not torch.equal(LIMIT_GROUPS.reference(scores, 3, 1, best, not changes), limit(scores))
+    assert not torch.equal(LIMIT_GROUPS.reference(scores, 3, 2, best, bool(changes)), limit(scores))
 
 
 @pytest.mark.parametrize(
@@ -70,9 +76,9 @@ def test_it_means_the_same(generator):
         {"axis": 1},
         {"reduce": lambda x: x.min(dim=-1).values},
         {"reduce": lambda x: x.max(dim=1).values},
-        {"reduce": lambda x: x.topk(2, dim=-1)[0].sum(-1)},
+        {"reduce": lambda x: x.topk(2, dim=-1, largest=False)[0].sum(-1)},
     ],
-    ids=["another value", "another mark", "the worst", "across groups", "the least", "another axis", "two of each"],
+    ids=["another value", "another mark", "the worst", "across groups", "the least", "another axis", "the least two"],
 )
 def test_limits_of_another_kind(changes, generator):
     """They stay as they are, to be refused by name."""

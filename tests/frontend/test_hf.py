@@ -111,6 +111,14 @@ def test_models_with_vision_are_refused():
         trace(settings, torch.float32)
 
 
+def test_what_cannot_be_traced_is_named():
+    """XGLM looks positions up in a table that is no parameter."""
+    sizes = {"d_model": 32, "ffn_dim": 32, "num_layers": 1, "attention_heads": 2, "vocab_size": 48}
+    with pytest.raises(UnsupportedError, match=r"XGLMForCausalLM .*, in model\.embed_positions: ") as caught:
+        trace(AutoConfig.for_model("xglm", **sizes), torch.float32)
+    assert "\n" not in str(caught.value)
+
+
 def test_window_as_long_as_the_model_is_none():
     settings = AutoConfig.for_model("mistral", **SIZES, num_key_value_heads=2, sliding_window=64)
     assert trace(settings, torch.float32).shapes

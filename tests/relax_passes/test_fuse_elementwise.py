@@ -73,6 +73,17 @@ def test_a_value_that_ours_reads_is_computed_once(generator):
     assert operators(after) == {"linear": 2, "elementwise": 2}
 
 
+def test_whole_numbers_are_numbers(generator):
+    """MiniCPM 3 has one, a cast int64."""
+
+    def build(emit, x):
+        return emit(relax.op.multiply(x, emit(relax.op.astype(relax.const(3, "int64"), "float32"))))
+
+    after, matches = apply(fuse_elementwise, module(build, x=X), generator)
+    assert matches == 1
+    assert operators(after) == {"elementwise": 1}
+
+
 def test_views_cost_nothing(generator):
     def build(emit, x, w):
         y = linear(emit, x, w)

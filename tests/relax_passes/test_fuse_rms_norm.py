@@ -4,6 +4,7 @@ import pytest
 from tvm import relax
 
 from tests.relax_passes.harness import Shape, apply, module, operators
+from vllm_compile.ops import RMS_NORM
 from vllm_compile.relax_passes.base import Definitions
 from vllm_compile.relax_passes.fuse_rms_norm import fuse_rms_norm
 
@@ -56,6 +57,19 @@ def test_near_misses(dtype, options, generator):
     after, matches = apply(fuse_rms_norm, before, generator)
     assert matches == 0
     assert "rms_norm" not in operators(after)
+
+
+@pytest.mark.parametrize("rotated", [True, False], ids=["behind a rotation", "behind a permutation"])
+def test_rows_of_heads_are_permuted_to_lie_by_token(rotated, generator):
+    def build(emit, x, weight):
+        x = emit(relax.op.permute_dims(x, [0, 2, 1, 3]))
+        return norm("float32")(emit, emit(relax.op.tanh(x)) if rotated else x, weight)
+
+    after, matches = apply(fuse_rms_norm, module(build, x=(1, "T", 3, 8), weight=(8,)), generator)
+    assert matches == 1
+    (call,) = (b.value for b in Definitions(after).bindings if RMS_NORM.matches(b.value))
+    assert [int(dim) for dim in call.ty.shape.values[2:]] == [3, 8]
+    assert operators(after)["relax.permute_dims"] == (3 if rotated else 1)
 
 
 def test_root_of_another_value(generator):

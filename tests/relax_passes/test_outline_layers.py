@@ -1,13 +1,14 @@
 """The decoder layers become one function, called once per layer."""
 
 import pytest
+import tvm
 from tvm import relax
 
 from tests import interpreter
 from tests.relax_passes.harness import TOKENS, module, operators, random_arguments
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.ops import LAYER_BOUNDARY
-from vllm_compile.relax_passes.base import match_counts
+from vllm_compile.relax_passes.base import Definitions, match_counts, substitute
 from vllm_compile.relax_passes.outline_layers import outline_layers
 
 SHAPES = {"x": (1, "T", 8), "w0": (8,), "w1": (8,), "w2": (8,), "head": (8,)}
@@ -77,3 +78,28 @@ def test_without_boundaries():
     before = module(lambda emit, x: emit(relax.op.negative(x)), x=(1, "T", 8))
     with pytest.raises(UnsupportedError, match="no layer boundaries"):
         outline_layers(before)
+
+
+def test_no_two_parameters_have_one_name(generator):
+    """Whatever the variables outside are called that a layer reads."""
+
+    def build(emit, x, *weights):
+        *_, head = weights
+        x, twice = (emit(relax.op.add(value, value)) for value in (x, head))
+        for index in range(3):
+            marked = emit(LAYER_BOUNDARY({"x": x}, index=index))
+            x = emit(relax.op.multiply(marked, twice)) if index < 2 else marked
+        return emit(relax.op.multiply(emit(LAYER_BOUNDARY({"x": x}, index=3)), head))
+
+    before = module(build, **SHAPES)
+    variables = [b.var for b in Definitions(before["main"]).bindings]
+    renamed = {var: relax.DataflowVar("lv", var.ty) for var in variables[:2]}
+    main = before["main"]
+    block = relax.DataflowBlock(
+        [relax.VarBinding(renamed.get(b.var, b.var), substitute(b.value, renamed)) for b in Definitions(main).bindings]
+    )
+    body = relax.SeqExpr([block], main.body.body)
+    after = outline_layers(tvm.IRModule({"main": relax.Function(main.params, body, main.ret_ty, attrs=main.attrs)}))
+    names = [p.name for p in after["layer_0"].params]
+    assert len(names) > 1
+    assert len(set(names)) == len(names)

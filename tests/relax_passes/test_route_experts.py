@@ -83,6 +83,57 @@ def test_groups_of_experts(kept, matched, generator):
     assert [(attributes_of(c)["groups"], attributes_of(c)["kept"]) for c in routes] == [(EXPERTS, kept)] * matched
 
 
+def chosen_by_sums(emit, x, logits, bias, gate_up, down, kind="sigmoid", gathered="scores", added=1e-20):
+    """As DeepSeek-V3 writes it: the bias decides who is chosen, not how much it counts."""
+    op = {"sigmoid": relax.op.sigmoid, "softmax": relax.op.nn.softmax}[kind]
+    scores = emit(op(logits))
+    sums = emit(relax.op.add(scores, bias))
+    limited = emit(LIMIT_GROUPS({"scores": sums}, groups=EXPERTS, kept=4, best=1))
+    top = emit(relax.op.topk(limited, TOP_K, axis=-1, largest=True, ret_type="both", dtype="int64"))
+    experts = emit(relax.TupleGetItem(top, 1))
+    values = emit(relax.op.gather_elements({"scores": scores, "sums": sums}[gathered], experts, axis=1))
+    total = emit(relax.op.sum(values, axis=[-1], keepdims=True))
+    values = emit(relax.op.divide(values, emit(relax.op.add(total, relax.const(added, "float32")))))
+    return emit(MOE({"x": x, "experts": experts, "scores": values, "gate_up": gate_up, "down": down}))
+
+
+BIASED: dict[str, Shape] = {"x": ("T", WIDTH), "logits": ("T", EXPERTS), "bias": (EXPERTS,), **SHAPES}
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_chosen_by_sums_of_score_and_bias(kind, generator):
+    def build(emit, *inputs):
+        return chosen_by_sums(emit, *inputs, kind=kind, added=0.25)
+
+    after, matches = apply(route_experts, module(build, **BIASED), generator)
+    assert matches == 1
+    (route,) = [b.value for b in Definitions(after).bindings if ROUTE.matches(b.value)]
+    assert attributes_of(route).get("sigmoid", 0) == (kind == "sigmoid")
+    assert attributes_of(route)["epsilon"] == 0.25
+
+
+def test_scores_with_the_bias(generator):
+    def build(emit, *inputs):
+        return chosen_by_sums(emit, *inputs, gathered="sums")
+
+    _, matches = apply(route_experts, module(build, **BIASED), generator)
+    assert matches == 0
+
+
+def test_softmax_of_those_chosen(generator):
+    """As Granite writes it: the same as dividing by their sum."""
+
+    def build(emit, x, logits, gate_up, down):
+        top = emit(relax.op.topk(logits, TOP_K, axis=-1, largest=True, ret_type="both", dtype="int64"))
+        values, experts = emit(relax.TupleGetItem(top, 0)), emit(relax.TupleGetItem(top, 1))
+        scores = emit(relax.op.nn.softmax(values, axis=-1))
+        return emit(MOE({"x": x, "experts": experts, "scores": scores, "gate_up": gate_up, "down": down}))
+
+    after, matches = apply(route_experts, module(build, **SHAPES), generator)
+    assert matches == 1
+    assert own_operators(after) == ROUTED
+
+
 @pytest.mark.parametrize("changes", [{"largest": False}, {"other": True}], ids=["the least likely", "another sum"])
 def test_routers_of_another_kind(changes, generator):
     def build(emit, x, logits, gate_up, down):

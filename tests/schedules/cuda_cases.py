@@ -28,6 +28,7 @@ from vllm_compile.spec import OpSpec
 from vllm_compile.targets import cuda
 
 from . import harness
+from .expressions import every_function, inputs_of, rotation, spec_of
 
 LIBRARY = "kernels.so"
 LENGTHS = {  # (queries, cached tokens) of each request
@@ -59,6 +60,8 @@ class Case:
     changed: str
 
     def spec(self) -> OpSpec:
+        if self.op is ops.ELEMENTWISE:
+            return spec_of(self.attributes["expression"])
         return harness.op_spec(self.op, self.inputs, self.attributes)
 
 
@@ -69,6 +72,15 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
         for tokens in (1, 7):
             yield Case("norm", ops.RMS_NORM, *ops.RMS_NORM.sample(generator, bf16, tokens, width), "x")
             yield Case("add", ops.ADD_RMS_NORM, *ops.ADD_RMS_NORM.sample(generator, bf16, tokens, width), "residual")
+            yield Case("layer norm", ops.LAYER_NORM, *ops.LAYER_NORM.sample(generator, bf16, tokens, width), "x")
+        inputs, attributes = ops.RMS_NORM.sample(generator, bf16, 6, width)
+        inputs |= {"x": inputs["x"].view(2, 3, width), "weight": inputs["weight"].float()}
+        yield Case("norm of heads, float weight", ops.RMS_NORM, inputs, attributes, "x")
+    yield Case("write", ops.KV_CACHE_WRITE, *ops.KV_CACHE_WRITE.sample(generator, bf16, 9, 8, 128, 16, 128), "k")
+    expressions = [rotation("bfloat16", interleaved, 8, 128) for interleaved in (False, True)]
+    for nodes in [*expressions, every_function("bfloat16", 64), every_function("float32", 37)]:
+        attributes = {"expression": tuple(nodes)}
+        yield Case("expression", ops.ELEMENTWISE, inputs_of(nodes, generator, 5), attributes, "x0")
     yield Case("silu", ops.SILU_MUL, *ops.SILU_MUL.sample(generator, bf16, 5, 1032), "x")
     for dtype in (torch.int32, torch.int64):
         inputs, attributes = ops.EMBEDDING.sample(generator, bf16, 9, 40, 136)
@@ -130,9 +142,10 @@ def check(folder: Path, seed: int) -> int:
 def check_case(case: Case, kernel: Any) -> list[str]:
     """What is wrong with a kernel on one case."""
     copies = {name: tensor.clone() for name, tensor in case.inputs.items()}
-    results = harness.results(case.op, copies, case.attributes)
-    written = results[: len(results) - len(case.op.updates)] or results
-    rows = owned_rows(case.inputs, written[0].shape[0])
+    written = harness.written(case.op, copies, case.attributes)
+    # The leading unit axes of the model's batch are not in memory.
+    written = [w.flatten(0, w.dim() - len(o.shape)) for w, o in zip(written, case.spec().outputs, strict=True)]
+    rows = owned_rows(case.inputs, written[0].shape[0] if written else 1)
     expected = [*(result[rows] for result in written), *(copies[name] for name in case.op.updates)]
     tolerance = case.op.tolerance["bfloat16"]
 

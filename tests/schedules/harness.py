@@ -19,7 +19,7 @@ T, R, R1, W, B, N = Sym.TOKENS, Sym.REQUESTS, Sym.BOUNDARIES, Sym.TABLE_WIDTH, S
 POISON = {"float32": float("nan"), "bfloat16": float("nan"), "int32": -(2**31)}
 # Axes that are bound at each call, by input name; all others are known when a kernel is built.
 SYMBOLIC: dict[str, dict[int, Sym]] = {
-    **{name: {0: T} for name in ("x", "residual", "q", "qkv", "cos", "sin", "ids", "slot_mapping")},
+    **{name: {0: T} for name in ("x", "residual", "q", "k", "v", "qkv", "cos", "sin", "ids", "slot_mapping")},
     **{name: {0: T} for name in ("logits", "experts", "order", "ends")},
     "kv": {0: B, 2: N},
     "block_table": {0: R, 1: W},
@@ -40,9 +40,14 @@ def results(op: OwnOp, inputs: dict[str, torch.Tensor], attributes: dict[str, An
     return result if isinstance(result, tuple) else (result,)
 
 
+def written(op: OwnOp, inputs: dict[str, torch.Tensor], attributes: dict[str, Any]) -> list[torch.Tensor]:
+    """Those of the reference's results that are no input it has updated in place."""
+    return [r for r in results(op, inputs, attributes) if not any(r is inputs[name] for name in op.updates)]
+
+
 def op_spec(op: OwnOp, inputs: dict[str, torch.Tensor], attributes: dict[str, Any]) -> OpSpec:
     copies = {name: tensor.clone() for name, tensor in inputs.items()}
-    outputs = tuple(tensor_spec("x", tensor) for tensor in results(op, copies, attributes))
+    outputs = tuple(tensor_spec("x", tensor) for tensor in written(op, copies, attributes))
     named = tuple((name, tensor_spec(name, tensor)) for name, tensor in inputs.items())
     return OpSpec(op.name, named, outputs, tuple(sorted(attributes.items())))
 

@@ -1,4 +1,7 @@
-"""CUDA's norms, rotary embedding, lookups and attention on the CPU, thread by thread (tests/cuda_on_host): no GPU."""
+"""CUDA's norms, expressions, rotary embedding, lookups and attention on the CPU, thread by thread: no GPU.
+
+See tests/cuda_on_host.
+"""
 
 import pytest
 import torch
@@ -7,10 +10,12 @@ from tests.cuda_on_host.prim_func import run_kernel
 from tests.cuda_on_host.runner import AVAILABLE
 from vllm_compile import ops
 from vllm_compile.schedules.cuda import FAMILIES
+from vllm_compile.schedules.cuda.expression import Elementwise
 from vllm_compile.targets import cuda
 
 from . import harness
 from .cuda_cases import mismatch, owned_rows
+from .expressions import every_function, inputs_of, rotation, spec_of
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux")
 
@@ -21,9 +26,17 @@ CASES = {  # operator, arguments of its samples, the input that the negative con
     "norm": (ops.RMS_NORM, (7, 4104), "x"),
     "norm_one_warp": (ops.RMS_NORM, (1, 64), "x"),
     "norm_wide": (ops.RMS_NORM, (2, 8208), "x"),
+    "norm_of_heads": (ops.RMS_NORM, (6, 64), "x"),
+    "norm_float_weight": (ops.RMS_NORM, (3, 1032), "x"),
     "add_norm": (ops.ADD_RMS_NORM, (5, 4104), "residual"),
+    "layer_norm": (ops.LAYER_NORM, (7, 4104), "x"),
+    "layer_norm_wide": (ops.LAYER_NORM, (2, 8208), "bias"),
+    "layer_norm_float_weight": (ops.LAYER_NORM, (3, 64), "x"),
     "silu": (ops.SILU_MUL, (5, 1032), "x"),
     "embedding": (ops.EMBEDDING, (9, 40, 136), "ids"),
+    "embedding_float": (ops.EMBEDDING, (9, 40, 4), "ids"),
+    "cache_write": (ops.KV_CACHE_WRITE, (9, 3, 64, 16, 32), "k"),
+    "cache_write_keys": (ops.KV_CACHE_WRITE, (9, 1, 576, 16, 0), "k"),
     "rope": (ops.QKV_ROPE_CACHE, (9, 8, 2, 64, 16), "qkv"),
     "attention": (ops.PAGED_ATTENTION, (((1, 1), (1, 37), (9, 9), (5, 30), (0, 0)), 8, 2, 64, 16), "q"),
     "attention_split": (ops.PAGED_ATTENTION, (((1, 1), (1, 300), (1, 700)), 8, 2, 64, 32), "q"),
@@ -36,12 +49,21 @@ CASES = {  # operator, arguments of its samples, the input that the negative con
 }
 
 
+CHANGES = {  # of a case's samples, which have bf16 weights, rows of tokens, a bias
+    "norm_of_heads": lambda inputs: inputs | {"x": inputs["x"].view(2, 3, 64)},
+    "norm_float_weight": lambda inputs: inputs | {"weight": inputs["weight"].float()},
+    "layer_norm_float_weight": lambda inputs: {"x": inputs["x"], "weight": inputs["weight"].float()},
+    "embedding_float": lambda inputs: inputs | {"table": inputs["table"].float()},
+}
+
+
 class OnHost:
     """One call of one operator."""
 
     def __init__(self, case, generator):
         self.op, sizes, self.changed = CASES[case]
-        self.inputs, self.attributes = self.op.sample(generator, torch.bfloat16, *sizes)
+        inputs, self.attributes = self.op.sample(generator, torch.bfloat16, *sizes)
+        self.inputs = CHANGES.get(case, lambda inputs: inputs)(inputs)
         spec = harness.op_spec(self.op, self.inputs, self.attributes)
         family = next(f for f in FAMILIES if f.op == spec.op and f.serves(spec, TARGET))
         self.kernels = [family.build(spec, variant.config, TARGET) for variant in family.variants(spec, TARGET)]
@@ -49,9 +71,8 @@ class OnHost:
     def expected(self):
         """Results of the reference, and what it has updated."""
         copies = {name: tensor.clone() for name, tensor in self.inputs.items()}
-        results = harness.results(self.op, copies, self.attributes)
-        self.written = results[: len(results) - len(self.op.updates)] or results
-        self.rows = owned_rows(self.inputs, self.written[0].shape[0])
+        self.written = harness.written(self.op, copies, self.attributes)
+        self.rows = owned_rows(self.inputs, self.written[0].shape[0] if self.written else 1)
         return [*(result[self.rows] for result in self.written), *(copies[name] for name in self.op.updates)]
 
     def run(self, inputs, kernel, **options):
@@ -62,7 +83,7 @@ class OnHost:
         return [*(out[self.rows] for out in outputs), *(given[name] for name in self.op.updates)]
 
     def problems(self, actual, expected):
-        tolerance = self.op.tolerance["bfloat16"]
+        tolerance = self.op.tolerance["bfloat16"]  # of exact operators, float32's is the same
         pairs = zip(actual, expected, strict=True)
         return [m for ours, theirs in pairs if (m := mismatch(ours, theirs, tolerance.rtol, tolerance.atol))]
 
@@ -77,8 +98,37 @@ def test_matches_reference_in_every_order_of_threads(case, generator):
         for result in results[1:]:
             assert all(torch.equal(ours, first) for ours, first in zip(result, results[0], strict=True))
     changed = call.inputs[call.changed].clone()
-    if case == "embedding":
+    if call.op is ops.EMBEDDING:
         changed[0] = (changed[0] + 4) % len(call.inputs["table"])
     else:
         changed[call.rows[-1]] += 4  # of a request with several cached tokens
     assert call.problems(call.run({**call.inputs, call.changed: changed}, call.kernels[0]), expected)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 64), ("bfloat16", 37), ("float32", 64)])
+def test_every_function_of_an_expression(dtype, width, generator):
+    check_expression(every_function(dtype, width), generator)
+
+
+@pytest.mark.parametrize(("interleaved", "head_dim"), [(False, 32), (False, 20), (True, 32)])
+def test_rotated_heads(interleaved, head_dim, generator):
+    """Halves that are eight values and parts of them, and single ones."""
+    check_expression(rotation("bfloat16", interleaved, head_dim=head_dim), generator)
+
+
+def check_expression(nodes, generator, tokens=5):
+    inputs, spec = inputs_of(nodes, generator, tokens), spec_of(nodes)
+    (expected,) = harness.results(ops.ELEMENTWISE, inputs, {"expression": tuple(nodes)})
+    kernel = Elementwise().build(spec, {}, TARGET)
+
+    def run(given):
+        out = torch.full([tokens, *spec.outputs[0].sizes()[1:]], float("nan"), dtype=expected.dtype)
+        report = run_kernel(kernel, *given.values(), out, early=())
+        assert report.launched[1] == report.waited[1] == 1
+        return (out.view_as(expected),)
+
+    harness.assert_matches(ops.ELEMENTWISE, run(inputs), (expected,))
+    changed = inputs["x0"].clone()
+    changed[-1] += 4
+    with pytest.raises(AssertionError):
+        harness.assert_matches(ops.ELEMENTWISE, run(inputs | {"x0": changed}), (expected,))

@@ -14,7 +14,7 @@ FAMILY = KVCacheWrite()
 
 
 def spec_of(inputs) -> OpSpec:
-    named = tuple((name, tensor_spec("q" if name in ("k", "v") else name, t)) for name, t in inputs.items())
+    named = tuple((name, tensor_spec(name, t)) for name, t in inputs.items())
     return OpSpec("kv_cache_write", named, ())
 
 

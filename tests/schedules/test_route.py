@@ -15,22 +15,23 @@ FAMILY = Route()
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    """`kernel(logits, top_k, normalise, **groups)`: what the kernel gives; one is built for each kind of call."""
+    """`kernel(logits, top_k, normalise, bias, **options)`: what it gives; one is built for each kind of call."""
     built = {}
 
-    def call(logits, top_k=2, normalise=True, **groups):
-        spec = harness.op_spec(ROUTE, {"logits": logits}, {"top_k": top_k, "normalise": normalise, **groups})
+    def call(logits, top_k=2, normalise=True, bias=None, **options):
+        inputs = {"logits": logits} if bias is None else {"logits": logits, "bias": bias}
+        spec = harness.op_spec(ROUTE, inputs, {"top_k": top_k, "normalise": normalise, **options})
         if spec not in built:
             folder = tmp_path_factory.mktemp("route")
             built[spec] = harness.compile_variants(FAMILY, spec, HOST, folder)
         serves = max(minimum for minimum in built[spec] if minimum <= max(1, len(logits)))
-        return harness.run(built[spec][serves], FAMILY, spec, HOST, {"logits": logits})
+        return harness.run(built[spec][serves], FAMILY, spec, HOST, inputs)
 
     return call
 
 
-def expected(logits, top_k=2, normalise=True, **groups):
-    return ROUTE.reference(logits, top_k, normalise, **groups)
+def expected(logits, top_k=2, normalise=True, **options):
+    return ROUTE.reference(logits, top_k, normalise, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -52,6 +53,25 @@ def test_experts_of_the_best_groups(dtype, experts, groups, kept, top_k, generat
         harness.assert_matches(ROUTE, actual, expected(logits, top_k, normalise=False, groups=groups, kept=kept))
     if top_k > 1:
         assert not torch.equal(actual[0], kernel(logits, top_k, normalise=False)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sigmoid": 1, "groups": 4, "kept": 2, "best": 2, "epsilon": 1e-20},
+        {"sigmoid": 1, "epsilon": 0.25},
+        {"least": 0.5},
+    ],
+    ids=["DeepSeek-V3", "sigmoid", "softmax"],
+)
+def test_chosen_by_sums_of_score_and_bias(options, generator, kernel):
+    """They are not those without it; scores are without it."""
+    bias = torch.randn(12, generator=generator) * 0.3
+    for tokens in (1, 300):
+        logits = torch.randn(tokens, 12, generator=generator)
+        actual = kernel(logits, 3, bias=bias, **options)
+        harness.assert_matches(ROUTE, actual, expected(logits, 3, bias=bias, **options))
+    assert not torch.equal(actual[0], kernel(logits, 3, **options)[0])
 
 
 def test_same_groups_as_transformers(generator, kernel):

@@ -60,13 +60,14 @@ def _sum(first: int, last: int) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of matrix products and of the rest, and bytes moved."""
+    """FLOPs of matrix products and of the rest, bytes moved, and FLOPs' worth of restoring packed weights."""
 
     matrix_flops: int = 0
     vector_flops: int = 0
     weight_bytes: int = 0
     kv_bytes: int = 0
     activation_bytes: int = 0
+    unpack_flops: int = 0
 
     @property
     def flops(self) -> int:
@@ -88,11 +89,15 @@ class Cost:
         return Cost(*(value * times for value in self._values()))
 
     def _values(self) -> tuple[int, ...]:
-        return (self.matrix_flops, self.vector_flops, self.weight_bytes, self.kv_bytes, self.activation_bytes)
+        moved = (self.weight_bytes, self.kv_bytes, self.activation_bytes)
+        return (self.matrix_flops, self.vector_flops, *moved, self.unpack_flops)
 
 
 class Layout(Protocol):
     """How a weight is stored, as `schedules.layouts.Layout` says it."""
+
+    @property
+    def unpack_flops(self) -> float: ...
 
     def shape(self, plain: tuple[int, ...]) -> tuple[int, ...]: ...
 
@@ -130,6 +135,11 @@ class _Step:
             total += self.bytes(plain)
         return total
 
+    def unpack_flops(self) -> int:
+        """Of all weights, each restored once."""
+        stored = ((self.call.spec.input(name), self.layouts.get(name)) for name in self.call.weights)
+        return round(sum(self.elements(plain) * layout.unpack_flops for plain, layout in stored if layout is not None))
+
     def activation_bytes(self) -> int:
         """Of all inputs that are neither weights nor the KV cache, and of all results."""
         spec, weights = self.call.spec, self.call.weights
@@ -138,7 +148,8 @@ class _Step:
 
     def moved(self, matrix_flops: int = 0, vector_flops: int = 0, kv_bytes: int = 0) -> Cost:
         """The cost of an operator that reads its inputs and writes its results once."""
-        return Cost(matrix_flops, vector_flops, self.weight_bytes(), kv_bytes, self.activation_bytes())
+        moved = (self.weight_bytes(), kv_bytes, self.activation_bytes())
+        return Cost(matrix_flops, vector_flops, *moved, self.unpack_flops())
 
 
 def rows_of(call: Call, workload: Workload) -> int:
@@ -267,8 +278,8 @@ def _part(step: _Step) -> Cost:
     return Cost(activation_bytes=2 * sum(step.bytes(out) for out in step.call.spec.outputs))
 
 
-ARITHMETIC = UNARY | BINARY | {"power", "nn.gelu", "nn.gelu_tanh", "nn.relu", "nn.silu"}
-COPIES = {"astype", "broadcast_to", "concat", "permute_dims", "stack"}
+ARITHMETIC = UNARY | BINARY | {"clip", "power", "nn.gelu", "nn.gelu_tanh", "nn.relu", "nn.silu"}
+COPIES = {"astype", "broadcast_to", "concat", "gather_elements", "permute_dims", "stack"}
 PARTS = {"split", "strided_slice"}
 REDUCTIONS = {"max", "mean", "nn.softmax", "sum", "topk"}
 

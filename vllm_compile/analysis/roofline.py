@@ -4,6 +4,7 @@ The bound (Williams et al. 2009) is the longer of moving the bytes and doing the
 prediction takes sustained rates, and adds what each kernel's launch costs.  Bytes and FLOPs hide behind each other less
 than the bound would let them: measured steps (docs/analysis.md) show their sum in our kernels, which load, unpack
 and multiply in turn, and something between sum and maximum in a library's, for which the root of the squares stands.
+A CPU's core restores packed weights while the next are on their way: of the two the longer counts.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def bound_seconds(cost: Cost, dtype: str, chip: Chip) -> float:
 def predict(kernel: Kernel, dtype: str, chip: Chip) -> Time:
     """The time to expect of a kernel."""
     cost = kernel.cost
-    memory = cost.bytes / chip.sustained_bandwidth
+    memory = max(cost.bytes / chip.sustained_bandwidth, cost.unpack_flops / chip.vector)
     compute = cost.matrix_flops / chip.sustained_matrix[dtype] + cost.vector_flops / chip.vector
     overlap = hypot(memory, compute) / (memory + compute) if kernel.library and memory + compute else 1.0
     launch = chip.vendor_launch if kernel.library and chip.vendor_launch is not None else chip.launch

@@ -84,8 +84,7 @@ class ConvertedCheckpoint(Checkpoint):
 
 def weight_conversions(model: PreTrainedModel) -> tuple[WeightTransform, ...]:
     """The rules by which transformers makes the model's parameters from a checkpoint's tensors, if it has any."""
-    conversions = get_model_conversion_mapping(model, add_legacy=False)
-    return tuple(conversions) if any(isinstance(c, WeightConverter) for c in conversions) else ()
+    return tuple(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def open_checkpoint(

@@ -23,8 +23,6 @@ OWN_ATTENTION = frozenset({"bloom", "codegen", "ctrl", "gptj", "mpt", "openai-gp
 # Families whose code calls torch's scaled_dot_product_attention itself, with the option that holds how many heads
 # of keys and values it really has: the code may repeat them for all heads of queries.
 TORCH_ATTENTION = {"falcon": "num_kv_heads"}
-# Names in checkpoints that transformers has renamed since: by kind of model, new -> old start of a name.
-OLDER_NAMES = {"gpt_neox": ("lm_head.", "embed_out.")}
 STATE_SPACE = ("mamba", "rwkv", "recurrent_gemma", "xlstm")
 
 
@@ -43,7 +41,7 @@ def _refusal(config: Any) -> str | None:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         return "encoder-decoder models are not supported"
-    if getattr(config, "vision_config", None) is not None:
+    if getattr(config, "vision_config", None) is not None or hasattr(config, "num_channels"):
         return "models with vision are not supported"
     if any(word in kind for word in STATE_SPACE):
         return "state-space models are not supported"
@@ -82,9 +80,3 @@ def _rope_parameters(parameters: Any) -> list[dict[str, Any]]:
     if "rope_type" in parameters:
         return [parameters]
     return [found for inner in parameters.values() for found in _rope_parameters(inner)]
-
-
-def older_name(config: Any, name: str) -> str:
-    """What a parameter is called in checkpoints of the family; mostly the same."""
-    new, old = OLDER_NAMES.get(config.model_type, ("", ""))
-    return old + name.removeprefix(new) if new and name.startswith(new) else name

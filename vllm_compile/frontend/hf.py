@@ -21,12 +21,13 @@ from vllm_compile.model_files import find_files
 
 from .complex_parts import split_complex
 from .conversion import weight_conversions
-from .families import GROWING_ROPE, OWN_CODE, SUPPORTED, TORCH_ATTENTION, check_family, long_positions, older_name
+from .families import GROWING_ROPE, OWN_CODE, SUPPORTED, TORCH_ATTENTION, check_family, long_positions
 from .group_limit import name_group_limits
 from .in_place import replace_writes
 from .position_tables import LongSequences
 from .repeats import expand_repeats, find_repeats, without_repeats
 from .torch_ops import ATTENTION, EXPERTS, ListIndices, check_experts, mark_layers, torch_attention
+from .trace_errors import naming_the_module
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def read_config_file(file: Path) -> Any:
     kind = raw.get("model_type")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         named = ", ".join(map(str, raw.get("architectures") or [kind]))
-        raise UnsupportedError(f"{file.parent}: architecture {named} is not a causal language model of transformers")
+        what = f"{file.parent}: architecture {named} is not a causal language model of transformers"
+        raise UnsupportedError(f"{what}; {SUPPORTED}")
     try:
         return AutoConfig.from_pretrained(file, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its validators do
@@ -122,7 +124,7 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
     positions = torch.zeros(16, dtype=torch.int64, device="meta")
     kv_heads = TORCH_ATTENTION.get(config.model_type)
     flat = _Flat(model, None if kv_heads is None else getattr(config, kv_heads))
-    try:
+    with naming_the_module(model):
         repeats = find_repeats(layers, lambda: flat(ids, positions))
         with torch.no_grad(), without_repeats(layers, repeats):
             program = torch.export.export(
@@ -132,11 +134,6 @@ def trace(config: Any, dtype: torch.dtype) -> TracedModel:
         replace_writes(program.graph)
         name_group_limits(program.graph)
         expand_repeats(program, layers, dict(flat.named_parameters(remove_duplicate=False)))
-    except UnsupportedError:
-        raise
-    except Exception as error:  # torch.export raises many kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UnsupportedError(f"{type(model).__name__} cannot be traced by torch.export: {reason[0]}") from error
     _check_attention(program, config)
     return TracedModel(program, config, shapes, aliases, weight_conversions(model), long)
 
@@ -157,6 +154,7 @@ def _build(config: Any, dtype: torch.dtype) -> PreTrainedModel:
             raise UnsupportedError(f"{config.model_type}: {OWN_CODE}; {SUPPORTED}") from error
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UnsupportedError(f"{config.model_type}: transformers cannot build the model ({what})") from error
+    adopt_buffers(model)
     if calls_torch:
         # The body makes the mask, and for our attention makes none; the layers keep the configuration as it was.
         model.base_model.config = copy.deepcopy(model.config)
@@ -178,6 +176,17 @@ def decoder_layers(model: nn.Module, config: Any) -> nn.ModuleList:
     if len(found) != 1:
         raise UnsupportedError(f"{type(model).__name__}: found {len(found)} lists of decoder layers, expected one")
     return found[0]
+
+
+def adopt_buffers(model: PreTrainedModel) -> None:
+    """Make the buffers that checkpoints hold parameters, in float32 where transformers keeps them so."""
+    wide = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if name not in module._non_persistent_buffers_set:
+                delattr(module, name)
+                value = buffer.float() if name in wide else buffer
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def materialise_buffers(model: PreTrainedModel) -> None:
@@ -220,8 +229,7 @@ def _settled(kind: str) -> str:
 def parameter_aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     """Parameter name -> all names it may have in a checkpoint.
 
-    Tied weights have several; a checkpoint may leave out the name of the model's body (GPT-2's do), or use an
-    older name.
+    Tied weights have several; a checkpoint may leave out the name of the model's body (GPT-2's do).
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -229,7 +237,6 @@ def parameter_aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     body = f"{model.base_model_prefix}."
     aliases: dict[str, tuple[str, ...]] = {}
     for group in names.values():
-        older = [older_name(model.config, name) for name in group]
         short = [name.removeprefix(body) for name in group]
-        aliases |= dict.fromkeys(group, tuple(dict.fromkeys([*group, *older, *short])))
+        aliases |= dict.fromkeys(group, tuple(dict.fromkeys([*group, *short])))
     return aliases

@@ -57,11 +57,29 @@ def tabulate_positions(
                 torch.ops.vllm_compile.position_table.default, (positions, index, table.shape[-1], table.dtype)
             )
         lookup.meta = dict(node.meta)
-        node.replace_all_uses_with(lookup)
+        node.replace_all_uses_with(_with_unit_axes(lookup))
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users:
             graph.erase_node(node)
     return tables
+
+
+def _with_unit_axes(lookup: fx.Node) -> fx.Node:
+    """Rows [1, T, D] of a table, with the unit axes besides of the value they stand for, which `lookup` records."""
+    value = lookup.meta["val"]
+    if not value.is_floating_point():
+        return lookup
+    tokens = next((axis for axis, size in enumerate(value.shape) if not isinstance(size, int)), 1)
+    axes = [axis for axis in range(1, value.dim() - 1) if axis != max(tokens, 1) and value.shape[axis] == 1]
+    with value.fake_mode:
+        lookup.meta["val"] = value.squeeze(axes)
+    for axis in axes:
+        before = lookup
+        with before.graph.inserting_after(before):
+            lookup = before.graph.call_function(torch.ops.aten.unsqueeze.default, (before, axis))
+        with value.fake_mode:
+            lookup.meta = {**before.meta, "val": before.meta["val"].unsqueeze(axis)}
+    return lookup
 
 
 def _constants(

@@ -85,8 +85,8 @@ def _matmul(node: fx.Node, importer: Importing) -> relax.Var:
 def _layer_norm(node: fx.Node, importer: Importing) -> relax.Var:
     args = importer.retrieve_args(node)
     x, shape, weight, bias, eps = (*args, *(None, None, 1e-5)[len(args) - 2 :])[:5]
-    if len(shape) != 1 or weight is None:
-        raise UnsupportedError(f"layer_norm over {list(shape)} without a weight is not supported")
+    if len(shape) != 1:
+        raise UnsupportedError(f"layer_norm over {list(shape)} is not supported")
     return importer.block_builder.emit(LAYER_NORM({"x": x, "weight": weight, "bias": bias}, eps=float(eps)))
 
 
@@ -137,8 +137,9 @@ def _layer_boundary(node: fx.Node, importer: Importing) -> relax.Var:
 
 
 def _limit_groups(node: fx.Node, importer: Importing) -> relax.Var:
-    scores, groups, kept = importer.retrieve_args(node)
-    return importer.block_builder.emit(LIMIT_GROUPS({"scores": scores}, groups=groups, kept=kept))
+    scores, groups, kept, best, zeros = importer.retrieve_args(node)
+    attributes = {"groups": groups, "kept": kept, "best": best, "zeros": int(zeros)}
+    return importer.block_builder.emit(LIMIT_GROUPS({"scores": scores}, **attributes))
 
 
 def _moe(node: fx.Node, importer: Importing) -> relax.Var:

@@ -28,7 +28,7 @@ library.define(
 )
 library.define("layer_boundary(Tensor x, int index) -> Tensor")
 library.define("moe(Tensor x, Tensor experts, Tensor scores, Tensor gate_up, Tensor down) -> Tensor")
-library.define("limit_groups(Tensor scores, int groups, int kept) -> Tensor")
+library.define("limit_groups(Tensor scores, int groups, int kept, int best, bool zeros) -> Tensor")
 library.define("layer_repeat(Tensor x, int index, int first) -> Tensor")
 library.define("position_table(Tensor positions, int index, SymInt width, ScalarType dtype) -> Tensor")
 
@@ -45,7 +45,7 @@ def _layer_boundary(x, index):
 
 
 @torch.library.register_fake(f"{NAMESPACE}::limit_groups", lib=library)
-def _limit_groups(scores, groups, kept):
+def _limit_groups(scores, groups, kept, best, zeros):
     return torch.empty_like(scores)
 
 

@@ -6,10 +6,12 @@ from . import rms_norm
 from .base import OwnOp, like
 
 
-def reference(x: torch.Tensor, weight: torch.Tensor, eps: float, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., D], weight and bias [D] -> [..., D]; all of it in float32, the result in x's dtype."""
-    bias = None if bias is None else bias.float()
-    return torch.nn.functional.layer_norm(x.float(), weight.shape, weight.float(), bias, eps).to(x.dtype)
+def reference(
+    x: torch.Tensor, eps: float, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [..., D], weight and bias [D], if there are any -> [..., D]; all of it in float32, the result in x's dtype."""
+    scale, shift = (None if vector is None else vector.float() for vector in (weight, bias))
+    return torch.nn.functional.layer_norm(x.float(), x.shape[-1:], scale, shift, eps).to(x.dtype)
 
 
 def sample(generator: torch.Generator, dtype: torch.dtype, tokens: int = 5, width: int = 96):

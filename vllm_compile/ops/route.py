@@ -7,22 +7,37 @@ from . import limit_groups
 from .base import OwnOp, Tolerance
 
 
-def reference(logits: torch.Tensor, top_k: int, normalise: bool, groups: int = 0, kept: int = 0):
-    """logits [T, E] -> experts, scores, order, ends, each [T, top_k]; int32 but for the scores, which are float32.
+def reference(
+    logits: torch.Tensor,
+    top_k: int,
+    normalise: bool,
+    bias: torch.Tensor | None = None,
+    sigmoid: int = 0,
+    groups: int = 0,
+    kept: int = 0,
+    best: int = 1,
+    epsilon: float = 0.0,
+    least: float = 0.0,
+):
+    """logits [T, E], bias [E] -> experts, scores, order, ends, each [T, top_k]; int32 but for the scores: float32.
 
-    experts: the largest logits of a token in falling order, of equal ones the first; with `groups`, those of the `kept`
-        groups that `limit_groups` leaves.
-    scores: the softmax of the logits, at those; divided by their sum if `normalise`.
+    experts: the largest logits of a token in falling order, of equal ones the first; with a bias, the largest sums of
+        score and bias; with `groups`, those of the `kept` groups that `limit_groups` leaves.
+    scores: the softmax of the logits, or the sigmoid of each, at those; divided if `normalise` by their sum and
+        `epsilon`, or by `least` if that is more.
     order: the T * top_k entries of `experts`, numbered in memory's order, sorted by expert (stably).
     ends: for each place in `order`, where the group of entries of its expert ends.
     """
-    seen = logits.float()
+    scores_TE = logits.float().sigmoid() if sigmoid else logits.float().softmax(-1)
+    seen = scores_TE if sigmoid else logits.float()
+    if bias is not None:
+        seen = scores_TE + bias
     if groups:
-        seen = seen.masked_fill(limit_groups.outside(seen, groups, kept), float("-inf"))
+        seen = seen.masked_fill(limit_groups.outside(seen, groups, kept, best), float("-inf"))
     experts = seen.sort(dim=-1, descending=True, stable=True).indices.narrow_copy(1, 0, top_k)
-    scores = logits.float().softmax(-1).gather(-1, experts)
+    scores = scores_TE.gather(-1, experts)
     if normalise:
-        scores = scores / scores.sum(-1, keepdim=True)
+        scores = scores / (scores.sum(-1, keepdim=True) + epsilon).clamp(min=least)
     by_expert, order = experts.flatten().sort(stable=True)
     ends = torch.searchsorted(by_expert, by_expert, right=True)
     return experts.int(), scores, order.view(experts.shape).int(), ends.view(experts.shape).int()
@@ -45,5 +60,5 @@ ROUTE = OwnOp(
     reference,
     sample,
     {"float32": TOLERANCE, "bfloat16": TOLERANCE, "int32": Tolerance(0.0, 0.0, "indices")},
-    options=("groups", "kept"),
+    options=("sigmoid", "groups", "kept", "best", "epsilon", "least"),
 )
