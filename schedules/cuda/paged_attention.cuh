@@ -8,7 +8,10 @@
 //
 // Tiles that earlier steps have filled are requested before wait_for_kernels_before(), while q, k and v are computed.
 // Where this step's keys and values are made here (rope_attention.cuh), a decode step requests all tiles so: the newest
-// token goes from registers into its tile, and into the cache.
+// token goes from shared memory into its tile, and into the cache.
+//
+// Requests with equal prefixes share blocks, even a block that one of them only fills in this step: such tiles are
+// requested again after the wait, or their rows made here, too.
 //
 // Any batch is served: several queries of a request (prefill) are taken one after the other, which is right but slow.
 #ifndef VLLM_COMPILE_PAGED_ATTENTION
@@ -38,7 +41,7 @@ struct PagedCache {
 // Tokens whose queries are computed and whose keys and values are cached: q [tokens, KV_HEADS * GROUP, HEAD_DIM].
 template <int HEAD_DIM, int GROUP, int KV_HEADS>
 struct CachedTokens {
-  static constexpr bool MAKES_ROWS = false;  // of the cache
+  static constexpr bool MAKES_ROWS = false;    // of the cache
   static constexpr int STRIDE = HEAD_DIM / 2;  // words from a query to the next
   const uint32_t* q;
 
@@ -72,6 +75,21 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
   const uint32_t ring_address = shared_address(ring);
   uint4* const turned = static_cast<uint4*>(shared) + WARPS * STAGES * STAGE;  // queries, the newest key and value
   bool waited = false;
+
+  // Positions from `begin` on that another request fills in this step and that lie before this one's new tokens; none if
+  // their blocks are not shared.  Its token of position p is `token` + p.
+  struct Filled {
+    int begin, end, token;
+  };
+  auto filled_by = [&](int other) {
+    const int first = query_start_loc[other], count = other == request ? 0 : query_start_loc[other + 1] - first;
+    const int end = count > 0 ? paged.seq_lens[other] : 0, begin = end - count;
+    return Filled{begin, min(end, length - queries), first - begin};
+  };
+  auto shares_block = [&](int other, int index) {
+    return table[index] == paged.block_table[(size_t)other * paged.table_width + index];
+  };
+  bool shares = false;  // rows that others fill
 
   launch_dependents();
   bool newest_is_made = false;  // here: it is not read from the cache
@@ -124,7 +142,23 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
       if (!waited && !newest_is_made && tile < end && tile >= fresh) wait_for_kernels_before(), waited = true;
       load(number);
     }
+    if (query == 0) {
+      bool found = false;
+      for (int other = threadIdx.x; other < gridDim.z; other += THREADS) {
+        const Filled filled = filled_by(other);
+        for (int position = filled.begin; position < filled.end && !found; position += paged.block_size)
+          found = shares_block(other, position / paged.block_size);
+      }
+      shares = __syncthreads_or(found);
+    }
     if (!waited) wait_for_kernels_before(), waited = true;
+    if constexpr (!Tokens::MAKES_ROWS) {
+      if (shares && query == 0) {  // now they are filled
+        wait_copies<0>();
+        __syncwarp();
+        for (int number = 0; number < STAGES - 1; number++) load(number);
+      }
+    }
 
     // The block that has the last tile makes the newest token's row; the warp that has it puts it in.
     const bool newest_is_ours = newest_is_made && end == tiles;
@@ -155,12 +189,29 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
       __syncwarp();
       load(number + STAGES - 1);
       if constexpr (Tokens::MAKES_ROWS) {
+        for (int others = 0; shares && others < gridDim.z; others += 32) {
+          const int other = others + lane, index = tile * TILE / paged.block_size;
+          Filled filled{0, 0, 0};
+          if (other < gridDim.z) filled = filled_by(other);
+          filled.begin = max(filled.begin, tile * TILE), filled.end = min(filled.end, tile * TILE + TILE);
+          const bool fills = filled.begin < filled.end && shares_block(other, index);
+          for (uint32_t rest = __ballot_sync(0xffffffff, fills); rest != 0; rest &= rest - 1) {
+            const int from = __ffs(rest) - 1, token = __shfl_sync(0xffffffff, filled.token, from);
+            const int first = __shfl_sync(0xffffffff, filled.begin, from);
+            const int last = __shfl_sync(0xffffffff, filled.end, from);
+            for (int position = first; position < last; position++) {
+              const int row = position - tile * TILE;
+              uint4* const to = ring + number % STAGES * STAGE + row * CHUNKS;
+              for (int half = lane; half < CHUNKS / 2; half += 32) tokens.make(to, token + position, head, half, row & 7);
+            }
+          }
+        }
         if (newest_is_ours && tile == end - 1) {
           const int token = (visible - 1) % TILE;
           uint4* const to = ring + number % STAGES * STAGE + token * CHUNKS;
           for (int chunk = lane; chunk < CHUNKS; chunk += 32) to[chunk ^ (token & 7)] = tokens.made(turned, chunk);
-          __syncwarp();
         }
+        if (shares || (newest_is_ours && tile == end - 1)) __syncwarp();
       }
       const uint32_t stage = ring_address + number % STAGES * (STAGE * 16);
 

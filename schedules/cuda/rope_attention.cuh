@@ -1,7 +1,8 @@
 // Decode in one kernel between the projections: rotary embedding, the KV cache write, and attention over the cache.
 //
 // Queries are turned on their way into shared memory, once for all warps; beside them lie the newest token's key,
-// turned, and its value: they go into the cache, and the warp that has their tile copies them there.
+// turned, and its value: they go into the cache, and the warp that has their tile copies them there.  A row that another
+// request of the launch fills, and that this one reads, is made from that one's token, in the same bits.
 #ifndef VLLM_COMPILE_ROPE_ATTENTION
 #define VLLM_COMPILE_ROPE_ATTENTION
 
@@ -42,6 +43,14 @@ struct ProjectedTokens {
   // 16 bytes of the newest token's key, then value.
   __device__ __forceinline__ uint4 made(const uint4* turned, int chunk) const {
     return turned[GROUP * ROW + chunk + (chunk >= 2 * HALF)];
+  }
+
+  // Two of the 16-byte pieces of a token's key, then value, to `to`, where piece i has place i ^ swizzle.
+  __device__ __forceinline__ void make(uint4* to, size_t token, int head, int pair, int swizzle) const {
+    const int value = pair / HALF, part = pair % HALF, at = value * 2 * HALF + part;
+    uint4 low, high;
+    load(low, high, token, HEADS + value * KV_HEADS + head, part);
+    to[at ^ swizzle] = low, to[(at + HALF) ^ swizzle] = high;
   }
 
   // Keys and values of a KV head, of `count` tokens, to the cache.

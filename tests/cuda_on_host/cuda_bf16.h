@@ -199,6 +199,9 @@ inline T atomicCAS(T* to, std::type_identity_t<T> expected, std::type_identity_t
 inline void __syncthreads(cuda_on_host::Site site = cuda_on_host::Site::current()) {
   cuda_on_host::barrier(0, 0, site);
 }
+inline int __syncthreads_or(int predicate, cuda_on_host::Site site = cuda_on_host::Site::current()) {
+  return cuda_on_host::barrier_or(predicate != 0, site);
+}
 inline void __syncwarp(unsigned mask = cuda_on_host::ALL_LANES,
                        cuda_on_host::Site site = cuda_on_host::Site::current()) {
   cuda_on_host::collective(

@@ -236,6 +236,7 @@ void set_up(Block& block, unsigned number, unsigned linear, unsigned threads, ch
   block.number = number;
   block.returned = 0;
   for (Barrier& b : block.barriers) b = {};
+  for (bool& any : block.any) any = false;
   block.warps.assign(warps, {});
   for (unsigned w = 0; w < warps; w++) {
     Warp& warp = block.warps[w];
@@ -398,6 +399,15 @@ void barrier(int id, int threads, Site site) {
   if (b.come && b.wanted != (unsigned)threads)
     fail(site, "wants %d threads at barrier %d, others %u", threads, id, b.wanted);
   come_to(b, threads, threads ? "a named barrier" : "__syncthreads", site);
+}
+
+bool barrier_or(bool predicate, Site site) {
+  Block& block = *running->block;
+  const unsigned vote = running->votes++;
+  block.any[vote % 3] |= predicate;
+  block.any[(vote + 1) % 3] = false;
+  barrier(0, 0, site);
+  return block.any[vote % 3];
 }
 
 void cluster_barrier(Site site) {

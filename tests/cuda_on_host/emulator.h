@@ -37,6 +37,7 @@ void collective(const char* name, uint32_t mask, bool aligned, void* own, Togeth
 
 // Barrier `id` of the block, complete when `threads` threads have come; 0: all that have not returned.
 void barrier(int id, int threads, Site site);
+bool barrier_or(bool predicate, Site site);  // barrier 0; true for all if it is for one
 void cluster_barrier(Site site);
 uint32_t rank_in_cluster();
 

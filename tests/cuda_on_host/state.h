@@ -21,6 +21,7 @@ struct Thread {
   uint32_t mask = 0;  // of the lanes it waits for
   Site site;
   unsigned launches = 0, waits = 0, fences = 0;
+  unsigned votes = 0;  // at barriers, that have been counted
   Asynchronous* asynchronous = nullptr;
 };
 
@@ -61,6 +62,7 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barriers[16];
+  bool any[3];  // of the last vote, of this one, of the next: nobody is further ahead
   unsigned returned = 0;
   char* shared = nullptr;
   std::vector<Touched> touched;

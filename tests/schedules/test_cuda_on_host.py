@@ -44,9 +44,24 @@ CASES = {  # operator, arguments of its samples, the input that the negative con
     "rope_attention": (ops.QKV_ROPE_ATTENTION, (((1, 1), (1, 37), (9, 9), (5, 30), (0, 0)), 8, 2, 64, 16), "qkv"),
     "rope_attention_split": (ops.QKV_ROPE_ATTENTION, (((1, 1), (1, 641), (1, 700)), 8, 2, 64, 32), "qkv"),
     "rope_attention_16_heads": (ops.QKV_ROPE_ATTENTION, (((1, 300), (2, 40)), 16, 1, 32, 16), "qkv"),
+    # A block that one request fills in this step, and that others have for a part of their prefix.
+    "attention_shared": (ops.PAGED_ATTENTION, (((1, 32), (1, 33), (20, 52)), 8, 2, 64, 16), "q"),
+    "rope_attention_shared": (ops.QKV_ROPE_ATTENTION, (((1, 33), (1, 32), (1, 33), (20, 52)), 8, 2, 64, 16), "qkv"),
+    "rope_attention_shared_prefill": (ops.QKV_ROPE_ATTENTION, (((1, 20), (16, 16), (30, 46)), 8, 2, 64, 16), "qkv"),
     "rope_attention_wide_heads": (ops.QKV_ROPE_ATTENTION, (((1, 150),), 3, 1, 256, 16), "cos"),
     "attention_wide_heads": (ops.PAGED_ATTENTION, (((1, 150),), 3, 1, 256, 16), "q"),
 }
+
+
+def sharing(first, filler, blocks):
+    """Requests from `first` on have the first blocks of request `filler`, which is among them."""
+
+    def change(inputs):
+        table = inputs["block_table"].clone()
+        table[first:, :blocks] = table[filler, :blocks]
+        return inputs | {"block_table": table}
+
+    return change
 
 
 CHANGES = {  # of a case's samples, which have bf16 weights, rows of tokens, a bias
@@ -54,6 +69,9 @@ CHANGES = {  # of a case's samples, which have bf16 weights, rows of tokens, a b
     "norm_float_weight": lambda inputs: inputs | {"weight": inputs["weight"].float()},
     "layer_norm_float_weight": lambda inputs: {"x": inputs["x"], "weight": inputs["weight"].float()},
     "embedding_float": lambda inputs: inputs | {"table": inputs["table"].float()},
+    "attention_shared": sharing(0, 0, 2),
+    "rope_attention_shared": sharing(0, 1, 2),
+    "rope_attention_shared_prefill": sharing(0, 1, 1),
 }
 
 
