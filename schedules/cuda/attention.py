@@ -32,7 +32,7 @@ SHORT_TILES = 8
 MOST_GROUP, MOST_HEAD_DIM = 16, 256
 LEAST_STAGES, MOST_STAGES = 2, 6
 MOST_SPLITS = 64
-BESIDE_BYTES = 10 << 10  # that are left of shared memory: a block's own 1 KB, and (MOST_GROUP + 2) turned heads
+BESIDE_BYTES = 11 << 10  # that are left of shared memory: a block's own 1 KB, and (MOST_GROUP + 2) turned heads
 MOST_PARTS = 264  # that the workspace in paged_attention.cuh has room for
 
 
@@ -68,6 +68,7 @@ class PagedAttention(KernelFamily):
 def default_variants(attention: OpSpec, target: CudaTarget) -> Sequence[Variant]:
     """One large thread block on each multiprocessor while there are no more KV heads than those, then two smaller ones.
 
+    The two add up in orders of their own: a request's bits are the same in batches of one of them that split it alike.
     The large one has twice the tiles under way before the kernels before have ended, and fewer parts to add up.
     """
     kv_heads, head_dim = attention.input("kv").size(1), attention.input("q").size(2)

@@ -105,7 +105,7 @@ def _calls(model: str) -> Sequence[Call]:
 
 
 def predicted(row: Row) -> Row:
-    """The row as the analysis says it is today."""
+    """The row as the analysis says it is today, with rotation and attention apart as when it was measured."""
     workload = Workload(row.batch, 1, row.context) if row.phase == "decode" else Workload(row.batch, row.context, 0)
     execution = library if row.engine == "vLLM" else Chooser(resolve(row.chip)).compiled
     step = Step(workload, "bfloat16", CHIPS["cuda"][row.chip])
