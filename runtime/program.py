@@ -146,8 +146,8 @@ class Program:
             block_table: int32 [R, W], the blocks of each request in order.
             seq_lens: int32 [R], cached tokens of each request including this step's; 0 for an empty row.
             query_start_loc: int32 [R + 1], where each request's tokens start.
-            slot_mapping: int64 [T], block * block_size + offset where each token is cached, as its request's block table
-                has it, or -1 for none.
+            slot_mapping: int64 [T], block * block_size + offset where each token is cached, as its request's row of
+                `block_table` has it, or -1 for none.
             observer: called as `observer(layer, hidden [T, D])` before each layer; it may overwrite `hidden`.
 
         Returns:

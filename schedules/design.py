@@ -19,8 +19,6 @@ from tvm.s_tir.schedule import ScheduleError, Trace
 
 from vllm_compile.canonical import canonical
 
-from .family import Config
-
 TRACE, TOKENS = "trace", "tokens"  # of a configuration: a trace's canonical JSON; for how many tokens it is
 
 
@@ -41,7 +39,7 @@ class Design:
     lowered: Callable[[tvm.IRModule], tirx.PrimFunc]
     _built: dict[str, tirx.PrimFunc] = field(default_factory=dict, repr=False)  # by trace
 
-    def config(self, trace: Trace) -> Config:
+    def config(self, trace: Trace) -> dict[str, Any]:
         """The configuration of a kernel family that stands for a trace."""
         return {TRACE: text_of(trace), TOKENS: self.tokens}
 
