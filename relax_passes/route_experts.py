@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 from vllm_compile.ops import EXPERT_GATE_UP_SILU, EXPERT_LINEAR, LIMIT_GROUPS, MOE, ROUTE
 from vllm_compile.ops.base import arguments_of, attributes_of
@@ -109,8 +109,12 @@ def _choice(d: Definitions, chosen: relax.Expr) -> _Choice | None:
     if len(shape) != 2 or int(top.attrs.axis) % 2 != 1:
         return None
     values, bias = d.call(seen, "relax.add").args if d.call(seen, "relax.add") is not None else (seen, None)
-    if bias is not None and (str(bias.ty.dtype) != "float32" or prod(map(int, bias.ty.shape.values)) != int(shape[1])):
-        return None
+    if bias is not None:
+        sizes = bias.ty.shape.values
+        if str(bias.ty.dtype) != "float32" or not all(isinstance(size, tirx.IntImm) for size in sizes):
+            return None
+        if prod(map(int, sizes)) != int(shape[1]):
+            return None
     if groups:
         enough = groups["kept"] * (int(shape[1]) // groups["groups"])
         # Where the groups have fewer experts, the rest is anyone's; so it is where a zero may be more than a sum.
@@ -147,6 +151,8 @@ def _divisor(d: Definitions, values: relax.Expr) -> dict[str, Any] | None:
     options: dict[str, Any] = {"normalise": True}
     total = divided.args[1]
     if (clipped := d.call(total, "relax.clip")) is not None:
+        if float(clipped.args[2].value) != inf:
+            return {}
         options["least"], total = float(clipped.args[1].value), clipped.args[0]
     epsilon = d.constant(d.operand(total, "relax.add", 1))
     if epsilon is not None:

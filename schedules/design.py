@@ -19,6 +19,8 @@ from tvm.s_tir.schedule import ScheduleError, Trace
 
 from vllm_compile.canonical import canonical
 
+SAMPLED = "SamplePerfectTile"  # the step that decides
+SEARCHED = "EnterPostproc"  # the first of the steps that MetaSchedule adds
 TRACE, TOKENS = "trace", "tokens"  # of a configuration: a trace's canonical JSON; for how many tokens it is
 
 
@@ -49,6 +51,8 @@ class Design:
         Raises:
             ValueError: it is no trace of these spaces.
         """
+        if not isinstance(trace, str):
+            raise ValueError("a trace is a text")
         if trace not in self._built:
             self._built[trace] = self._replayed(trace)
         return self._built[trace]
@@ -56,15 +60,28 @@ class Design:
     def _replayed(self, trace: str) -> tirx.PrimFunc:
         schedule = Schedule(self.module)
         steps, decisions = self._parts(trace)
-        if steps not in self._steps:
+        ours = next((known for known in self._steps if known == steps), None)
+        if ours is None:
             raise ValueError("the trace has steps that no space of this version has")
+        if not _are_decisions_of(ours, decisions):
+            raise ValueError("the trace's decisions are not tiles within the limits of its steps")
         try:
-            Trace.apply_json_to_schedule([steps, decisions], schedule)
+            Trace.apply_json_to_schedule([ours, decisions], schedule)
         except (ScheduleError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"the trace cannot be replayed: {error}") from error
         if self._parts(text_of(schedule.trace)) != (steps, decisions):
             raise ValueError("TVM took other decisions than the trace has: they do not fit the kernel's sizes")
         return self.lowered(schedule.mod)
+
+    def knows(self, trace: Any) -> bool:
+        """True if this JSON of a trace, after the search's own last steps are taken off, is one of these spaces'."""
+        try:
+            steps, decisions = trace
+            names = [name for name, *_ in steps]
+            length = names.index(SEARCHED) if SEARCHED in names else len(names)
+            return self.admits(canonical([steps[:length], [pair for pair in decisions if pair[0] < length]]))
+        except (TypeError, ValueError, IndexError):
+            return False
 
     def admits(self, trace: str) -> bool:
         """True if `build` can make a kernel of it; whoever asks may go on to build it, which is done once."""
@@ -86,6 +103,25 @@ class Design:
         except (TypeError, ValueError) as error:
             raise ValueError(f"no trace: {error}") from error
         return steps, decisions
+
+
+def _are_decisions_of(steps: Any, decisions: Any) -> bool:
+    """True if there are two factors above zero for each sampled tile, the inner one within the sample's limit.
+
+    TVM takes an index and a divisor from a trace as they are: others end or corrupt the process.
+    """
+    most = {number: step[2][1] for number, step in enumerate(steps) if step[0] == SAMPLED}
+    if not isinstance(decisions, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in decisions):
+        return False
+    if [number for number, _ in decisions] != list(most):
+        return False
+    return all(
+        isinstance(tiles, list)
+        and len(tiles) == 2
+        and all(type(factor) is int and factor > 0 for factor in tiles)
+        and tiles[1] <= most[number]
+        for number, tiles in decisions
+    )
 
 
 def text_of(trace: Trace) -> str:

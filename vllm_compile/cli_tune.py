@@ -97,6 +97,8 @@ def _tune(options: argparse.Namespace) -> int:
     method = METHODS[target.name]
     if method == ESTIMATE and (options.submit or options.traces or options.build):
         raise TargetError("estimates need no other machine, nor a search: leave out --submit, --traces and --build")
+    if options.build is not None and target.name != "cuda":
+        raise TargetError("--build is for --target cuda: a CPU is measured where its kernels are built")
     if options.traces and (options.submit or options.build):
         raise TargetError("MetaSchedule searches here; others take listed spaces alone: no --submit with --traces")
     elsewhere = options.dry_run or options.submit or options.build is not None

@@ -29,6 +29,17 @@ def address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def positive(text: str) -> float:
+    """A number above zero; ArgumentTypeError for anything else."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above zero")
+    return number
+
+
 def add_worker(commands: Any) -> None:
     """Add `worker`."""
     parser = commands.add_parser("worker", help="take tasks from a database's queue and do them")
@@ -42,7 +53,7 @@ def add_worker(commands: Any) -> None:
     parser.add_argument("--ray-address", default="auto", metavar="HOST:PORT", help="default: this machine's cluster")
     parser.add_argument("--tracker", type=address, metavar="HOST:PORT", help="TVM's RPC tracker (tvm-rpc)")
     parser.add_argument("--board", metavar="KEY", help="boards' key at the tracker; records name it (tvm-rpc)")
-    parser.add_argument("--gb-per-s", type=float, metavar="GB/S", help="what a board's memory can do (tvm-rpc)")
+    parser.add_argument("--gb-per-s", type=positive, metavar="GB/S", help="what a board's memory can do (tvm-rpc)")
     parser.add_argument("--until-empty", action="store_true", help="stop when there is no task left to take")
     parser.add_argument(
         "--lease", type=float, default=60.0, metavar="SECONDS", help="of silence, then another takes over"

@@ -59,7 +59,7 @@ def route(router: _Router, dtype: str, parallel: bool) -> tirx.PrimFunc:
         with (T.parallel if parallel else T.serial)(0, tokens) as t:
             row = _row(logits, t, E)
             all_scores = _sigmoid(row, E) if router.sigmoid else _softmax(row, E)
-            seen = all_scores if router.sigmoid else row
+            seen = all_scores if router.sigmoid or router.best > 1 else row
             if bias is not None:
                 seen = _sum(all_scores, bias, E)
             left = _left(seen, router)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tvm
 import tvm_ffi
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Select, select
 from tvm.ir.utils import derived_object
 from tvm.s_tir.meta_schedule.database import PyDatabase, TuningRecord
 from tvm.s_tir.meta_schedule.database import Workload as TvmWorkload
@@ -47,22 +47,32 @@ Assess = Callable[[TuningRecord], Assessment | None]  # None: the candidate's ou
 class MetaScheduleDatabase(PyDatabase):
     """Records of traces, measured on exactly `target`; modules are the same if TVM finds them structurally equal.
 
-    Failed runs, and records that `assess` has no word for, are not stored.
+    Failed runs, and records that `assess` has no word for, are not stored.  Traces that `admits` refuses, as JSON, are
+    not read: TVM replays what it reads, whoever wrote it.
     """
 
-    def __init__(self, database: Database, target: Fingerprint, assess: Assess) -> None:
+    def __init__(
+        self,
+        database: Database,
+        target: Fingerprint,
+        assess: Assess,
+        admits: Callable[[Any], bool] = lambda trace: True,
+    ) -> None:
         super().__init__()
         self._database = database
         self._target = target
         self._assess = assess
+        self._admits = admits
 
     def has_workload(self, mod: tvm.IRModule) -> bool:
         with self._database.reading() as connection:
             return bool(self._same(connection, mod))
 
     def has_records(self, mod: tvm.IRModule) -> bool:
-        """True if there is any of an equal module."""
-        return bool(self.get_top_k(TvmWorkload(mod), 1))
+        """True if there is any of an equal module; none is read."""
+        with self._database.reading() as connection:
+            numbers = [number for number, _ in self._same(connection, mod)]
+            return connection.execute(self._of_traces(records.c.workload_id.in_(numbers)).limit(1)).first() is not None
 
     def commit_workload(self, mod: tvm.IRModule) -> TvmWorkload:
         with self._database.reading() as connection:
@@ -116,19 +126,24 @@ class MetaScheduleDatabase(PyDatabase):
         rows = connection.execute(select(workloads.c.id, workloads.c.text).where(workloads.c.digest == key))
         return [(row.id, row.text) for row in rows if tvm_ffi.structural_equal(_to_tvm(row.text).mod, mod)]
 
-    def _load(self, connection: Connection, *conditions: Any, limit: int | None = None) -> list[TuningRecord]:
-        statement = (
+    def _of_traces(self, *conditions: Any) -> Select[Any]:
+        return (
             select_records()
             .where(targets.c.digest == self._target.key, targets.c.text == self._target.text, *conditions)
             .where(records.c.schedule_kind == ScheduleKind.TRACE, records.c.how == How.MEASURED)
             .where(records.c.state != State.RETIRED)
             .order_by(records.c.median_us, records.c.id)
-            .limit(limit)
         )
-        found = []
-        for row in connection.execute(statement):
+
+    def _load(self, connection: Connection, *conditions: Any, limit: int | None = None) -> list[TuningRecord]:
+        found: list[TuningRecord] = []
+        for row in connection.execute(self._of_traces(*conditions)):
+            if len(found) == limit:
+                break
             record, _ = record_of(row, self._database.name)
             content = record.schedule.content()
+            if "arguments" not in content or not self._admits(content["trace"]):  # a call's, or not ours
+                continue
             seconds = [record.times.median / 1e6]
             saved = [content["trace"], seconds, content["target"], content["arguments"]]
             found.append(TuningRecord.from_json(saved, _to_tvm(record.workload.text)))

@@ -32,10 +32,11 @@ from tvm.s_tir.meta_schedule.runner import RunnerResult
 from tvm.s_tir.meta_schedule.search_strategy import EvolutionarySearch
 from tvm.s_tir.meta_schedule.space_generator import ScheduleFn
 
+from vllm_compile.errors import VllmCompileError
 from vllm_compile.targets import resolve
 
 from ..database import Database, Fingerprint
-from ..database.executors import Executor, TaskCrashedError
+from ..database.executors import Executor, TaskCrashedError, TaskFailedError
 from ..database.machine import fingerprint
 from ..database.meta_schedule import Assessment, MetaScheduleDatabase
 from ..database.record import Provenance, Verdict
@@ -58,13 +59,16 @@ def evolved(
     """The task with the best traces found among the configurations of each range that asks for a search.
 
     Raises:
-        TaskFailedError: the process that measures fails for no fault of a candidate.
+        TaskFailedError: the process that measures fails for no fault of a candidate, or the search itself does.
     """
     ranges = []
     for wanted in task.ranges:
         found: Sequence[Config] = ()
         if wanted.traces and not over():
-            found = _Search(task, wanted, database, executor, seed).run(over)
+            try:
+                found = _Search(task, wanted, database, executor, seed).run(over)
+            except (VllmCompileError, RuntimeError, ValueError) as error:  # of TVM, of XGBoost
+                raise TaskFailedError(f"MetaSchedule's search ended: {error}") from error
         ranges.append(replace(wanted, configs=(*wanted.configs, *found), traces=0))
     return replace(task, ranges=tuple(ranges))
 
@@ -92,7 +96,7 @@ class _Search:
         self._task, self._wanted, self._executor = task, wanted, executor
         self._design = _design(task, wanted)
         self._machine = fingerprint(resolve(task.target))
-        self._records = MetaScheduleDatabase(database, self._machine, self._assess)
+        self._records = MetaScheduleDatabase(database, self._machine, self._assess, self._design.knows)
         self._seed = random.randrange(1, 2**31) if seed is None else seed
         self._tried: dict[str, dict[str, Any]] = {}  # by trace: what `trial` said of it
 

@@ -137,13 +137,17 @@ class RpcExecutor(Executor):
                 # TVM itself would try for a minute.
                 socket.create_connection((self.host, self.port), timeout=10).close()
                 tracker = rpc.connect_tracker(self.host, self.port)
+                boards = {info["key"].removeprefix("server:") for info in tracker.summary()["server_info"]}
+                if self.key not in boards:
+                    there = ", ".join(sorted(boards)) or "none"
+                    raise TaskFailedError(f"the tracker has no board {self.key}; there are: {there}")
                 build(held.payload, folder)
                 session = tracker.request(self.key, session_timeout=self.timeout, max_retry=1)
                 board = Board(session, self.key, self.gb_per_s)
                 return measure_on(board, held.payload, folder)
             except (InternalError, RPCSessionTimeoutError) as error:  # TVM's words for a server that is gone, or slow
                 raise TaskCrashedError(f"the board {self.key} answers no more: {error}") from error
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, AttributeError, TypeError, KeyError) as error:
                 raise TaskFailedError(str(error)) from error
 
     def close(self) -> None:

@@ -76,6 +76,18 @@ def test_a_trace_is_replayed_only_as_our_spaces_write_them(design):
     (number, tiles), *rest = decisions
     assert not design.admits(json.dumps([steps, [[number, [tiles[0] * 7, tiles[1]]], *rest]])), "more than there is"
     assert not design.admits(json.dumps([steps, [[number, ["x", 1]], *rest]]))
+    for wrong in (
+        [10**6, tiles],
+        [-1, tiles],
+        [number, [0, tiles[1]]],
+        [number, [1, 10**6]],
+        [number, [-tiles[0], -1]],
+    ):
+        assert not design.admits(json.dumps([steps, [wrong, *rest]])), "TVM would take it as it is"
+    assert not design.admits([steps, decisions]), "a text is wanted"
+    assert design.knows([[*steps, ["EnterPostproc", [], [], []]], decisions])
+    assert not design.knows([[*steps, injected], decisions])
+    assert not design.knows("no trace")
 
 
 @pytest.mark.parametrize(("tokens", "lossless", "columns"), [(25, False, N), (1, True, N), (1, False, N + 1)])

@@ -86,6 +86,21 @@ def test_same_groups_as_transformers(generator, kernel):
     torch.testing.assert_close(ours[1].gather(-1, ours_order), scores.detach().gather(-1, order))
 
 
+def test_groups_by_sums_of_probabilities(generator, kernel):
+    """Mistral 4's way; sums of logits are in another order."""
+    logits = torch.randn(300, 12, generator=generator) * 3
+    probabilities = logits.softmax(-1)
+
+    def chosen(judged):
+        best = judged.view(-1, 4, 3).topk(2).values.sum(-1).topk(2).indices
+        kept = torch.zeros(300, 4).scatter(1, best, 1).bool().repeat_interleave(3, -1)
+        return probabilities.masked_fill(~kept, -1).topk(3).indices
+
+    ours = kernel(logits, 3, groups=4, kept=2, best=2)[0]
+    assert torch.equal(ours.long(), chosen(probabilities))
+    assert not torch.equal(ours.long(), chosen(logits))
+
+
 def test_of_equal_logits_the_first_experts(kernel):
     logits = torch.tensor([[1.0, 2, 2, 2, 0, 2, 0, 0], [0.0] * 8])
     assert kernel(logits)[0].tolist() == [[1, 2], [0, 1]]

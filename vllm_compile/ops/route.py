@@ -29,7 +29,7 @@ def reference(
     ends: for each place in `order`, where the group of entries of its expert ends.
     """
     scores_TE = logits.float().sigmoid() if sigmoid else logits.float().softmax(-1)
-    seen = scores_TE if sigmoid else logits.float()
+    seen = scores_TE if sigmoid or best > 1 else logits.float()  # softmax keeps the order of one, not of sums
     if bias is not None:
         seen = scores_TE + bias
     if groups:
