@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +20,15 @@ import tvm
 from tvm import rpc
 from tvm.error import InternalError, RPCSessionTimeoutError
 
-from ..database.executors import Executor, Outcome, TaskCrashedError, TaskFailedError
+from ..database.executors import POLL_SECONDS, Executor, Outcome, TaskCrashedError, TaskFailedError
 from ..database.fingerprint import Fingerprint
 from ..database.tasks import Lease
 from .device import Call, Cpu, Kernel
 from .measure import COLD_BYTES, build, measure_on
 from .task import MEASURE
+
+# A server that a candidate ended is started again by whoever minds the board; tasks taken meanwhile must not fail.
+PATIENCE_SECONDS = 20.0
 
 WARNING = (
     "TVM's RPC is neither encrypted nor authenticated: whoever reaches the tracker or a board runs code there, and can "
@@ -107,6 +111,10 @@ class Board(Cpu):
         return replace(built_for, device=self._name, cores=0, core_mhz=0, memory_mhz=0)
 
 
+def _boards(tracker: rpc.TrackerSession) -> set[str]:
+    return {server["key"].removeprefix("server:") for server in tracker.summary()["server_info"]}
+
+
 def _empty(like: torch.Tensor, device: Any = None) -> Any:
     """TVM's memory for such a tensor: aligned as TVM wants it, which torch's need not be."""
     return tvm.runtime.empty(tuple(like.shape), str(like.dtype).removeprefix("torch."), device or tvm.cpu(0))
@@ -137,10 +145,7 @@ class RpcExecutor(Executor):
                 # TVM itself would try for a minute.
                 socket.create_connection((self.host, self.port), timeout=10).close()
                 tracker = rpc.connect_tracker(self.host, self.port)
-                boards = {info["key"].removeprefix("server:") for info in tracker.summary()["server_info"]}
-                if self.key not in boards:
-                    there = ", ".join(sorted(boards)) or "none"
-                    raise TaskFailedError(f"the tracker has no board {self.key}; there are: {there}")
+                self._await_board(tracker, lost)
                 build(held.payload, folder)
                 session = tracker.request(self.key, session_timeout=self.timeout, max_retry=1)
                 board = Board(session, self.key, self.gb_per_s)
@@ -149,6 +154,16 @@ class RpcExecutor(Executor):
                 raise TaskCrashedError(f"the board {self.key} answers no more: {error}") from error
             except (RuntimeError, OSError, AttributeError, TypeError, KeyError) as error:
                 raise TaskFailedError(str(error)) from error
+
+    def _await_board(self, tracker: rpc.TrackerSession, lost: Event) -> None:
+        """Asking the tracker for a key that nobody has would wait for ever."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.key not in (boards := _boards(tracker)):
+            if lost.wait(POLL_SECONDS):
+                raise TaskFailedError("the lease was lost while it waited for a board")
+            if time.monotonic() > deadline:
+                there = ", ".join(sorted(boards)) or "none"
+                raise TaskFailedError(f"the tracker has no board {self.key}; there are: {there}")
 
     def close(self) -> None:
         """A session ends with its task."""

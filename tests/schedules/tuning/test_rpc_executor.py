@@ -4,7 +4,7 @@ import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 
 import pytest
 import torch
@@ -120,6 +120,24 @@ def test_what_ends_the_boards_server_is_a_crash(tracker, task, built):
             on_board(tracker, task, "slab")
     finally:
         server.terminate()
+
+
+def test_a_board_that_is_started_again_is_waited_for(tracker, task, built):
+    """After a candidate that ended its server, the next task comes before the board is back."""
+    servers = []
+    later = Timer(1.0, lambda: servers.append(serve(tracker, "flint")))
+    later.start()
+    try:
+        on_board(tracker, task, "flint")
+    finally:
+        later.join()
+        servers[0].terminate()
+
+
+def test_a_board_that_nobody_has(tracker, task, monkeypatch):
+    monkeypatch.setattr(rpc_executor, "PATIENCE_SECONDS", 0.1)
+    with pytest.raises(TaskFailedError, match="no board salte; there are: slate"):
+        on_board(tracker, task, "salte")
 
 
 def test_no_tracker_and_no_such_task(task, capfd, tmp_path):
