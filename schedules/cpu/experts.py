@@ -108,7 +108,7 @@ class _ExpertFamily(KernelFamily):
     def variants(self, spec: OpSpec, target: Target) -> Sequence[Variant]:
         """One token's groups are single rows; with more tokens, the tile for many rows."""
         of_linear = default_variants(spec, target, self.gated, lossless=False)
-        few, many = of_linear[0].config, of_linear[-1].config
+        few, many = of_linear[0].config, {**of_linear[-1].config, "many": False}
         return (Variant(1, few), Variant(2, many)) if few != many else (Variant(1, few),)
 
 

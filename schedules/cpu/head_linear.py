@@ -22,7 +22,7 @@ from ..arguments import bind_arguments
 from ..family import Config, KernelFamily, Variant
 from ..layouts import Layout
 from . import linear
-from .matmul import CHUNK, Product, Rows
+from .matmul import CHUNK, Product, Rows, part
 from .matmul_tiles import default_variants, serves
 from .matmul_weights import weight_layout
 
@@ -40,10 +40,11 @@ def head_matmul(spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
             x = words.view(tensors["x"], rows * product.K)
             weights = product.weights(tensors["weight"])
             tiles = T.Bind(T.ceildiv(tokens, size))
-            with T.parallel(0, T.ceildiv(tiles, CHUNK) * (heads * blocks)) as item:
+            chunks = T.Bind(T.ceildiv(tiles, CHUNK))
+            with T.parallel(0, chunks * (heads * blocks)) as item:
                 panel = T.Bind(product.first_panel(T.truncmod(item, blocks)))
                 head = T.Bind(T.truncmod(T.truncdiv(item, T.int64(blocks)), heads))
-                first = T.Bind(T.truncdiv(item, T.int64(heads * blocks)) * CHUNK)
+                first, count = part(T.truncdiv(item, T.int64(heads * blocks)), chunks, tiles)
 
                 def rows_of(i: tirx.Expr) -> Rows:
                     token = T.Bind(T.min((first + i) * size, tokens - size))
@@ -54,7 +55,6 @@ def head_matmul(spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
 
                     return at
 
-                count = T.min(T.int64(CHUNK), tiles - first)
                 w_panel = T.Bind(head * product.panels + panel)
                 product.chunk(tensors, out, x, weights, panel, w_panel, count, rows_of)
     return builder.get()

@@ -9,10 +9,10 @@ result has the same bits in every batch.
 Roofline.  N * K * size bytes of weights, read from memory once per chunk; 2 * T * N * K operations.  Up to
 some 8 tokens (2 * T / size operations per byte) memory is the bound, and what counts is many reads in flight:
 8 KiB of prefetches.  From there on it is arithmetic: a word of K costs rows + panels loads and rows * panels
-multiply-adds, 24 of which, in chains of their own, keep two multiply-add units busy.
-A block is read again for every tile of rows, so that it has to fit the L2 cache (L1, if it is unpacked for a single
-tile).  Where K is too long for that, a chunk goes through K in passes, its sums waiting in memory: as float32, so
-that the chains stay the same.
+multiply-adds, each in a chain of its own; a dozen of them keep two multiply-add units busy.
+A block is read again for every tile of rows, so that it has to fit the L2 cache, with the next block beside it, which
+is asked for meanwhile: memory is read while tiles multiply.  Where K is too long for that, a chunk goes through K in
+passes, its sums waiting in memory: as float32, so that the chains stay the same.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ Value = Callable[[tirx.Expr], tirx.Expr]
 # (tensors by name, sums of a row's panels, row, first column) -> Value; may compute on whole vectors.
 Finish = Callable[[dict[str, tirx.Buffer], list[tirx.Buffer], tirx.Expr, tirx.Expr], Value]
 Sums = list[list[tirx.Buffer]]
+# At a word of K: ask for what is read later.
+Prefetch = Callable[[tirx.Expr], None]
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,12 @@ class Tile:
     rows: int
     panels: int
 
-    def add(self, sums: Sums, x: tirx.Buffer, w: Block, x_rows: list, begin, end) -> None:
+    def add(self, sums: Sums, x: tirx.Buffer, w: Block, x_rows: list, begin, end, prefetch: Prefetch) -> None:
         """Add the products of the words from `begin` to `end`; `x_rows` are where the rows of x start."""
         step = T.int64(w.step)
         with T.serial(T.truncdiv(begin, step), T.truncdiv(end, step)) as n:
             first = T.Bind(n * step)
-            w.prefetch(first)
+            prefetch(first)
 
             def load(r: int, k) -> tirx.Expr:
                 return self.words.load(x, x_rows[r] + k * self.words.size)
@@ -86,13 +88,17 @@ class Tile:
         w.add_listed(panel, add)
 
     def _step(self, sums: Sums, w: Block, first, load: Callable[[int, tirx.Expr], tirx.Expr]) -> None:
-        """The products of words from `first` on with those of x, load(r, k)."""
+        """The products of words from `first` on with those of x, load(r, k).
+
+        Vectors of weights wait in registers, words of x are used up as they come: there are fewer panels than rows.
+        """
         v = self.words.vectors
-        splats = [[v.splat(T.Bind(load(r, first + i))) for r in range(self.rows)] for i in range(w.step)]
-        for p in range(self.panels):
-            for i, weight in enumerate(w.read(p, first)):
-                for r in range(self.rows):
-                    v.store(sums[r][p], self.words.multiply_add(T.Bind(weight), splats[i][r], v.load(sums[r][p])))
+        weights = [[T.Bind(weight) for weight in w.read(p, first)] for p in range(self.panels)]
+        for i in range(w.step):
+            for r in range(self.rows):
+                splat = v.splat(T.Bind(load(r, first + i)))
+                for p in range(self.panels):
+                    v.store(sums[r][p], self.words.multiply_add(weights[p][i], splat, v.load(sums[r][p])))
 
 
 # Row r of a tile -> (row of x, row of the result).
@@ -161,13 +167,18 @@ class Product:
             rows_of: the rows of tile i; called where tile i is computed.
         """
         tile, group, v = self.tile, self.group, self.tile.words.vectors
-        rows, panels = tile.rows, tile.panels
+        rows, panels, many = tile.rows, tile.panels, self._config["many"]
         per_pass = min(self._config["words"], self._whole)
         passes = -(-self._whole // per_pass)
         waiting = scratch((CHUNK if passes > 1 else 1) * rows * panels * v.lanes, "float32")
         with T.serial(0, T.int64(passes)) as n:
             begin, end = T.Bind(n * per_pass), T.Bind(T.min((n + 1) * per_pass, T.int64(self._whole)))
-            w = weights.block(w_panel, begin, end)
+            first, others = weights.block(w_panel, begin)
+            if many:
+                last = T.Bind(n == passes - 1)
+                next_panel = T.Bind(w_panel + T.Select(last, T.int64(panels), T.int64(0)))
+                following = weights.lines(next_panel, T.Bind(T.Select(last, T.int64(0), end)), per_pass)
+                share = T.Bind(T.ceildiv(T.int64(following.count), T.max(tiles - 1, T.int64(1))))
             with T.serial(0, tiles) as i:
                 at = rows_of(i)
                 place = T.Bind((i if passes > 1 else T.int64(0)) * (rows * panels * v.lanes))
@@ -182,9 +193,21 @@ class Product:
                         for register, where in each:
                             v.store(register, v.load(waiting, where))
                 x_rows = [T.Bind(at(r)[0] * self.K) for r in range(rows)]
-                tile.add(sums, x, w, x_rows, begin, end)
+
+                def ask(word, begin=begin, i=i):
+                    done = T.truncdiv((word - begin) * share, T.int64(per_pass))
+                    following.prefetch((i - 1) * share + done)
+
+                if not many:
+                    tile.add(sums, x, first, x_rows, begin, end, first.prefetch)
+                else:
+                    with build.If(i == 0):
+                        with build.Then():
+                            tile.add(sums, x, first, x_rows, begin, end, first.prefetch)
+                        with build.Else():
+                            tile.add(sums, x, others, x_rows, begin, end, ask)
                 with build.If(n == passes - 1), build.Then():
-                    tile.add_last(sums, x, w, x_rows)
+                    tile.add_last(sums, x, others, x_rows)
                 for register, where in each:
                     v.store(waiting, v.load(register), where)
                 with build.If(n == passes - 1), build.Then():
@@ -212,6 +235,12 @@ class Product:
                 columns(T.serial, self.N % lanes)
 
 
+def part(index: tirx.Expr, parts: tirx.Expr, whole: tirx.Expr) -> tuple[tirx.Expr, tirx.Expr]:
+    """Where one of `parts` even parts of `whole` begins, and its size: threads that take whole parts end together."""
+    first = T.Bind(T.truncdiv(index * whole, parts))
+    return first, T.Bind(T.truncdiv((index + 1) * whole, parts) - first)
+
+
 def matmul(spec: OpSpec, config: Config, target: Target, gated: bool, finish: Finish) -> tirx.PrimFunc:
     """The kernel of `spec` with the tile of `config` (matmul_tiles.py); it needs T >= rows.
 
@@ -229,12 +258,11 @@ def matmul(spec: OpSpec, config: Config, target: Target, gated: bool, finish: Fi
             chunks = T.Bind(T.ceildiv(tiles, CHUNK))
             with T.parallel(0, chunks * product.blocks) as item:
                 panel = T.Bind(product.first_panel(T.truncmod(item, product.blocks)))
-                first = T.Bind(T.truncdiv(item, T.int64(product.blocks)) * CHUNK)
+                first, count = part(T.truncdiv(item, T.int64(product.blocks)), chunks, tiles)
 
                 def rows_of(i: tirx.Expr) -> Rows:
                     row = T.Bind(T.min((first + i) * rows, tokens - rows))
                     return lambda r: (row + r, row + r)
 
-                count = T.min(T.int64(CHUNK), tiles - first)
                 product.chunk(tensors, tensors["out"], x, weights, panel, panel, count, rows_of)
     return builder.get()

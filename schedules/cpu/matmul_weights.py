@@ -1,7 +1,8 @@
 """Where a matrix product's weights come from: panels as they are stored, or of 12 bits, every bit restored.
 
 A block is some neighbouring panels over a part of K, read for one tile of rows after the other.  Lossless panels are
-unpacked into registers, a group of words at a time; for several tiles into the cache, once for all of them.
+unpacked into registers, a group of words at a time; where there are several tiles, the first one keeps the words in the
+cache for the others.  Those, which read nothing from memory, ask for the block that comes next.
 
 Roofline of unpacking: 48 bytes are read for 64, in 23 vector instructions for a group of four vectors of words.  A core
 that reads 20 GB/s at 3.5 GHz takes 8 cycles for the 48 bytes of a vector: time is left to multiply.
@@ -61,11 +62,29 @@ class Block(Protocol):
         """Ask for what will be read some time after `word`."""
 
 
+@dataclass(frozen=True)
+class Lines:
+    """A block in memory: `count` cache lines of each panel, from `starts` on, of values of 4 bytes."""
+
+    stored: tirx.Buffer
+    starts: list[tirx.Expr]
+    count: int
+
+    def prefetch(self, line: tirx.Expr) -> None:
+        """Ask for a line of each panel to be brought into the L2 cache."""
+        at = T.Bind(line * (CACHE_LINE // 4))
+        for start in self.starts:
+            prefetch(self.stored, start + at, l2=True)
+
+
 class Weights(Protocol):
     """The weights of one call."""
 
-    def block(self, panel: tirx.Expr, begin: tirx.Expr, end: tirx.Expr) -> Block:
-        """Panels from `panel` on, words of K from `begin` to `end`."""
+    def block(self, panel: tirx.Expr, begin: tirx.Expr) -> tuple[Block, Block]:
+        """Panels from `panel` on, words of K from `begin` on: as the first tile of rows reads them, and the others."""
+
+    def lines(self, panel: tirx.Expr, begin: tirx.Expr, words: int) -> Lines:
+        """The same panels as they lie in memory, `words` words of K."""
 
     def add_listed(self, panel: tirx.Expr, add: Callable[[int, tirx.Expr, tirx.Expr, tirx.Expr], None]) -> None:
         """Call add(panel of the block, k, lane, float32 weight) for each weight that `Block.read` gave as zero."""
@@ -88,6 +107,10 @@ class PlainBlock:
     def read(self, panel: int, word: tirx.Expr) -> list[tirx.Expr]:
         return [self.words.vload([self.starts[panel] + word * self.lanes], f"{self.words.dtype}x{self.lanes}")]
 
+    def write(self, panel: int, word: tirx.Expr, vector: tirx.Expr) -> None:
+        """Let the vector be what is read there."""
+        T.buffer_store(self.words, vector, [T.ramp(self.starts[panel] + word * self.lanes, 1, self.lanes)])
+
     def prefetch(self, word: tirx.Expr) -> None:
         if self.ahead:
             # Past the end of its panel a stream goes on in the next block.
@@ -107,9 +130,14 @@ class PlainWeights:
     length: int
     ahead: int
 
-    def block(self, panel: tirx.Expr, begin: tirx.Expr, end: tirx.Expr) -> Block:
+    def block(self, panel: tirx.Expr, begin: tirx.Expr) -> tuple[Block, Block]:
         starts = [T.Bind((panel + p) * (self.length * self.lanes)) for p in range(self.panels)]
-        return PlainBlock(self.stored, starts, self.lanes, self.length, self.ahead)
+        block = PlainBlock(self.stored, starts, self.lanes, self.length, self.ahead)
+        return block, block
+
+    def lines(self, panel: tirx.Expr, begin: tirx.Expr, words: int) -> Lines:
+        starts = [T.Bind(((panel + p) * self.length + begin) * self.lanes) for p in range(self.panels)]
+        return Lines(self.stored, starts, -(-words * self.lanes * 4 // CACHE_LINE))
 
     def add_listed(self, panel: tirx.Expr, add: Callable[[int, tirx.Expr, tirx.Expr, tirx.Expr], None]) -> None:
         """None is."""
@@ -119,7 +147,7 @@ class PlainWeights:
 class LosslessWeights:
     """`panels` panels of LosslessPanels [N, K] at a time; `stored` is all of it as uint32.
 
-    Read `ahead` words early; unpacked into the cache if a block is at most `cached` words of K, 0 for registers.
+    Read `ahead` words early; the words of a block, at most `kept` of K, are kept unpacked; 0 for not at all.
     """
 
     stored: tirx.Buffer
@@ -128,23 +156,26 @@ class LosslessWeights:
     N: int
     K: int
     ahead: int
-    cached: int
+    kept: int
 
-    def block(self, panel: tirx.Expr, begin: tirx.Expr, end: tirx.Expr) -> Block:
+    def block(self, panel: tirx.Expr, begin: tirx.Expr) -> tuple[Block, Block]:
         """See `Weights`; `begin` is the start of a group."""
-        panels = LosslessBlock(self, [T.Bind(panel + p) for p in range(self.panels)])
-        if not self.cached:
-            return panels
-        v, lanes = self.vectors, self.vectors.lanes
-        stride = (self.cached + 1) * lanes  # one more: panels 4 KiB apart would compete for the same lines of L1
-        unpacked = scratch(self.panels * stride, "int32")
+        packed = LosslessBlock(self, [T.Bind(panel + p) for p in range(self.panels)])
+        if not self.kept:
+            return packed, packed
+        lanes = self.vectors.lanes
+        stride = (self.kept + 1) * lanes  # one more: panels 4 KiB apart would compete for the same lines of L1
+        words = scratch(self.panels * stride, "int32")
         starts = [T.Bind(p * stride - begin * lanes) for p in range(self.panels)]
-        with T.serial(T.truncdiv(begin, T.int64(GROUP)), T.truncdiv(end, T.int64(GROUP))) as group:
-            panels.prefetch(group * GROUP)
-            for p, start in enumerate(starts):
-                for i, word in enumerate(panels.read(p, group * GROUP)):
-                    v.store(unpacked, word, start + (group * GROUP + i) * lanes)
-        return PlainBlock(unpacked, starts, lanes, self.cached, 0)
+        unpacked = PlainBlock(words, starts, lanes, self.kept, 0)
+        return KeptBlock(packed, unpacked), unpacked
+
+    def lines(self, panel: tirx.Expr, begin: tirx.Expr, words: int) -> Lines:
+        """See `Weights`; `begin` is the start of a group."""
+        group = 3 * self.vectors.lanes  # uint32
+        begins = T.Bind(T.truncdiv(begin, T.int64(GROUP)) * group)
+        starts = [T.Bind((panel + p) * (self.K // (2 * GROUP) * group) + begins) for p in range(self.panels)]
+        return Lines(self.stored, starts, -(-words // GROUP * group * 4 // CACHE_LINE))
 
     def add_listed(self, panel: tirx.Expr, add: Callable[[int, tirx.Expr, tirx.Expr, tirx.Expr], None]) -> None:
         _, first_at, side_at, _ = self.layout.offsets(self.N, self.K)
@@ -214,6 +245,25 @@ class LosslessBlock:
         return T.reinterpret(f"uint16x{2 * self._weights.vectors.lanes}", words)
 
 
+@dataclass(frozen=True)
+class KeptBlock:
+    """Panels unpacked as they are read, and written to the block that others read."""
+
+    packed: LosslessBlock
+    unpacked: PlainBlock
+
+    step = GROUP
+
+    def read(self, panel: int, word: tirx.Expr) -> list[tirx.Expr]:
+        vectors = self.packed.read(panel, word)
+        for i, vector in enumerate(vectors):
+            self.unpacked.write(panel, word + i, vector)
+        return vectors
+
+    def prefetch(self, word: tirx.Expr) -> None:
+        self.packed.prefetch(word)
+
+
 def weights_of(tensor: tirx.Buffer, spec: OpSpec, config: Config, target: Target, gated: bool) -> Weights:
     """The weights in `tensor`, for a kernel with this configuration (matmul_tiles.py)."""
     words, (N, K) = Words.of(target, spec.input("x").dtype), spec.input("weight").sizes()[-2:]
@@ -221,7 +271,7 @@ def weights_of(tensor: tirx.Buffer, spec: OpSpec, config: Config, target: Target
     stored = stored_weight(spec, target, gated, config["lossless"])
     if config["lossless"]:
         flat = T.decl_buffer((stored.nbytes() // 4,), "uint32", data=tensor.data, align=4)
-        return LosslessWeights(flat, words.vectors, panels, N, K, ahead, config["words"] if config["cached"] else 0)
+        return LosslessWeights(flat, words.vectors, panels, N, K, ahead, config["words"] if config["many"] else 0)
     size = DTYPE_BYTES[stored.dtype]
     flat = T.decl_buffer((stored.nbytes() // (size * words.size),), words.type, data=tensor.data, align=size)
     return PlainWeights(flat, lanes, panels, -(-K // words.size), ahead)

@@ -26,6 +26,10 @@ define weak_odr hidden void @vc_prefetch(ptr %line) alwaysinline nounwind {
   call void @llvm.prefetch.p0(ptr %line, i32 0, i32 3, i32 1)
   ret void
 }
+define weak_odr hidden void @vc_prefetch_l2(ptr %line) alwaysinline nounwind {
+  call void @llvm.prefetch.p0(ptr %line, i32 0, i32 2, i32 1)
+  ret void
+}
 """
 _BF16_IR = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -62,9 +66,9 @@ def stack(size: int, dtype: str) -> tirx.Expr:
     return T.reinterpret(T.handle(dtype).ty, T.tvm_stack_alloca("tensormap", cells))
 
 
-def prefetch(buffer: tirx.Buffer, index: tirx.Expr) -> None:
-    """Ask for the cache line of an element to be brought into the L1 cache; a hint, never a fault."""
-    T.evaluate(T.call_extern("void", "vc_prefetch", T.address_of(buffer[index])))
+def prefetch(buffer: tirx.Buffer, index: tirx.Expr, l2: bool = False) -> None:
+    """Ask for the cache line of an element to be brought into the L1 cache, or L2; a hint, never a fault."""
+    T.evaluate(T.call_extern("void", "vc_prefetch_l2" if l2 else "vc_prefetch", T.address_of(buffer[index])))
 
 
 @dataclass(frozen=True)

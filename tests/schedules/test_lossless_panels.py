@@ -172,16 +172,17 @@ def test_kernels_read_codes_bases_and_side_list(compiled):
 
 
 def test_every_configuration_of_the_space(generator, tmp_path):
-    """Those that are not a default, among them weights unpacked into the cache for one tile."""
-    family, inputs = Linear(packed=True), sample(LINEAR, generator, 4, 1000, 96)
-    spec = harness.op_spec(LINEAR, inputs, {})
+    """Those that are not a default, for one tile and for three, the last over the one before it."""
+    family, draw = Linear(packed=True), [sample(LINEAR, generator, tokens, 1000, 96) for tokens in (4, 11)]
+    spec = harness.op_spec(LINEAR, draw[0], {})
     configs = [c for c in family.space(spec, HOST) if c["rows"] == 4 and c["panels"] in (1, 3)]
-    assert {c["cached"] for c in configs} == {False, True}
+    assert {c["many"] for c in configs} == {False, True}
     build_library({f"k{i}": family.build(spec, c, HOST) for i, c in enumerate(configs)}, HOST, tmp_path / "k.so")
     module = tvm_ffi.load_module(str(tmp_path / "k.so"))
-    expected = harness.results(LINEAR, inputs, {})
-    for i in range(len(configs)):
-        harness.assert_matches(LINEAR, harness.run(module[f"k{i}"], family, spec, HOST, inputs), expected)
+    for inputs in draw:
+        expected = harness.results(LINEAR, inputs, {})
+        for i in range(len(configs)):
+            harness.assert_matches(LINEAR, harness.run(module[f"k{i}"], family, spec, HOST, inputs), expected)
 
 
 @pytest.mark.parametrize(("N", "K", "dtype"), [(90, 64, "bfloat16"), (96, 60, "bfloat16"), (96, 64, "float32")])
