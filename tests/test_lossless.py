@@ -146,7 +146,7 @@ def test_wrong_size_is_refused():
         lossless.unpack(torch.zeros(100, dtype=torch.uint8), 16, 64)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(1, 4),
     st.integers(1, 3),

@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-
 from sqlalchemy import update
 
 from tests.conftest import SEED
