@@ -174,6 +174,7 @@ def test_any_bits_are_restored_or_refused(tiles, blocks, changes, top, seed):
 def test_comparison_sees_one_wrong_byte(part, generator):
     N, K = 64, 256
     weight = gaussian(generator, N, K)
+    weight[0].clamp_(min=0.01)  # the byte is of one that is not listed, as one in thousands is
     weight[:, 9] = 1e-30
     packed = assert_restored(weight)
     rows, side, _ = lossless.offsets(N, K)
