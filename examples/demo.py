@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -37,6 +38,7 @@ PROMPT = "def __init__(self, "
 NEW_TOKENS = 48
 START_LIMIT = 900  # seconds until /health answers
 STOP_LIMIT = 15  # seconds from SIGTERM to SIGKILL
+PORTS = range(20000, 30000)
 LOG_TAIL = 15  # lines of the server's log shown when it fails
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "chat_template*", "merges.txt"]
@@ -308,9 +310,12 @@ def _events(response: Any) -> Iterator[dict[str, Any]]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody has, and that the system, which gives out higher ones, will not give to others meanwhile."""
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise DemoError(f"every port from {PORTS[0]} to {PORTS[-1]} is taken")
 
 
 def installed(command: str) -> str:

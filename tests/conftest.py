@@ -12,8 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Engines talk to themselves, whatever addresses the machine has.
+os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+# A process may be held up at any moment.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 SEED = int(os.environ.get("TEST_SEED") or secrets.randbits(31))
 os.environ["TEST_SEED"] = str(SEED)  # one seed for all workers of a run

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -158,19 +157,28 @@ class TestWithoutKernels:
             vllm_compile.compile(tiny, out=tmp_path / "out", dump=tmp_path / "file")
 
 
+# The command, which stops where the library would be built.
+UNFINISHED = """
+import sys, time
+from vllm_compile import cli, driver
+def build_library(*arguments):
+    print("ready", flush=True)
+    time.sleep(3600)
+driver.build_library = build_library
+cli.main(["compile", "--no-cache", *sys.argv[1:]])
+"""
+
+
 @pytest.mark.slow
 def test_killed_while_it_compiles(tiny, tiny_fp32, no_kernels, tmp_path):
     """The older artifact stays whole, and the next run does not mind what the killed one left."""
     artifact = Path(shutil.copytree(tiny_fp32, tmp_path / "artifact"))
-    command = [sys.executable, "-m", "vllm_compile.cli", "compile", "--model", tiny, "--out", artifact, "--no-cache"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    partial = artifact.with_name(".artifact.partial")
-    while not partial.exists():
-        assert process.poll() is None, "it came to its end before it could be killed"
-        time.sleep(0.05)
+    command = [sys.executable, "-c", UNFINISHED, "--model", tiny, "--out", artifact]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert partial.exists()
+    process.communicate()
+    assert artifact.with_name(".artifact.partial").exists()
     check_files(artifact, read_manifest(artifact))
     vllm_compile.compile(tiny, out=artifact)
     assert (artifact / "kernels.so").read_bytes() == b"none"

@@ -146,7 +146,7 @@ def test_wrong_size_is_refused():
         lossless.unpack(torch.zeros(100, dtype=torch.uint8), 16, 64)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(1, 4),
     st.integers(1, 3),
@@ -174,6 +174,7 @@ def test_any_bits_are_restored_or_refused(tiles, blocks, changes, top, seed):
 def test_comparison_sees_one_wrong_byte(part, generator):
     N, K = 64, 256
     weight = gaussian(generator, N, K)
+    weight[0].clamp_(min=0.01)  # the byte is of one that is not listed, as one in thousands is
     weight[:, 9] = 1e-30
     packed = assert_restored(weight)
     rows, side, _ = lossless.offsets(N, K)

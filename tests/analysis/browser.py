@@ -17,6 +17,7 @@ SWITCHES = (
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-dev-shm-usage",  # which is too small in some containers
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -26,7 +27,7 @@ SWITCHES = (
     "--enable-logging=stderr",
     "--window-size=1280,1600",
 )
-LIMIT = 60  # seconds
+LIMIT = 600  # seconds; it takes a few on a machine that does nothing else
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,8 @@ def test_bfloat16_loses_no_more_than_hugging_face(trained_llama, compiled_bf16, 
     exact = hugging_face(trained_llama, torch.float32, ids)
     theirs, ours = hugging_face(trained_llama, torch.bfloat16, ids), logits_of(compiled_bf16, ids)
     assert relative_error(ours, exact) <= 1.1 * relative_error(theirs, exact)
-    assert f"{perplexity(ours, ids):.3g}" == f"{perplexity(theirs, ids):.3g}"
+    # 3e-4 seen on eleven texts.  Not digits: two numbers as near as that round to different ones once in thirty models.
+    assert perplexity(ours, ids) == pytest.approx(perplexity(theirs, ids), rel=1e-3)
 
 
 BREAKS = {

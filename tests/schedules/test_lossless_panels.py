@@ -78,6 +78,7 @@ def test_what_does_not_fit_is_refused(layout, make, generator):
 @layouts
 def test_restoring_sees_one_wrong_byte(layout, generator):
     weight = gaussian(generator, 64, 256)
+    weight[0].clamp_(min=0.01)  # the byte is of one that is not listed, as one in thousands is
     weight[:, 9] = 1e-30
     packed, _ = assert_restored(weight, layout)
     bases_at, _, side_at, _ = layout.offsets(64, 256)

@@ -140,7 +140,8 @@ def test_lossless_weights_are_restored_bit_for_bit(generator, tmp_path):
         out = torch.full((K, N), float("nan"), dtype=torch.bfloat16)
         on_host.run(kernel, inputs["x"], packed, out)
         assert torch.equal(out.T, weight)
-    places = torch.randperm(N * K * 3 // 2, generator=generator)[:1]  # a byte of the codes
+    # Bytes of the codes: of a weight that is listed, as one in a hundred is, a code may not show beside its entry.
+    places = torch.randperm(N * K * 3 // 2, generator=generator)[:8]
     packed[places] = packed[places] ^ 1
     on_host.run("from_1", inputs["x"], packed, out)
     assert not torch.equal(out.T, weight)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
 import sqlalchemy
 
+from examples.demo import free_port
+
 ACCOUNT = "postgres"  # Debian's package makes it; the server refuses to run as root
 PASSWORD = secrets.token_hex(8)
+LIMIT = "600"  # seconds to start or to stop in; a slow disk may need some
 
 
 def binaries() -> Path | None:
@@ -29,9 +31,7 @@ class Server:
 
     def __init__(self, directory: Path, commands: Path) -> None:
         self.directory, self._commands = directory, commands
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         password = directory / "password"
         password.write_text(PASSWORD)
         if os.geteuid() == 0:
@@ -46,10 +46,11 @@ class Server:
 
     def start(self) -> None:
         options = f"-p {self.port} -k {self.directory} -c listen_addresses=127.0.0.1 -c max_connections=60"
-        self._run("pg_ctl", "-D", str(self.data), "-w", "-o", options, "-l", str(self.directory / "log"), "start")
+        log = str(self.directory / "log")
+        self._run("pg_ctl", "-D", str(self.data), "-w", "-t", LIMIT, "-o", options, "-l", log, "start")
 
     def stop(self, mode: str = "fast") -> None:
-        self._run("pg_ctl", "-D", str(self.data), "-w", "-m", mode, "stop")
+        self._run("pg_ctl", "-D", str(self.data), "-w", "-t", LIMIT, "-m", mode, "stop")
 
     def create(self, name: str) -> str:
         """The URL of a new, empty database."""

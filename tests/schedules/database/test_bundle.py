@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import re
 import tempfile
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def merged(path: Path, *bundles: Path) -> dict[str, State]:
         return content(database)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(CONTENTS, CONTENTS)
 def test_merging_is_a_union(first, second):
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +139,7 @@ def test_torn_or_altered_is_refused(database, tmp_path):
         whole[: rng.randrange(len(whole))],
         b"".join(lines[:-1]),
         b"".join(lines[:5] + lines[6:]),
-        whole.replace(b"alpha", b"gamma").replace(b"host1", b"host9"),
+        re.sub(rb'"host\d"', b'"host9"', whole, count=1),
         whole + b"{}\n",
         gzip.compress(whole),
     ]

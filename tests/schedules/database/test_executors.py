@@ -60,7 +60,8 @@ HANDLERS = {
 
 @pytest.fixture(scope="module")
 def executor():
-    made = LocalExecutor(HANDLERS, timeout=8)
+    """Its time-out is for tasks that are expected to end; a process's start is part of it."""
+    made = LocalExecutor(HANDLERS, timeout=300)
     yield made
     made.close()
 
@@ -71,12 +72,18 @@ def task(kind: str, payload=3) -> Lease:
 
 @pytest.mark.parametrize(
     ("kind", "words", "crashed"),
-    [("fail", "ValueError: 3 is no good", False), ("crash", "exit code -11", True), ("hang", "longer than 8 s", True)],
+    [("fail", "ValueError: 3 is no good", False), ("crash", "exit code -11", True)],
 )
 def test_failed_attempts(executor, kind, words, crashed):
     with pytest.raises(TaskFailedError, match=words) as raised:
         executor.run(task(kind), Event())
     assert isinstance(raised.value, TaskCrashedError) == crashed
+
+
+def test_hang():
+    hasty = LocalExecutor(HANDLERS, timeout=2)
+    with pytest.raises(TaskCrashedError, match="longer than 2 s"):
+        hasty.run(task("hang"), Event())
 
 
 def test_what_a_task_started_ends_with_it(executor, tmp_path):
@@ -87,13 +94,14 @@ def test_what_a_task_started_ends_with_it(executor, tmp_path):
             time.sleep(0.05)
         lost.set()
 
-    Thread(target=lose).start()
+    Thread(target=lose, daemon=True).start()
     with pytest.raises(TaskFailedError, match="lease was lost"):
         executor.run(task("start_and_hang", str(pid)), lost)
+    deadline = time.monotonic() + 60
     with suppress(psutil.NoSuchProcess):
-        child = psutil.Process(int(pid.read_text()))
-        if child.status() != psutil.STATUS_ZOMBIE:
-            child.wait(5)  # raises if it lives on
+        while psutil.Process(int(pid.read_text())).status() != psutil.STATUS_ZOMBIE:  # nobody may wait for it here
+            assert time.monotonic() < deadline, "it lives on"
+            time.sleep(0.05)
     assert executor.run(task("square"), Event()) == square(3)  # and goes on
 
 
@@ -103,7 +111,7 @@ def test_stops_when_the_lease_is_lost(executor):
     Timer(0.2, lost.set).start()
     with pytest.raises(TaskFailedError, match="lease was lost"):
         executor.run(task("hang"), lost)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
 
 
 def test_a_worker_does_what_it_can(executor, database):

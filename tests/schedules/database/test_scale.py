@@ -1,4 +1,7 @@
-"""100,000 records: importing them and looking one up."""
+"""100,000 records: importing them and looking one up.
+
+In seconds of a processor, which others on the machine do not take; seconds of the clock are printed.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import random
 import statistics
 import time
 
+import psutil
 import pytest
 
 from tests.conftest import SEED
@@ -26,25 +30,36 @@ def bundle(tmp_path_factory):
     return path
 
 
+def processor_seconds(database) -> float:
+    """What this process has used so far, and the server's that answers it."""
+    used = time.process_time()
+    if not database.is_sqlite:
+        with database.engine.connect() as connection:
+            backend = psutil.Process(connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one())
+        used += backend.cpu_times().user + backend.cpu_times().system
+    return used
+
+
 @pytest.mark.slow
 @pytest.mark.timed
 def test_scale(bundle, url):
     with open_database(url) as database:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), processor_seconds(database)
         assert import_bundle(database, bundle) == (RECORDS, RECORDS)
-        seconds = time.perf_counter() - start
+        import_seconds, elapsed = processor_seconds(database) - before, time.perf_counter() - start
         assert sum(count(database).values()) == RECORDS
     with open_database(url, writable=False) as database:
         rng = random.Random(SEED)
         shapes = [linear(64 * rng.randrange(1, WORKLOADS + 1), 4096) for _ in range(200)]
-        times = []
+        times, before = [], processor_seconds(database)
         for shape in shapes:
             start = time.perf_counter()
             assert lookup(database, shape, H200) is not None
             times.append(time.perf_counter() - start)
+        lookup_ms = (processor_seconds(database) - before) / len(shapes) * 1e3
         assert lookup(database, linear(7, 7), H200) is None  # nothing is there: nothing is found
     median, worst = statistics.median(times) * 1e3, max(times) * 1e3
-    undisturbed = statistics.quantiles(times, n=10)[0] * 1e3  # other work on the machine only ever adds
-    print(f"import {seconds:.1f} s; lookup {undisturbed:.2f}, median {median:.2f}, worst {worst:.2f} ms, seed {SEED}")
-    assert seconds < IMPORT_SECONDS
-    assert undisturbed < LOOKUP_MS
+    print(f"import {import_seconds:.1f} s, {elapsed:.1f} by the clock; seed {SEED}")
+    print(f"lookup {lookup_ms:.2f} ms, by the clock median {median:.2f}, worst {worst:.2f}")
+    assert import_seconds < IMPORT_SECONDS
+    assert lookup_ms < LOOKUP_MS
