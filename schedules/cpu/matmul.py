@@ -18,7 +18,6 @@ passes, its sums waiting in memory: as float32, so that the chains stay the same
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -31,8 +30,10 @@ from vllm_compile.targets import Target
 
 from ..arguments import bind_arguments
 from ..family import Config
-from .matmul_weights import Block, Weights, panel_count, stored_weight, weights_of
+from .matmul_block import Weights
+from .matmul_weights import panel_count, stored_weight, weights_of
 from .matmul_words import Words
+from .register_tile import Prefetch, Tile
 from .vectors import scratch
 
 # Tiles of rows: a block of weights is read from beyond the L2 cache once for so many.
@@ -42,65 +43,6 @@ CHUNK = 32
 Value = Callable[[tirx.Expr], tirx.Expr]
 # (tensors by name, sums of a row's panels, row, first column) -> Value; may compute on whole vectors.
 Finish = Callable[[dict[str, tirx.Buffer], list[tirx.Buffer], tirx.Expr, tirx.Expr], Value]
-Sums = list[list[tirx.Buffer]]
-# At a word of K: ask for what is read later.
-Prefetch = Callable[[tirx.Expr], None]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Sums [rows][panels], a vector each, of x times w."""
-
-    words: Words
-    K: int
-    rows: int
-    panels: int
-
-    def add(self, sums: Sums, x: tirx.Buffer, w: Block, x_rows: list, begin, end, prefetch: Prefetch) -> None:
-        """Add the products of the words from `begin` to `end`; `x_rows` are where the rows of x start."""
-        step = T.int64(w.step)
-        with T.serial(T.truncdiv(begin, step), T.truncdiv(end, step)) as n:
-            first = T.Bind(n * step)
-            prefetch(first)
-
-            def load(r: int, k) -> tirx.Expr:
-                return self.words.load(x, x_rows[r] + k * self.words.size)
-
-            self._step(sums, w, first, load)
-
-    def add_last(self, sums: Sums, x: tirx.Buffer, w: Block, x_rows: list) -> None:
-        """Add the product of a last value without a neighbour, if there is one."""
-        if self.K % self.words.size:
-            last = T.int64(self.K // self.words.size)
-            self._step(sums, w, last, lambda r, k: self.words.load_half(x, x_rows[r] + (self.K - 1)))
-
-    def add_listed(
-        self, sums: tirx.Buffer, place: Callable[[int, int], tirx.Expr], x: tirx.Buffer, w: Weights, x_rows: list, panel
-    ) -> None:
-        """Add the products of weights that stand in a list, to sums that are at `place(r, p)`."""
-
-        def add(p: int, k, lane, weight) -> None:
-            for r in range(self.rows):
-                at = T.Bind(place(r, p) + lane)
-                value = self.words.value(x, x_rows[r] + k)
-                T.buffer_store(sums, T.call_llvm_pure_intrin("float32", "llvm.fma", weight, value, sums[at]), [at])
-
-        w.add_listed(panel, add)
-
-    def _step(self, sums: Sums, w: Block, first, load: Callable[[int, tirx.Expr], tirx.Expr]) -> None:
-        """The products of words from `first` on with those of x, load(r, k).
-
-        Vectors of weights wait in registers, words of x are used up as they come: there are fewer panels than rows.
-        """
-        v = self.words.vectors
-        weights = [[T.Bind(weight) for weight in w.read(p, first)] for p in range(self.panels)]
-        for i in range(w.step):
-            for r in range(self.rows):
-                splat = v.splat(T.Bind(load(r, first + i)))
-                for p in range(self.panels):
-                    v.store(sums[r][p], self.words.multiply_add(weights[p][i], splat, v.load(sums[r][p])))
-
-
 # Row r of a tile -> (row of x, row of the result).
 Rows = Callable[[Any], tuple[tirx.Expr, tirx.Expr]]
 
@@ -174,11 +116,7 @@ class Product:
         with T.serial(0, T.int64(passes)) as n:
             begin, end = T.Bind(n * per_pass), T.Bind(T.min((n + 1) * per_pass, T.int64(self._whole)))
             first, others = weights.block(w_panel, begin)
-            if many:
-                last = T.Bind(n == passes - 1)
-                next_panel = T.Bind(w_panel + T.Select(last, T.int64(panels), T.int64(0)))
-                following = weights.lines(next_panel, T.Bind(T.Select(last, T.int64(0), end)), per_pass)
-                share = T.Bind(T.ceildiv(T.int64(following.count), T.max(tiles - 1, T.int64(1))))
+            ask = self._next_block(weights, w_panel, begin, end, tiles) if many else None
             with T.serial(0, tiles) as i:
                 at = rows_of(i)
                 place = T.Bind((i if passes > 1 else T.int64(0)) * (rows * panels * v.lanes))
@@ -193,19 +131,14 @@ class Product:
                         for register, where in each:
                             v.store(register, v.load(waiting, where))
                 x_rows = [T.Bind(at(r)[0] * self.K) for r in range(rows)]
-
-                def ask(word, begin=begin, i=i):
-                    done = T.truncdiv((word - begin) * share, T.int64(per_pass))
-                    following.prefetch((i - 1) * share + done)
-
-                if not many:
+                if ask is None:
                     tile.add(sums, x, first, x_rows, begin, end, first.prefetch)
                 else:
                     with build.If(i == 0):
                         with build.Then():
                             tile.add(sums, x, first, x_rows, begin, end, first.prefetch)
                         with build.Else():
-                            tile.add(sums, x, others, x_rows, begin, end, ask)
+                            tile.add(sums, x, others, x_rows, begin, end, ask(i))
                 with build.If(n == passes - 1), build.Then():
                     tile.add_last(sums, x, others, x_rows)
                 for register, where in each:
@@ -217,6 +150,21 @@ class Product:
                         to_panel = T.Bind(T.truncdiv(panel, group) + p)
                         to_row = T.Bind(at(r)[1])
                         self._store(out, self._finish(tensors, totals, to_row, to_panel * v.lanes), to_row, to_panel)
+
+    def _next_block(
+        self, weights: Weights, w_panel: tirx.Expr, begin: tirx.Expr, end: tirx.Expr, tiles: tirx.Expr
+    ) -> Callable[[tirx.Expr], Prefetch]:
+        """How tile i of rows asks for what follows these words of K: all tiles but the first do, for the same share."""
+        per_pass = T.int64(self._config["words"])
+        last = T.Bind(end == self._whole)
+        panel = T.Bind(w_panel + T.Select(last, T.int64(self.tile.panels), T.int64(0)))
+        lines = weights.lines(panel, T.Bind(T.Select(last, T.int64(0), end)), self._config["words"])
+        share = T.Bind(T.ceildiv(T.int64(lines.count), T.max(tiles - 1, T.int64(1))))
+
+        def of_tile(i: tirx.Expr) -> Prefetch:
+            return lambda word: lines.prefetch((i - 1) * share + T.truncdiv((word - begin) * share, per_pass))
+
+        return of_tile
 
     def _store(self, out: tirx.Buffer, value: Value, row: tirx.Expr, panel: tirx.Expr) -> None:
         """A whole panel as a vector; the last one, where N is not a multiple of the lanes, value by value."""
