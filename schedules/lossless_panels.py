@@ -12,7 +12,7 @@ from vllm_compile import lossless
 GROUP = 4  # words of K whose codes are stored together, in the place of three
 # The kernel's instructions for the words of a group, each of `lanes` int32 with two weights; one multiply-add is two
 # FLOPs of each of as many floats.
-UNPACK_INSTRUCTIONS = 23
+UNPACK_INSTRUCTIONS = 21
 
 
 @dataclass(frozen=True)

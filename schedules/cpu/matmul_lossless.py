@@ -2,7 +2,7 @@
 
 Where there are several tiles of rows, the first one keeps the words in the cache for the others.
 
-Roofline of unpacking: 48 bytes are read for 64, in 23 vector instructions for a group of four vectors of words.  A core
+Roofline of unpacking: 48 bytes are read for 64, in 21 vector instructions for a group of four vectors of words.  A core
 that reads 20 GB/s at 3.5 GHz takes 8 cycles for the 48 bytes of a vector: time is left to multiply.
 """
 
