@@ -1,4 +1,4 @@
-"""How the products of matmul.py read a weight matrix: tiles of 16 rows, 64 columns at a time, plain or lossless.
+"""How products (product.py) read a weight matrix: tiles of 16 rows, 64 columns at a time, plain or lossless.
 
 Plain: a lane has 16 neighbours of its row, 32 bytes.  Lossless (`vllm_compile/lossless.py`): blocks are laid out for
 32 lanes, each with 8 columns of two rows in both halves of the block.  So the lanes of a wave take two tiles at once,
@@ -69,8 +69,10 @@ class Plain:
     loaded: tirx.Buffer
 
     @staticmethod
-    def of(weight: tirx.Buffer, K: int, place: Place, first_rows: Sequence[Any], steps: int) -> Plain:
-        starts = [T.Bind(T.Cast("int64", row + place.at) * K + place.quarter * OWN) for row in first_rows]
+    def of(weight: tirx.Buffer, N: int, K: int, place: Place, first_rows: Sequence[Any], steps: int) -> Plain:
+        """Rows that a last tile lacks are read as row N - 1."""
+        rows = [row + place.at if N % TILE == 0 else T.min(row + place.at, N - 1) for row in first_rows]
+        starts = [T.Bind(T.Cast("int64", row) * K + place.quarter * OWN) for row in rows]
         loaded = T.alloc_buffer((steps * len(starts) * OWN,), "uint16", scope="local")
         return Plain(weight, K, place, starts, IRBuilder.name("a", loaded))
 
@@ -109,7 +111,7 @@ class Packed:
     unpacked: tirx.Buffer
 
     @staticmethod
-    def of(words: tirx.Buffer, K: int, place: Place, first_rows: Sequence[Any], steps: int) -> Packed:
+    def of(words: tirx.Buffer, N: int, K: int, place: Place, first_rows: Sequence[Any], steps: int) -> Packed:
         lane = place.at % 8 * 4 + place.quarter  # of the 32 that the layout is for
         starts = []
         for first, second in zip(first_rows[::2], first_rows[1::2], strict=True):

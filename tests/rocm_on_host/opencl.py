@@ -35,6 +35,8 @@ INTRINSICS = (
     "llvm.amdgcn.rcp.f32",
     "llvm.amdgcn.sched.barrier",
     "llvm.amdgcn.mfma.f32.16x16x16bf16.1k",
+    "llvm.fma",
+    "llvm.nearbyint",
 )
 TARGET = {"kind": "opencl", "max_num_threads": MOST_THREADS}
 SCRATCH_BYTES = 16 * MOST_THREADS
