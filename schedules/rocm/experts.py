@@ -1,9 +1,9 @@
 """Linear layers of experts on the matrix cores: each row is multiplied by the weight of the expert that it goes to.
 
 Rows of one expert are a group (`route` has sorted them), cut into tiles of 16, 32 or 64 from its end; a thread block
-takes a tile and some rows of the expert's weight (product.py).  The grid is made of shapes: a block looks at a window
-of as many places in the sorted order as a tile has, and takes the tiles that start there, one or two as a rule.  Up to
-16 places each is a window of its own, so that the experts of a decoded token are read side by side.
+takes a tile and some rows of the expert's weight (product.py).  The grid is made of shapes: as many windows of
+places in the sorted order as there can be tiles, each of one place if they are few; a block takes the tiles that start
+in its window, one as a rule.
 
 Of all weights only those of chosen experts are read: once where a group has no more rows than a tile, else once a tile,
 from the cache that all compute units share.
@@ -18,7 +18,7 @@ the matrix cores' peak.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import tirx
@@ -31,17 +31,18 @@ from vllm_compile.targets.rocm import RocmTarget
 
 from ..arguments import bind_arguments
 from ..family import Config, KernelFamily, Variant
+from .footprint import Footprint
 from .intrinsics import uniform
-from .matmul import REGISTERS, STEPS, WAVES
+from .matmul import REGISTERS, STEPS, WAVES, block_footprint, configurations
 from .norm import ALIGN
 from .product import Product, Shape, finish
 from .weights import BLOCK, OWN, TILE, Plain, bits
 from .weights import REGISTERS as REGISTERS_OF
 
-ALONE = 16  # places of the sorted order, up to which each is a window
+PLACE_ROUNDS = 2  # of loads: where groups end and whose they are; the tile's tokens
 # Tiles of a group's rows: from so many rows on average on; then the most waves, and tiles of rows of the weight (gates
 # with ups count twice).  Few rows are bound by memory: waves share the columns.  Many by products: a wave has 64 x 64.
-TILES = {1: (0, 4, 1), 2: (8, 4, 1), 4: (16, 1, 4)}
+TILES = {1: (0, 4, 1), 2: (16, 4, 4), 4: (128, 1, 4)}
 
 
 def expert_matmul(spec: OpSpec, config: Config, gated: bool) -> tirx.PrimFunc:
@@ -61,7 +62,9 @@ def expert_matmul(spec: OpSpec, config: Config, gated: bool) -> tirx.PrimFunc:
         experts, order, ends = (bits(name, tensors, slots, "int32") for name in ("experts", "order", "ends"))
         out = T.decl_buffer((slots, height), "bfloat16", data=tensors["out"].data, align=ALIGN)
         IRBuilder.name("out", out)
-        window = T.Bind(T.if_then_else(slots <= ALONE, T.int64(1), T.int64(size)))
+        # As many as there can be groups, and cuts of them; the host divides by them where there is no token, too.
+        windows = T.min(slots, E + T.truncdiv(slots, T.int64(size)))
+        window = T.Bind(T.max(T.ceildiv(slots, T.max(windows, T.int64(1))), T.int64(1)))
         with (
             T.thread_binding(T.ceildiv(slots, window), thread="blockIdx.x") as part,
             T.thread_binding(height // TILE // shape.row_tiles, thread="blockIdx.y") as group,
@@ -81,7 +84,7 @@ def expert_matmul(spec: OpSpec, config: Config, gated: bool) -> tirx.PrimFunc:
             starts = tirx.any(first == 0, before == first, T.truncmod(end - first, size) == 0)
             T.buffer_store(next_tile, uniform(T.if_then_else(starts, first, first + rows_from(first, end))), [0])
             with (
-                T.serial(T.min(T.Cast("int32", window), min(size, E) + 1)),
+                T.serial(T.min(T.Cast("int32", window), E + 1)),
                 T.serial(T.if_then_else(next_tile[0] < last, 1, 0)),  # TVM has no barriers in a branch
             ):
                 begin = T.Bind(uniform(next_tile[0]))
@@ -114,6 +117,12 @@ def expert_matmul(spec: OpSpec, config: Config, gated: bool) -> tirx.PrimFunc:
     return builder.get()
 
 
+def _windows(slots: int, E: int, shape: Shape) -> int:
+    """Of so many places, as the kernel computes it."""
+    tiles = min(slots, E + slots // (TILE * shape.token_tiles))
+    return -(-slots // -(-slots // tiles))
+
+
 class _ExpertFamily(KernelFamily):
     """Experts with bf16 weights [E, 16 * a, 64 * b], as PyTorch has them; gates and ups [E, 2 * 16 * a, 64 * b]."""
 
@@ -138,6 +147,30 @@ class _ExpertFamily(KernelFamily):
             least = max(-(-rows * E // spec.input("experts").size(1)), 1)
             found[least] = Variant(least, config)
         return [found[least] for least in sorted(found)]
+
+    def space(self, spec: OpSpec, target: RocmTarget) -> Sequence[Config]:
+        N, K = spec.input("weight").size(1), spec.input("weight").size(2)
+        return configurations(N, K, TILES, target, self.gated, packed=False)
+
+    def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: RocmTarget) -> bool:
+        """True for what `space` lists for the tiles of that range."""
+        of_range = {v.min_tokens: v.config["token_tiles"] for v in self.variants(spec, target)}
+        return config.get("token_tiles") == of_range.get(min_tokens) and config in self.space(spec, target)
+
+    def footprint(self, spec: OpSpec, config: Config, tokens: int, target: RocmTarget) -> Footprint:
+        """Where routing is even; each block has a tile."""
+        E, N, K = (spec.input("weight").size(axis) for axis in range(3))
+        shape = Shape.of(config, self.gated, packed=False)
+        top_k = spec.input("experts").size(1)
+        slots, chosen = tokens * top_k, E * (1 - (1 - top_k / E) ** tokens)
+        block = block_footprint(shape, K)
+        whole = sum(tensor.nbytes(tokens) for tensor in (*dict(spec.inputs).values(), *spec.outputs))
+        return replace(
+            block,
+            bytes=whole - round((E - chosen) * N * K * 2),
+            blocks=_windows(slots, E, shape) * (N // TILE // shape.tiles),
+            rounds=block.rounds + PLACE_ROUNDS,
+        )
 
     def build(self, spec: OpSpec, config: Config, target: RocmTarget) -> tirx.PrimFunc:
         return expert_matmul(spec, config, self.gated)

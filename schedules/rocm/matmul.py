@@ -10,7 +10,7 @@ weights: the down projection (4096 x 14336) has 3.4 waves a compute unit, 27 KiB
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -82,17 +82,22 @@ def variants(spec: OpSpec, target: RocmTarget, gated: bool, packed: bool) -> Seq
 
 
 def space(spec: OpSpec, target: RocmTarget, gated: bool, packed: bool) -> Sequence[Config]:
+    tiles = [most // TILE for most in BUCKETS[packed].values()]
+    return configurations(spec.input("weight").size(0), spec.input("weight").size(1), tiles, target, gated, packed)
+
+
+def configurations(
+    N: int, K: int, token_tiles: Iterable[int], target: RocmTarget, gated: bool, packed: bool
+) -> Sequence[Config]:
     """All that fits LDS and, by arithmetic, registers; which of them spill their machine code tells."""
-    N, K = spec.input("weight").size(0), spec.input("weight").size(1)
-    halves = 2 if gated else 1
     found = []
-    for rows, most, waves, steps in product(ROW_TILES, BUCKETS[packed].values(), WAVES, ALL_STEPS):
-        shape = Shape(rows, most // TILE, waves, steps, gated, packed)
-        whole = -(-N // TILE) // halves % rows == 0 and K // BLOCK % (waves * steps) == 0
-        loaded = steps * (shape.tiles * WEIGHT_REGISTERS[packed] + shape.token_tiles * OWN // 2)
+    for rows, tokens, waves, steps in product(ROW_TILES, token_tiles, WAVES, ALL_STEPS):
+        shape = Shape(rows, tokens, waves, steps, gated, packed)
+        whole = -(-N // TILE) // (2 if gated else 1) % rows == 0 and K // BLOCK % (waves * steps) == 0
+        loaded = steps * (shape.tiles * WEIGHT_REGISTERS[packed] + tokens * OWN // 2)
         fits = loaded <= ALL_REGISTERS and 4 * shape.lds_floats <= target.lds_bytes
         if whole and fits and not (packed and shape.tiles % 2):
-            found.append({"row_tiles": rows, "token_tiles": shape.token_tiles, "waves": waves, "steps": steps})
+            found.append({"row_tiles": rows, "token_tiles": tokens, "waves": waves, "steps": steps})
     return found
 
 

@@ -184,6 +184,9 @@ class Route(KernelFamily):
         known = logits.dtype in ("bfloat16", "float32") and not spec.has_input("bias")
         return known and spec.attribute("top_k") <= logits.size(1) <= MOST_EXPERTS
 
+    def launches(self, spec: OpSpec, config: Config, tokens: int, target: RocmTarget) -> int:
+        return 2
+
     def build(self, spec: OpSpec, config: Config, target: RocmTarget) -> tirx.PrimFunc:
         logits = spec.input("logits")
         return route(logits.size(1), spec.attribute("top_k"), bool(spec.attribute("normalise")), logits.dtype)

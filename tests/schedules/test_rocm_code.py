@@ -83,7 +83,7 @@ KERNELS = {
     "route": (route(8, 2, True, "bfloat16"), 0, 0, 8, ("v_add_f32_dpp", "v_mov_b32_dpp", "ds_bpermute_b32")),
     "route_1": (None, 0, 0, 8, ("s_barrier", "ds_bpermute_b32")),
     "experts": (experts(EXPERT_GATE_UP_SILU, 28672, 4096, (), 1), None, 0, 3, (MFMA, "ds_read_b128", "v_exp_f32")),
-    "experts_of_many": (experts(EXPERT_LINEAR, 4096, 14336, (2,), 64), None, 0, 3, (MFMA,)),
+    "experts_of_many": (experts(EXPERT_LINEAR, 4096, 14336, (2,), 512), None, 0, 3, (MFMA,)),
     "elementwise": (elementwise(spec_of(weighted_sum(4096))), 3, 1, 8, ()),
     "rope_cache": (qkv_rope_cache(32, 8, 128), 14, 6, 8, ("v_pk_mul_f32",)),
 }

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 import torch
 
 from tests.rocm_on_host import needs_opencl
 from tests.rocm_on_host.runner import OnHost
 from vllm_compile.ops import EXPERT_GATE_UP_SILU, EXPERT_LINEAR
-from vllm_compile.schedules.rocm.experts import ALONE
 from vllm_compile.schedules.select import choose
-from vllm_compile.targets.rocm import for_arch
+from vllm_compile.targets.rocm import WAVE, for_arch
 
 from . import harness
 from .test_experts import EXPERTS, TOP_K, routed, sample
@@ -22,18 +23,17 @@ K, N = 192, 32  # blocks of columns that three waves share
 
 
 class Case:
-    """An operator, and all its variants, built."""
+    """An operator, and its kernels, built: all variants, or of the configurations given."""
 
-    def __init__(self, op, folder):
+    def __init__(self, op, folder, configs=None):
         self.op, self.name = OPS[op], op
         inputs = sample(op, torch.Generator(), torch.bfloat16, 1, K, N)
         self.spec = harness.op_spec(self.op, inputs, {})
         choice = choose(self.spec, TARGET)
-        self.kernels = [f"from_{variant.min_tokens}" for variant in choice.variants]
-        built = {
-            name: choice.family.build(self.spec, variant.config, TARGET)
-            for name, variant in zip(self.kernels, choice.variants, strict=True)
-        }
+        self.family = choice.family
+        configs = configs or {f"from_{variant.min_tokens}": variant.config for variant in choice.variants}
+        self.kernels = list(configs)
+        built = {name: choice.family.build(self.spec, config, TARGET) for name, config in configs.items()}
         self.on_host = OnHost(built, TARGET, folder)
 
     def inputs(self, generator, logits):
@@ -82,12 +82,26 @@ def test_all_tokens_to_the_same_experts(tokens, case, generator):
         case.assert_matches(case.run(inputs, kernel), inputs)
 
 
-def test_windows_of_one_place_while_there_are_few(case, generator):
-    """So that the experts of a token are read side by side; no tokens launch nothing."""
-    for tokens in (0, 1, ALONE // TOP_K, ALONE // TOP_K + 1):
+def test_as_many_windows_as_there_can_be_tiles(case, generator):
+    """Places one by one while there are few, so that the experts of a token are read side by side; none for none."""
+    for tokens, windows in ((0, []), (1, [TOP_K]), (9, [6])):  # 27 places are at most 5 groups and a cut
         case.run(case.inputs(generator, torch.randn(tokens, EXPERTS, generator=generator)), "from_1")
-        slots = tokens * TOP_K
-        assert [launch.grid[0] for launch in case.launches] == ([slots if slots <= ALONE else 2] if slots else [])
+        assert [launch.grid[0] for launch in case.launches] == windows
+
+
+def test_what_tuning_may_choose(case, generator, tmp_path):
+    """A configuration of the space, another each run, matches, and is the launch that its footprint says."""
+    space = [c for c in case.family.space(case.spec, TARGET) if c["row_tiles"] * c["token_tiles"] * c["steps"] <= 4]
+    least = {v.config["token_tiles"]: v.min_tokens for v in case.family.variants(case.spec, TARGET)}
+    config = space[int(torch.randint(len(space), (1,), generator=generator))]
+    assert case.family.admits(case.spec, config, least[config["token_tiles"]], TARGET)
+    assert not case.family.admits(case.spec, config, 0, TARGET)
+    other = Case(case.name, tmp_path, {"k": config})
+    inputs = case.inputs(generator, torch.randn(30, EXPERTS, generator=generator))
+    case.assert_matches(other.run(inputs, "k"), inputs)
+    (launch,), footprint = other.launches, case.family.footprint(case.spec, config, 30, TARGET)
+    assert (prod(launch.grid), launch.block[0]) == (footprint.blocks, WAVE * footprint.waves), config
+    assert footprint.lds_bytes == 2 * other.on_host.resources["k"].lds_bytes, config
 
 
 def test_experts_that_nobody_chose_are_not_read(case, generator):
