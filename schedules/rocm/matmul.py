@@ -31,7 +31,7 @@ from .estimate import seconds_of
 from .footprint import Footprint
 from .norm import ALIGN, VECTOR
 from .product import Product, Shape, finish
-from .weights import BLOCK, OWN, RAISED, SIDE_ROUNDS, TILE, UNPACKED, Packed, Plain, SideList, as_float32, bits
+from .weights import BLOCK, OWN, SIDE_ROUNDS, TILE, UNPACKED, Packed, Plain, SideList, as_float32, bits
 from .weights import REGISTERS as WEIGHT_REGISTERS
 
 ROWS = 4  # that a lane writes: a weight has a multiple of them
@@ -131,7 +131,7 @@ def block_footprint(shape: Shape, K: int) -> Footprint:
     """Of one thread block alone, but for the side list's latency."""
     columns = K // BLOCK // shape.waves  # blocks of them that a wave takes
     loads = columns * (shape.tiles * WEIGHT_REGISTERS[shape.packed] + shape.token_tiles * OWN // 2) // (VECTOR // 2)
-    restored = columns * (shape.tiles * UNPACKED + shape.token_tiles * RAISED) if shape.packed else 0
+    restored = columns * shape.tiles * UNPACKED if shape.packed else 0
     weight = shape.tiles * TILE * K * (3 if shape.packed else 4) // 2
     written = shape.row_tiles * shape.token_tiles * TILE * TILE * 2
     moved = weight + shape.token_tiles * TILE * K * 2 + written

@@ -23,7 +23,7 @@ from ..rounding import rounded
 from .elementwise import silu
 from .intrinsics import mfma, schedule_barrier, uniform
 from .norm import VECTOR
-from .weights import BLOCK, OWN, TILE, Packed, Place, Plain, SideList, raised, store
+from .weights import BLOCK, OWN, TILE, Packed, Place, Plain, SideList, store
 
 # total, of which the first four are sums of rows `row` to `row + 3` of a tile (gated: four more, of ups); row, token.
 Write = Callable[[tirx.Buffer, Any, Any], None]
@@ -114,7 +114,6 @@ class Product:
         for i in range(OWN // 4):
             for m in range(shape.token_tiles):
                 of_b = self._b.vload([(step * shape.token_tiles + m) * OWN + i * 4], "uint16x4")
-                of_b = T.Bind(raised(of_b)) if shape.packed else of_b
                 for tile in range(shape.tiles):
                     to = (tile * shape.token_tiles + m) * 4
                     product = mfma(weights.operand(step, tile, i), of_b, self._acc.vload([to], "float32x4"))

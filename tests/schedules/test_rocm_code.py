@@ -54,7 +54,7 @@ def experts(op: OwnOp, N, K, rows, tokens):
 
 OBJDUMP = shutil.which(f"llvm-objdump-{toolchain.TVM_LLVM}")
 MFMA = "v_mfma_f32_16x16x16_?bf16"
-UNPACKING = ("v_alignbit_b32", "v_pk_mul_f32")  # and of x, raised
+UNPACKING = ("v_alignbit_b32", "v_and_or_b32")
 # Llama-3.1-8B's first.  16-byte loads (None: as LLVM unrolls) and stores of a lane, waves of a SIMD at least,
 # instructions that must be there.
 KERNELS = {

@@ -148,6 +148,21 @@ def test_lossless_weights_are_restored_bit_for_bit(generator, tmp_path):
     assert not torch.equal(out.T, weight)
 
 
+def test_lossless_weights_of_values_of_any_size(generator, tmp_path):
+    """Up to the largest: x is not scaled, the weights are."""
+    sizes = 2.0 ** torch.tensor([[-60], [-30], [0], [64], [100], [120]])
+    sample, _ = LINEAR.sample(generator, torch.bfloat16, tokens=6, K=128, N=64)
+    inputs = {"x": (sample["x"] * sizes).bfloat16(), "weight": sample["weight"]}
+    spec, family = harness.op_spec(LINEAR, inputs, {}), Linear(packed=True)
+    on_host = OnHost({"k": family.build(spec, family.variants(spec, TARGET)[0].config, TARGET)}, TARGET, tmp_path)
+    (out,) = harness.poisoned(spec, 6)
+    on_host.run("k", inputs["x"], lossless.pack(inputs["weight"]), out)
+    exact = inputs["x"].double() @ inputs["weight"].double().T
+    error = (out.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    assert error.max() < 2**-8  # rounded to bfloat16 once
+    assert (out.roll(1, 1).double() - exact).norm(dim=1).div(exact.norm(dim=1)).min() > 2**-8
+
+
 MOST_UNROLLED = 8  # tiles of products in a loop's body: PoCL takes many seconds to compile the largest
 MOST_STEPS = 8  # that the model of the chip likes best: the first that is tried has them
 # op, sizes of its sample, configurations that are tried: others each run
