@@ -147,6 +147,10 @@ class KernelFamily(Protocol):
         """Who takes over in large batches, if anybody."""
         return None
 
+    def launches(self, spec: OpSpec, config: Config, tokens: int, target: Target) -> int:
+        """Kernels that a call of so many tokens starts, one after the other."""
+        return 1
+
     def torch_calls(self, spec: OpSpec) -> Sequence[TorchCall]:
         """The call as functions of torch, in order; none where kernels compute all of it."""
         return ()

@@ -16,6 +16,7 @@ import torch
 from tvm import tirx
 
 from tests import models
+from tests.families import random_model
 from tests.rocm_on_host import hip, needs_lld, needs_opencl, opencl
 from tests.rocm_on_host.tensor import call
 from vllm_compile import streamed
@@ -40,6 +41,7 @@ SIZES = {
     "vocab_size": 160,
 }
 PROMPTS = (27, 27)
+SHORT_PROMPTS = (5,) * 8
 without_gpu = pytest.mark.skipif(Path("/sys/class/kfd").exists(), reason="there may be an AMD GPU on this machine")
 pytestmark = needs_lld
 
@@ -84,16 +86,21 @@ def programs(model: Path) -> Programs:
     )
 
 
+@pytest.fixture
+def on_host(monkeypatch):
+    """Kernels of an artifact are called with host tensors as those of a GPU."""
+
+    def load_kernels(path: Path):
+        kernels = executor.load_kernels(path)
+        return lambda symbol: lambda *arguments: call(kernels(symbol), *map(torch.from_dlpack, arguments))
+
+    monkeypatch.setattr(streamed, "load_kernels", load_kernels)
+
+
 @needs_opencl
-def test_the_artifact_computes_what_hugging_face_does(model, artifact, monkeypatch):
+def test_the_artifact_computes_what_hugging_face_does(model, artifact, on_host):
     """Prefill of two requests in one batch, then decoding, layer by layer and end to end."""
     execute = programs(model)
-    kernels = executor.load_kernels(artifact / "kernels.so")
-
-    def as_on_gpu(symbol):
-        return lambda *arguments: call(kernels(symbol), *map(torch.from_dlpack, arguments))
-
-    monkeypatch.setattr(streamed, "load_kernels", lambda path: as_on_gpu)
     with hip.recording(execute) as recorded:
         report = verify(artifact, model, "cpu", lengths=PROMPTS, seed=SEED)
     assert report.passed, report
@@ -115,6 +122,31 @@ def test_the_artifact_computes_what_hugging_face_does(model, artifact, monkeypat
     execute.compiled[wrong] = swapped
     with hip.recording(execute):
         assert not verify(artifact, model, "cpu", lengths=PROMPTS, seed=SEED).passed
+
+
+@needs_opencl
+def test_a_mixture_of_experts(on_host, tmp_path):
+    """Mixtral: many short prompts, as `verify` has them for routers; experts in another order show."""
+    path = tmp_path / "model"
+    random_model("Mixtral", **SIZES).bfloat16().save_pretrained(path)
+    artifact = compile_model(path, "rocm", tmp_path / "artifact").artifact
+    execute = programs(path)
+    with hip.recording(execute):
+        report = verify(artifact, path, "cpu", lengths=SHORT_PROMPTS, seed=SEED)
+    assert report.passed, report
+    for op in ("route", "expert_linear", "expert_gate_up_silu", "elementwise"):
+        assert any(symbol.startswith(op) for symbol in execute.compiled), op
+
+    experts = next(symbol for symbol in execute.compiled if symbol.startswith("expert_linear"))
+    right = execute.compiled[experts]
+
+    def shuffled(launch):
+        arguments = {**launch.arguments, "order": launch.arguments["experts"]}
+        right(hip.Launch(**{**vars(launch), "arguments": arguments}))
+
+    execute.compiled[experts] = shuffled
+    with hip.recording(execute):
+        assert not verify(artifact, path, "cpu", lengths=SHORT_PROMPTS, seed=SEED).passed
 
 
 def test_manifest_and_plan(artifact):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .vector_math import exp
+from ..vector_math import exp
 from .vectors import CACHE_LINE, Vectors, prefetch, scratch
 
 NEVER = -1e30  # below every score; finite, so that a difference of two is not NaN

@@ -18,13 +18,13 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.sym.analyzer import Analyzer
 from tvm.tirx.script.builder import ir as build
 
-from vllm_compile.expression import read_expression
+from vllm_compile.expression import Expression, read_expression
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
 from ..arguments import bind_arguments
 from ..family import Config, KernelFamily, Variant
-from .evaluator import VectorEvaluator, cuts
+from ..vector_evaluator import VectorEvaluator, bits
 
 # 16 K values take some 3 microseconds, waking OpenMP's threads 2 to 5: from here two cores gain.
 PARALLEL_VALUES = 1 << 14
@@ -32,11 +32,28 @@ PARALLEL_VALUES = 1 << 14
 BLOCK = 1 << 12
 
 
-def _bits(buffer: tirx.Buffer) -> tirx.Buffer:
-    """The same memory as integers, if it holds bfloat16: TVM mistakes such values where they are bound to a name."""
-    if buffer.dtype == "float32":
-        return buffer
-    return T.decl_buffer(buffer.shape, "uint16", data=buffer.data, align=2)
+def cuts(expression: Expression, node: int, axis: int) -> set[int]:
+    """Where along an axis of a node's value a kernel has to go on in another way: between parts of a concat."""
+    op, operands, shape, _, parameters = expression[node]
+    if op == "concat" and parameters[0] == axis:
+        starts = [sum(int(expression[part].shape[axis]) for part in operands[:i]) for i in range(len(operands))]
+        inner = (
+            {start + cut for cut in cuts(expression, part, axis)} | {start}
+            for part, start in zip(operands, starts, strict=True)
+        )
+        return set().union(*inner) - {0}
+    if op == "slice":
+        begin, step = parameters[axis]
+        found = cuts(expression, operands[0], axis)
+        return {cut - begin for cut in found if 0 < cut - begin < shape[axis]} if step == 1 else set()
+    if op == "permute":
+        return cuts(expression, operands[0], parameters[axis])
+    if op == "reshape":
+        return set()
+    aligned = ((i, axis + len(expression[i].shape) - len(shape)) for i in operands)
+    return set().union(
+        *(cuts(expression, i, a) for i, a in aligned if a >= 0 and expression[i].shape[a] == shape[axis])
+    )
 
 
 def elementwise(spec: OpSpec, target: Target, parallel: bool) -> tirx.PrimFunc:
@@ -52,7 +69,7 @@ def elementwise(spec: OpSpec, target: Target, parallel: bool) -> tirx.PrimFunc:
     with IRBuilder() as builder, build.prim_func(s_tir=True):
         T.func_name("kernel")
         tokens, buffers = bind_arguments(spec)
-        bits = {name: _bits(buffer) for name, buffer in buffers.items() if name != "out"}
+        inputs = {name: bits(buffer) for name, buffer in buffers.items() if name != "out"}
         rows = prod(middle)
         with (T.parallel if parallel else T.serial)(0, tokens * (rows * blocks)) as item:
             analyzer = Analyzer()
@@ -74,7 +91,7 @@ def elementwise(spec: OpSpec, target: Target, parallel: bool) -> tirx.PrimFunc:
                 def index(lane: tirx.Expr) -> list[tirx.Expr]:
                     return [*where, first + lane][: len(out.shape)]
 
-                values = VectorEvaluator(expression, bits, analyzer, count)
+                values = VectorEvaluator(expression, inputs, analyzer, count)
                 lead = [T.int64(0)] * (len(expression[result].shape) - len(out.shape))
                 registers = values.value(result, lambda lane: [*lead, *index(lane)])
                 values.store(buffers["out"], index, lambda lane: T.Cast(out.dtype, registers[lane]))

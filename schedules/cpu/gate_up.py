@@ -19,10 +19,10 @@ from vllm_compile.targets import Target
 from ..family import Config, KernelFamily, Variant
 from ..layouts import Layout
 from ..rounding import rounded
+from ..vector_math import exp
 from .matmul import Value, matmul
 from .matmul_tiles import admits, default_variants, serves, space
 from .matmul_weights import weight_layout
-from .vector_math import exp
 
 
 def finish(tensors: dict[str, tirx.Buffer], totals: list[tirx.Buffer], row: tirx.Expr, column: tirx.Expr) -> Value:

@@ -18,7 +18,7 @@ from vllm_compile.spec import DTYPE_BYTES, OpSpec, Sym
 from vllm_compile.targets import Target
 
 from ..family import Config, KernelFamily, Variant
-from .vector_math import exp
+from ..vector_math import exp
 from .vectors import scratch
 
 # A token takes a microsecond or two, waking OpenMP's threads 2 to 5.

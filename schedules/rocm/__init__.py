@@ -3,9 +3,12 @@
 from ..family import KernelFamily
 from .attention import PagedAttention
 from .elementwise import Embedding, SiluMul
+from .experts import ExpertGateUpSilu, ExpertLinear
+from .expression import Elementwise
 from .linear import GateUpSilu, Linear
 from .norm import RMSNorm
 from .rope_cache import QKVRopeCache
+from .route import Route
 
 FAMILIES: tuple[KernelFamily, ...] = (
     Linear(packed=True),
@@ -18,4 +21,8 @@ FAMILIES: tuple[KernelFamily, ...] = (
     SiluMul(),
     QKVRopeCache(),
     PagedAttention(),
+    Route(),
+    ExpertGateUpSilu(),
+    ExpertLinear(),
+    Elementwise(),
 )

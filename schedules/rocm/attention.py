@@ -82,6 +82,10 @@ class PagedAttention(KernelFamily):
             rounds_after=combine_rounds(splits, head_dim) if splits > 1 else 0,
         )
 
+    def launches(self, spec: OpSpec, config: Config, tokens: int, target: RocmTarget) -> int:
+        """Two where caches are split."""
+        return 2 if _splits(config, tokens * spec.input("kv").size(1), target) > 1 else 1
+
     def build(self, spec: OpSpec, config: Config, target: RocmTarget) -> tirx.PrimFunc:
         q, kv_heads = spec.input("q"), spec.input("kv").size(1)
         blocks = config["blocks"] * target.compute_units

@@ -12,6 +12,7 @@ from operator import add
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
 
 from vllm_compile.targets.rocm import WAVE
 
@@ -67,6 +68,15 @@ def wave_reduce(value: Any, thread: Any, combine: Callable[[Any, Any], Any] = ad
         T.buffer_store(value, combine(value[0], move_dpp(value[0], control)), [0])
     for step in PERMUTE_STEPS:
         T.buffer_store(value, combine(value[0], from_lane(value[0], T.bitwise_xor(thread % WAVE, step))), [0])
+
+
+def wave_scan(value: Any, thread: Any) -> None:
+    """Local value [1] float32 of each lane -> the sum of those of all lanes up to it (Hillis and Steele 1986)."""
+    before = IRBuilder.name("before", T.alloc_buffer((1,), "float32", scope="local"))
+    for step in (1, 2, 4, 8, 16, 32):
+        # All lanes move theirs, before some of them add.
+        T.buffer_store(before, from_lane(value[0], T.bitwise_and(thread - step, WAVE - 1)), [0])
+        T.buffer_store(value, value[0] + T.if_then_else(thread % WAVE >= step, before[0], T.float32(0)), [0])
 
 
 def block_reduce(

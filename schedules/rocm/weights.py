@@ -1,11 +1,11 @@
-"""How the products of matmul.py read a weight matrix: tiles of 16 rows, 64 columns at a time, plain or lossless.
+"""How products (product.py) read a weight matrix: tiles of 16 rows, 64 columns at a time, plain or lossless.
 
 Plain: a lane has 16 neighbours of its row, 32 bytes.  Lossless (`vllm_compile/lossless.py`): blocks are laid out for
 32 lanes, each with 8 columns of two rows in both halves of the block.  So the lanes of a wave take two tiles at once,
 rows 0 to 7 of the matrix instruction those of one tile, rows 8 to 15 those of the other; a lane's three vectors of 16
 bytes are the operands of two such products, of the upper and of the lower halves of the tiles.  Nine bit operations
-restore eight weights, which are bf16 numbers with exponent fields 0 to 15: x is multiplied by 2 ** 64, exactly, so that
-products do not come near float32's denormals, and each row's scale is applied to its sum.
+restore eight weights, which are bf16 numbers with exponent fields 0 to 15.  Some 13 more add 64 to the fields, but for
+those of zeros, so that products do not come near float32's denormals; each row's scale is applied to its sum.
 
 What lies outside a row's window of exponents stands in a side list: its products are added to the sum in float32.
 """
@@ -32,12 +32,13 @@ WORDS = 4  # of 32 bits, of a vector of 16 bytes
 PACKED_BLOCK = lossless.WORDS  # words of a lossless block
 RUN = PACKED_BLOCK // 3  # of them that are the lanes' first vectors
 STORED = 0x87FF87FF  # bits of two weights' codes: sign, low half of the exponent, mantissa
-RAISE = (127 + lossless.SCALE_BIAS) << 23  # bits of 2 ** 64 in float32: OpenCL's source has six digits of a number
+EXPONENTS, LEAST = 0x07800780, 0x0080  # bits of their exponents; of the least but 0, in 16 bits
+TO_BIAS = 6  # left by so many, that is 64 of an exponent field
+assert LEAST << TO_BIAS == lossless.SCALE_BIAS << lossless.MANTISSA_BITS
 ENTRIES = 4  # of the side list, requested together
 
 REGISTERS = {False: OWN // 2, True: 6}  # of a lane, of a tile's block, plain or packed
-UNPACKED = 18  # vector instructions of a lane that restore a tile's block
-RAISED = 40  # and that multiply a tile of tokens' block
+UNPACKED = 44  # vector instructions of a lane that restore a tile's block
 SIDE_ROUNDS = 3  # of loads: a row's header, its entries, their x
 
 
@@ -69,8 +70,10 @@ class Plain:
     loaded: tirx.Buffer
 
     @staticmethod
-    def of(weight: tirx.Buffer, K: int, place: Place, first_rows: Sequence[Any], steps: int) -> Plain:
-        starts = [T.Bind(T.Cast("int64", row + place.at) * K + place.quarter * OWN) for row in first_rows]
+    def of(weight: tirx.Buffer, N: int, K: int, place: Place, first_rows: Sequence[Any], steps: int) -> Plain:
+        """Rows that a last tile lacks are read as row N - 1."""
+        rows = [row + place.at if N % TILE == 0 else T.min(row + place.at, N - 1) for row in first_rows]
+        starts = [T.Bind(T.Cast("int64", row) * K + place.quarter * OWN) for row in rows]
         loaded = T.alloc_buffer((steps * len(starts) * OWN,), "uint16", scope="local")
         return Plain(weight, K, place, starts, IRBuilder.name("a", loaded))
 
@@ -109,7 +112,7 @@ class Packed:
     unpacked: tirx.Buffer
 
     @staticmethod
-    def of(words: tirx.Buffer, K: int, place: Place, first_rows: Sequence[Any], steps: int) -> Packed:
+    def of(words: tirx.Buffer, N: int, K: int, place: Place, first_rows: Sequence[Any], steps: int) -> Packed:
         lane = place.at % 8 * 4 + place.quarter  # of the 32 that the layout is for
         starts = []
         for first, second in zip(first_rows[::2], first_rows[1::2], strict=True):
@@ -129,7 +132,7 @@ class Packed:
                 store(self.loaded, ((step * len(self.starts) + pair) * 3 + v) * WORDS, values, WORDS)
 
     def unpack(self, step: int) -> None:
-        """The inverse of `lossless.join`, of four words at once."""
+        """The inverse of `lossless.join`, of four words at once, times 2 ** 64."""
 
         def all_of(value: int) -> Any:
             return T.broadcast(T.uint32(value), WORDS)
@@ -145,7 +148,12 @@ class Packed:
             fourth = T.bitwise_or(fourth, T.bitwise_and(rotated, all_of(0x80078007)))
             runs = (*(T.bitwise_and(run, all_of(STORED)) for run in (first, second, third)), fourth)
             for run, value in enumerate(runs):  # half 0 of rows g and g + 8, then half 1
-                store(self.unpacked, ((pair * 2 + run % 2) * 2 + run // 2) * WORDS, value, WORDS)
+                to = ((pair * 2 + run % 2) * 2 + run // 2) * WORDS
+                store(self.unpacked, to, value, WORDS)
+                codes = self.unpacked.vload([to], "uint32x4")
+                fields = T.reinterpret("uint16x8", T.bitwise_and(codes, all_of(EXPONENTS)))
+                least = T.reinterpret("uint32x4", T.min(fields, T.broadcast(T.uint16(LEAST), 2 * WORDS)))
+                store(self.unpacked, to, T.bitwise_or(codes, T.shift_left(least, all_of(TO_BIAS))), WORDS)
 
     def operand(self, step: int, tile: int, i: int) -> Any:
         return T.reinterpret("uint16x4", self.unpacked.vload([tile * OWN // 2 + i * 2], "uint32x2"))
@@ -158,14 +166,6 @@ class Packed:
 def as_float32(x: Any) -> Any:
     """The bits of a bf16 number, as float32."""
     return T.reinterpret("float32", T.shift_left(T.Cast("uint32", x), T.uint32(16)))
-
-
-def raised(x: Any) -> Any:
-    """Four bf16 numbers, as bits, multiplied by 2 ** 64."""
-    numbers = T.reinterpret("float32x4", T.shift_left(T.Cast("uint32x4", x), T.broadcast(T.uint32(16), 4)))
-    factor = T.broadcast(T.reinterpret("float32", T.uint32(RAISE)), 4)
-    product = T.reinterpret("uint32x4", numbers * factor)
-    return T.Cast("uint16x4", T.shift_right(product, T.broadcast(T.uint32(16), 4)))
 
 
 @dataclass(frozen=True)

@@ -48,3 +48,5 @@ float4 mfma(ushort4 a, ushort4 b, float4 c, __local int* scratch) {
 #define llvm_amdgcn_ds_bpermute(address, value) of_lane(value, (address) / 4, scratch)
 #define llvm_amdgcn_sched_barrier(mask)
 #define llvm_amdgcn_rcp_f32(value) (1.0f / (value))
+#define llvm_fma(a, b, c) fma(a, b, c)
+#define llvm_nearbyint(value) rint(value)

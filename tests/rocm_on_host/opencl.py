@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from ctypes.util import find_library
 from functools import cache
 from pathlib import Path
@@ -35,9 +35,13 @@ INTRINSICS = (
     "llvm.amdgcn.rcp.f32",
     "llvm.amdgcn.sched.barrier",
     "llvm.amdgcn.mfma.f32.16x16x16bf16.1k",
+    "llvm.fma",
+    "llvm.nearbyint",
 )
 TARGET = {"kind": "opencl", "max_num_threads": MOST_THREADS}
 SCRATCH_BYTES = 16 * MOST_THREADS
+PARAMETERS = re.compile(r"^__kernel void (\w+)\((.*)\) \{$", re.MULTILINE)
+COMPUTED = re.compile(r"cse_v(\d+)")  # of TVM's elimination of common subexpressions
 BUILD_LOG = 0x1183  # CL_PROGRAM_BUILD_LOG
 
 
@@ -110,8 +114,9 @@ class Program:
 
     def __init__(self, kernels: Mapping[str, tirx.PrimFunc]) -> None:
         cl, device, context, _ = _device()
-        code, status = source(kernels).encode(), ctypes.c_int()
-        text = ctypes.c_char_p(code)
+        code, status = source(kernels), ctypes.c_int()
+        self._parameters = {name: declared.split(",")[1:] for name, declared in PARAMETERS.findall(code)}
+        text = ctypes.c_char_p(code.encode())
         self._program = ctypes.c_void_p(
             cl.clCreateProgramWithSource(context, 1, ctypes.byref(text), None, ctypes.byref(status))
         )
@@ -127,7 +132,8 @@ class Program:
         kernel = ctypes.c_void_p(cl.clCreateKernel(self._program, launch.kernel.encode(), ctypes.byref(status)))
         _check(status.value, f"clCreateKernel {launch.kernel}")
         _check(cl.clSetKernelArg(kernel, 0, ctypes.c_size_t(SCRATCH_BYTES), None), "clSetKernelArg")
-        for i, (name, value) in enumerate(launch.arguments.items(), start=1):
+        for i, name in enumerate(self._names(launch), start=1):
+            value = launch.arguments[name]
             if name in launch.pointers:
                 _check(cl.clSetKernelArgSVMPointer(kernel, i, ctypes.c_void_p(value)), f"argument {name}")
             else:
@@ -139,3 +145,19 @@ class Program:
         _check(cl.clEnqueueNDRangeKernel(queue, kernel, 3, None, items, group, 0, None, None), launch.kernel)
         _check(cl.clFinish(queue), "clFinish")
         cl.clReleaseKernel(kernel)
+
+    def _names(self, launch: Launch) -> list[str]:
+        """The launch's arguments, in the order of this program's parameters.
+
+        What TVM computes on the host for all threads has a number: another one here than in the code object, as other
+        code was looked at for what is common, but in the same order.
+        """
+        parameters = [declared.split()[-1].removesuffix("_ptr") for declared in self._parameters[launch.kernel]]
+        computed = zip(_computed(parameters), _computed(launch.arguments), strict=True)
+        names = dict(zip(parameters, parameters, strict=True)) | dict(computed)
+        return [names[parameter] for parameter in parameters]
+
+
+def _computed(names: Iterable[str]) -> list[str]:
+    numbers = (COMPUTED.fullmatch(name) for name in names)
+    return [match[0] for match in sorted(filter(None, numbers), key=lambda match: int(match[1]))]

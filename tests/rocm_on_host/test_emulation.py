@@ -49,6 +49,12 @@ def test_a_wave_reduces_its_own_lanes(generator, tmp_path):
     assert torch.equal(out, waves.sum(-1, keepdim=True).expand_as(waves).reshape(out.shape))
 
 
+def test_a_wave_adds_up_its_lanes_so_far(generator, tmp_path):
+    x = torch.randint(-99, 99, (3, THREADS), generator=generator).float()
+    out = run(sums(lambda total, shared, thread: intrinsics.wave_scan(total, thread)), x, tmp_path)
+    assert torch.equal(out, x.view(3, -1, WAVE).cumsum(-1).view_as(x))
+
+
 @pytest.mark.parametrize("kind", ["DPP_STEPS", "PERMUTE_STEPS"])
 def test_a_wrong_lane_shows(kind, generator, tmp_path, monkeypatch):
     right = getattr(intrinsics, kind)

@@ -79,3 +79,22 @@ def rotation(dtype, interleaved, heads=3, head_dim=32):
         Node("add", (6, 13 if interleaved else 10), split, dtype),
         Node("permute", (14 if interleaved else 11,), (1, T, heads, head_dim), dtype, (0, 2, 1, 3)),
     ]
+
+
+def weighted_sum(width):
+    """A residual and the results of two experts, weighed: what is left of a mixture of experts."""
+    row, both, one = (T, width), (T, 2, width), (T, 1, width)
+    return [
+        Node("input", (), row, "bfloat16", ("x0",)),
+        Node("input", (), both, "bfloat16", ("x1",)),
+        Node("input", (), (T, 2), "float32", ("x2",)),
+        Node("cast", (1,), both, "float32"),
+        Node("reshape", (2,), (T, 2, 1), "float32"),
+        Node("multiply", (3, 4), both, "float32"),
+        Node("slice", (5,), one, "float32", ((0, 1), (0, 1), (0, 1))),
+        Node("slice", (5,), one, "float32", ((0, 1), (1, 1), (0, 1))),
+        Node("add", (6, 7), one, "float32"),
+        Node("cast", (8,), one, "bfloat16"),
+        Node("reshape", (9,), row, "bfloat16"),
+        Node("add", (0, 10), row, "bfloat16"),
+    ]

@@ -75,11 +75,16 @@ def run(
     layouts = family.layouts(spec, target)
     arguments = [layouts[name].pack(tensor) if name in layouts else tensor for name, tensor in inputs.items()]
     tokens = next(iter(inputs.values())).shape[0]
-    outputs = tuple(
-        torch.full(out.sizes(tokens), POISON[out.dtype], dtype=getattr(torch, out.dtype)) for out in spec.outputs
-    )
+    outputs = poisoned(spec, tokens)
     kernel(*arguments, *outputs)
     return outputs
+
+
+def poisoned(spec: OpSpec, tokens: int) -> tuple[torch.Tensor, ...]:
+    """Outputs that hold what no kernel writes."""
+    return tuple(
+        torch.full(out.sizes(tokens), POISON[out.dtype], dtype=getattr(torch, out.dtype)) for out in spec.outputs
+    )
 
 
 def assert_matches(op: OwnOp, actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:

@@ -12,15 +12,19 @@ from tvm.script import tirx as T
 from tests.rocm_on_host import REQUIRED, needs_lld
 from vllm_compile import toolchain
 from vllm_compile.errors import TargetError
-from vllm_compile.ops import GATE_UP_SILU, LINEAR
+from vllm_compile.ops import EXPERT_GATE_UP_SILU, EXPERT_LINEAR, GATE_UP_SILU, LINEAR, OwnOp
 from vllm_compile.schedules.rocm import build
 from vllm_compile.schedules.rocm.elementwise import embedding, silu_mul
+from vllm_compile.schedules.rocm.expression import elementwise
 from vllm_compile.schedules.rocm.norm import add_rms_norm, rms_norm
 from vllm_compile.schedules.rocm.paged_attention import paged_attention
 from vllm_compile.schedules.rocm.rope_cache import qkv_rope_cache
+from vllm_compile.schedules.rocm.route import route
 from vllm_compile.schedules.select import choose
 from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets.rocm import ARCHS, for_arch
+
+from .expressions import spec_of, weighted_sum
 
 pytestmark = needs_lld
 
@@ -36,11 +40,23 @@ def product(op, N, K, tokens, lossless=False):
     return choice.family.build(spec, variant.config, for_arch())
 
 
+def experts(op: OwnOp, N, K, rows, tokens):
+    """The kernel of eight experts' products, two a token, for so many tokens; x has `rows` a token."""
+    width = N // 2 if op is EXPERT_GATE_UP_SILU else N
+    x = TensorSpec((Sym.TOKENS, *rows, K), "bfloat16")
+    places = tuple((name, TensorSpec((Sym.TOKENS, 2), "int32")) for name in ("experts", "order", "ends"))
+    inputs = (("x", x), *places, ("weight", TensorSpec((8, N, K), "bfloat16")))
+    spec = OpSpec(op.name, inputs, (TensorSpec((Sym.TOKENS, 2, width), "bfloat16"),))
+    choice = choose(spec, for_arch())
+    (variant,) = [variant for variant in choice.variants if variant.min_tokens == tokens]
+    return choice.family.build(spec, variant.config, for_arch())
+
+
 OBJDUMP = shutil.which(f"llvm-objdump-{toolchain.TVM_LLVM}")
 MFMA = "v_mfma_f32_16x16x16_?bf16"
-UNPACKING = ("v_alignbit_b32", "v_pk_mul_f32")  # and of x, raised
-# Llama-3.1-8B's.  16-byte loads (None: as LLVM unrolls) and stores of a lane, waves of a SIMD at least, instructions
-# that must be there.
+UNPACKING = ("v_alignbit_b32", "v_and_or_b32")
+# Llama-3.1-8B's first.  16-byte loads (None: as LLVM unrolls) and stores of a lane, waves of a SIMD at least,
+# instructions that must be there.
 KERNELS = {
     "rms_norm": (rms_norm(4096, 1e-5), 4, 2, 8, ("v_add_f32_dpp", "ds_bpermute_b32", "s_barrier", "ds_read_b128")),
     "add_rms_norm": (add_rms_norm(4096, 1e-5), 6, 4, 8, ("v_add_f32_dpp", "ds_bpermute_b32", "s_barrier")),
@@ -62,6 +78,13 @@ KERNELS = {
     "lossless_of_32": (product(GATE_UP_SILU, 28672, 4096, 17, True), None, 0, 3, (MFMA, *UNPACKING)),
     "paged_attention": (paged_attention(32, 8, 128, 0.1, 4, 608), 12, 3, 4, (MFMA, "ds_bpermute_b32", "ds_write_b128")),
     "paged_attention_1": (None, None, 0, 8, ("v_exp_f32", "ds_read_b128", "ds_write_b128")),  # its second launch
+    # Mixtral-8x7B's.
+    "router": (product(LINEAR, 8, 4096, 1), None, 0, 4, (MFMA, "ds_read_b128")),
+    "route": (route(8, 2, True, "bfloat16"), 0, 0, 8, ("v_add_f32_dpp", "v_mov_b32_dpp", "ds_bpermute_b32")),
+    "route_1": (None, 0, 0, 8, ("s_barrier", "ds_bpermute_b32")),
+    "experts": (experts(EXPERT_GATE_UP_SILU, 28672, 4096, (), 1), None, 0, 3, (MFMA, "ds_read_b128", "v_exp_f32")),
+    "experts_of_many": (experts(EXPERT_LINEAR, 4096, 14336, (2,), 512), None, 0, 3, (MFMA,)),
+    "elementwise": (elementwise(spec_of(weighted_sum(4096))), 3, 1, 8, ()),
     "rope_cache": (qkv_rope_cache(32, 8, 128), 14, 6, 8, ("v_pk_mul_f32",)),
 }
 
@@ -108,8 +131,8 @@ def test_instructions(name, disassembly):
     assert words.count("global_store_dwordx4") == stores
     for instruction in wanted:
         assert any(re.match(instruction, word) for word in words), instruction
-    # Narrow loads are of ids and slots, which are scalars of a block, and of x where a weight is listed.
-    narrow = () if name.startswith("lossless") else ("global_load_ushort",)
+    # Narrow loads are of ids and slots, which are scalars of a block, of logits, and of x where a weight is listed.
+    narrow = () if name.startswith(("lossless", "route")) else ("global_load_ushort",)
     assert not {word for word in words if word.startswith(("scratch_", "flat_", "buffer_", *narrow))}
 
 

@@ -43,6 +43,8 @@ CASES = {
     "linear": (LINEAR, {"tokens": 19, "K": 512, "N": 32}, "x"),
     "linear of blocks that three waves share": (LINEAR, {"tokens": 5, "K": 192, "N": 48}, "residual"),
     "linear of more tokens than a vendor leaves": (LINEAR, {"tokens": 83, "K": 128, "N": 16}, "bias"),
+    "linear of half a tile": (LINEAR, {"tokens": 5, "K": 256, "N": 8}, "bias"),
+    "linear of a last tile not full": (LINEAR, {"tokens": 3, "K": 64, "N": 36}, "residual"),
     "gate_up_silu": (GATE_UP_SILU, {"tokens": 16, "K": 128, "intermediate": 32}, "weight"),
     "lossless linear": (LINEAR, {"tokens": 19, "K": 192, "N": 96}, "residual"),
     "lossless gate_up_silu": (GATE_UP_SILU, {"tokens": 35, "K": 256, "intermediate": 48}, "weight"),
@@ -147,6 +149,21 @@ def test_lossless_weights_are_restored_bit_for_bit(generator, tmp_path):
     assert not torch.equal(out.T, weight)
 
 
+def test_lossless_weights_of_values_of_any_size(generator, tmp_path):
+    """Up to the largest: x is not scaled, the weights are."""
+    sizes = 2.0 ** torch.tensor([[-60], [-30], [0], [64], [100], [120]])
+    sample, _ = LINEAR.sample(generator, torch.bfloat16, tokens=6, K=128, N=64)
+    inputs = {"x": (sample["x"] * sizes).bfloat16(), "weight": sample["weight"]}
+    spec, family = harness.op_spec(LINEAR, inputs, {}), Linear(packed=True)
+    on_host = OnHost({"k": family.build(spec, family.variants(spec, TARGET)[0].config, TARGET)}, TARGET, tmp_path)
+    (out,) = harness.poisoned(spec, 6)
+    on_host.run("k", inputs["x"], lossless.pack(inputs["weight"]), out)
+    exact = inputs["x"].double() @ inputs["weight"].double().T
+    error = (out.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    assert error.max() < 2**-8  # rounded to bfloat16 once
+    assert (out.roll(1, 1).double() - exact).norm(dim=1).div(exact.norm(dim=1)).min() > 2**-8
+
+
 MOST_UNROLLED = 8  # tiles of products in a loop's body: PoCL takes many seconds to compile the largest
 MOST_STEPS = 8  # that the model of the chip likes best: the first that is tried has them
 # op, sizes of its sample, configurations that are tried: others each run
@@ -187,6 +204,28 @@ def test_what_tuning_may_choose(name, generator, tmp_path):
         assert len(after) == (footprint.rounds_after > 0), config
         assert footprint.lds_bytes == 2 * resources.lds_bytes, config
         assert resources.spilled == 0, config
+
+
+def test_more_parts_than_are_added_up_at_once(generator, tmp_path):
+    """Of 80 the second launch adds up 64, then the rest, which counts."""
+    target = replace(TARGET, compute_units=40)
+    sizes = {"lengths": ((1, 80 * 16 - 3),), "num_heads": 2, "num_kv_heads": 1, "head_dim": 64, "block_size": 16}
+    inputs, attributes = PAGED_ATTENTION.sample(generator, torch.bfloat16, **sizes)
+    spec = harness.op_spec(PAGED_ATTENTION, inputs, attributes)
+    kernel = choose(spec, target).family.build(spec, {"waves": 1, "blocks": 2}, target)
+    on_host = OnHost({"k": kernel}, target, tmp_path)
+
+    def run(given):
+        (out,) = harness.poisoned(spec, 1)
+        assert [launch.grid[2] for launch in on_host.run("k", *given.values(), out)] == [80, 1]
+        return out
+
+    expected = harness.results(PAGED_ATTENTION, inputs, attributes)
+    harness.assert_matches(PAGED_ATTENTION, [run(inputs)], expected)
+    last = {**inputs, "kv": inputs["kv"].clone()}
+    last["kv"][inputs["block_table"][0, 70:].long()] += 1
+    with pytest.raises(AssertionError):
+        harness.assert_matches(PAGED_ATTENTION, [run(last)], expected)
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "silu_mul", "embedding", "rope_cache"])

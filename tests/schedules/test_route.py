@@ -1,20 +1,50 @@
-"""`route` against its reference: any number of tokens and experts, ties, groups of every size."""
+"""`route` against its reference: any number of tokens and experts, ties, groups of every size; on a CPU, and ROCm's."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.models import group_router
+from tests.rocm_on_host import needs_opencl
+from tests.rocm_on_host.runner import OnHost
+from vllm_compile.errors import UnsupportedError
 from vllm_compile.ops import ROUTE
 from vllm_compile.schedules.cpu.route import Route
+from vllm_compile.schedules.select import choose
+from vllm_compile.targets.rocm import for_arch
 
 from . import harness
 from .levels import HOST
 
 FAMILY = Route()
+GPU = for_arch()
 
 
-@pytest.fixture(scope="module")
-def kernel(tmp_path_factory):
+def on_cpu(spec, folder):
+    kernels = harness.compile_variants(FAMILY, spec, HOST, folder)
+
+    def run(inputs):
+        serves = max(minimum for minimum in kernels if minimum <= max(1, len(inputs["logits"])))
+        return harness.run(kernels[serves], FAMILY, spec, HOST, inputs)
+
+    return run
+
+
+def on_gpu(spec, folder):
+    """As a CPU emulates it."""
+    on_host = OnHost({"route": choose(spec, GPU).family.build(spec, {}, GPU)}, GPU, folder)
+
+    def run(inputs):
+        outputs = harness.poisoned(spec, len(inputs["logits"]))
+        launches = on_host.run("route", *inputs.values(), *outputs)
+        assert len(launches) == (2 if len(inputs["logits"]) else 0)
+        return outputs
+
+    return run
+
+
+def calling(build, folder_of):
     """`kernel(logits, top_k, normalise, bias, **options)`: what it gives; one is built for each kind of call."""
     built = {}
 
@@ -22,12 +52,20 @@ def kernel(tmp_path_factory):
         inputs = {"logits": logits} if bias is None else {"logits": logits, "bias": bias}
         spec = harness.op_spec(ROUTE, inputs, {"top_k": top_k, "normalise": normalise, **options})
         if spec not in built:
-            folder = tmp_path_factory.mktemp("route")
-            built[spec] = harness.compile_variants(FAMILY, spec, HOST, folder)
-        serves = max(minimum for minimum in built[spec] if minimum <= max(1, len(logits)))
-        return harness.run(built[spec][serves], FAMILY, spec, HOST, inputs)
+            built[spec] = build(spec, folder_of.mktemp("route"))
+        return built[spec](inputs)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    return calling(on_cpu, tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=[on_cpu, pytest.param(on_gpu, marks=needs_opencl)])
+def each_kernel(request, tmp_path_factory):
+    return calling(request.param, tmp_path_factory)
 
 
 def expected(logits, top_k=2, normalise=True, **options):
@@ -39,6 +77,19 @@ def expected(logits, top_k=2, normalise=True, **options):
 def test_matches_reference(dtype, experts, top_k, normalise, generator, kernel):
     """bfloat16 logits have many ties."""
     for tokens in (0, 1, 2, 7, 300):
+        logits = (torch.randn(tokens, experts, generator=generator) * 3).to(dtype)
+        harness.assert_matches(ROUTE, kernel(logits, top_k, normalise), expected(logits, top_k, normalise))
+
+
+@needs_opencl
+@pytest.mark.parametrize(
+    ("dtype", "experts", "top_k", "normalise", "most"),
+    [(torch.bfloat16, 8, 2, True, 90), (torch.float32, 1, 1, False, 5), (torch.float32, 70, 6, False, 180)],
+)
+def test_on_a_gpu(dtype, experts, top_k, normalise, most, generator, tmp_path_factory):
+    """At last of more experts than a wave has lanes, and more entries than the sort's threads have at once."""
+    kernel = calling(on_gpu, tmp_path_factory)
+    for tokens in (0, 1, 7, most):
         logits = (torch.randn(tokens, experts, generator=generator) * 3).to(dtype)
         harness.assert_matches(ROUTE, kernel(logits, top_k, normalise), expected(logits, top_k, normalise))
 
@@ -101,35 +152,35 @@ def test_groups_by_sums_of_probabilities(generator, kernel):
     assert not torch.equal(ours.long(), chosen(logits))
 
 
-def test_of_equal_logits_the_first_experts(kernel):
+def test_of_equal_logits_the_first_experts(each_kernel):
     logits = torch.tensor([[1.0, 2, 2, 2, 0, 2, 0, 0], [0.0] * 8])
-    assert kernel(logits)[0].tolist() == [[1, 2], [0, 1]]
+    assert each_kernel(logits)[0].tolist() == [[1, 2], [0, 1]]
 
 
-def test_same_experts_as_transformers(generator, kernel):
+def test_same_experts_as_transformers(generator, each_kernel):
     """softmax in float32, torch.topk of it, division by the sum."""
     logits = torch.randn(50, 8, generator=generator)
     scores, experts = logits.softmax(-1).topk(2)
-    ours = kernel(logits)
+    ours = each_kernel(logits)
     assert torch.equal(ours[0].long(), experts)
     torch.testing.assert_close(ours[1], scores / scores.sum(-1, keepdim=True))
 
 
-def test_all_tokens_to_one_pair_of_experts(generator, kernel):
+def test_all_tokens_to_one_pair_of_experts(generator, each_kernel):
     logits = torch.randn(9, 8, generator=generator)
     logits[:, [3, 6]] += torch.tensor([200.0, 100.0])
-    experts, scores, order, ends = kernel(logits)
+    experts, scores, order, ends = each_kernel(logits)
     assert experts.tolist() == [[3, 6]] * 9
     assert scores.isfinite().all()
     assert order.flatten().tolist() == [*range(0, 18, 2), *range(1, 18, 2)]
     assert ends.flatten().tolist() == [9] * 9 + [18] * 9
 
 
-def test_nan_stays_in_its_row(generator, kernel):
+def test_nan_stays_in_its_row(generator, each_kernel):
     logits = torch.randn(5, 8, generator=generator)
-    clean, dirty = kernel(logits), logits.clone()
+    clean, dirty = each_kernel(logits), logits.clone()
     dirty[2, 4] = float("nan")
-    experts, scores, order, _ = kernel(dirty)
+    experts, scores, order, _ = each_kernel(dirty)
     others = torch.arange(5) != 2
     assert torch.equal(experts[others], clean[0][others])
     assert torch.equal(scores[others], clean[1][others])
@@ -137,16 +188,25 @@ def test_nan_stays_in_its_row(generator, kernel):
     assert sorted(order.flatten().tolist()) == list(range(10))
 
 
-def test_comparison_sees_one_other_logit(generator, kernel):
+def test_comparison_sees_one_other_logit(generator, each_kernel):
     logits = torch.randn(7, 8, generator=generator)
     wrong = logits.clone()
     wrong[6, wrong[6].argmin()] = wrong[6].max() + 1
-    harness.assert_matches(ROUTE, kernel(logits), expected(logits))
+    harness.assert_matches(ROUTE, each_kernel(logits), expected(logits))
     with pytest.raises(AssertionError):
-        harness.assert_matches(ROUTE, kernel(wrong), expected(logits))
+        harness.assert_matches(ROUTE, each_kernel(wrong), expected(logits))
 
 
 def test_more_experts_asked_for_than_there_are():
     spec = harness.op_spec(ROUTE, {"logits": torch.zeros(3, 2)}, {"top_k": 2, "normalise": True})
     attributes = tuple((name, 3 if name == "top_k" else value) for name, value in spec.attributes)
     assert not FAMILY.serves(type(spec)(spec.op, spec.inputs, spec.outputs, attributes), HOST)
+
+
+@pytest.mark.parametrize("asked", [{"sigmoid": 1}, {"groups": 4, "kept": 2}, {"bias": torch.zeros(12)}])
+def test_what_the_gpu_has_no_kernel_for(asked):
+    """By name."""
+    attributes = {"top_k": 2, "normalise": True, **asked}
+    inputs = {"logits": torch.zeros(3, 12)} | ({"bias": attributes.pop("bias")} if "bias" in asked else {})
+    with pytest.raises(UnsupportedError, match=f"target rocm has no kernel for route.*{next(iter(asked))}"):
+        choose(replace(harness.op_spec(ROUTE, inputs, attributes), options=frozenset(asked) - {"bias"}), GPU)

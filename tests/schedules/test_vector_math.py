@@ -7,8 +7,8 @@ import tvm_ffi
 from numpy.polynomial import Chebyshev, Polynomial
 from tvm.script import tirx as T
 
+from vllm_compile.schedules import vector_math
 from vllm_compile.schedules.build import build_library
-from vllm_compile.schedules.cpu import vector_math
 
 from .levels import TARGETS
 

@@ -62,8 +62,11 @@ class Chooser:
             return in_torch(call, workload, choice.calls)
         vendor = choice.vendor
         prefill = workload.queries > 1
-        if vendor is None or rows_of(call, workload) < vendor.min_tokens or (vendor.prefill and not prefill):
-            return (Kernel(step_cost(call, workload, choice.layouts)),)
+        rows = rows_of(call, workload)
+        if vendor is None or rows < vendor.min_tokens or (vendor.prefill and not prefill):
+            variant = [v for v in choice.variants if v.min_tokens <= max(rows, 1)][-1]
+            launches = choice.family.launches(call.spec, variant.config, rows, self._target)
+            return (Kernel(step_cost(call, workload, choice.layouts), launches=launches),)
         if vendor.prologue is not None:
             first, rest = (replace(call, spec=part) for part in (vendor.prologue.call, vendor.prologue.rest))
             return (Kernel(step_cost(first, workload)), Kernel(step_cost(rest, workload), library=True))

@@ -1,4 +1,4 @@
-"""Elementwise expressions on vector registers."""
+"""Elementwise expressions in TIR: values in vector registers of a CPU, or in those of a GPU's lane."""
 
 from __future__ import annotations
 
@@ -10,44 +10,34 @@ from tvm.sym.analyzer import Analyzer
 
 from vllm_compile.expression import Expression, Node
 
-from ..evaluator import Evaluator, Index
-from ..rounding import rounded
+from .evaluator import Evaluator, Index
+from .rounding import rounded
 from .vector_math import FUNCTIONS
 
 
-def cuts(expression: Expression, node: int, axis: int) -> set[int]:
-    """Where along an axis of a node's value a kernel has to go on in another way: between parts of a concat."""
-    op, operands, shape, _, parameters = expression[node]
-    if op == "concat" and parameters[0] == axis:
-        starts = [sum(int(expression[part].shape[axis]) for part in operands[:i]) for i in range(len(operands))]
-        inner = (
-            {start + cut for cut in cuts(expression, part, axis)} | {start}
-            for part, start in zip(operands, starts, strict=True)
-        )
-        return set().union(*inner) - {0}
-    if op == "slice":
-        begin, step = parameters[axis]
-        found = cuts(expression, operands[0], axis)
-        return {cut - begin for cut in found if 0 < cut - begin < shape[axis]} if step == 1 else set()
-    if op == "permute":
-        return cuts(expression, operands[0], parameters[axis])
-    if op == "reshape":
-        return set()
-    aligned = ((i, axis + len(expression[i].shape) - len(shape)) for i in operands)
-    return set().union(
-        *(cuts(expression, i, a) for i, a in aligned if a >= 0 and expression[i].shape[a] == shape[axis])
-    )
+def bits(buffer: tirx.Buffer) -> tirx.Buffer:
+    """The same memory as integers, if it holds bfloat16: TVM mistakes such values where they are bound to a name."""
+    if buffer.dtype == "float32":
+        return buffer
+    return T.decl_buffer(buffer.shape, "uint16", data=buffer.data, align=buffer.data_alignment)
 
 
 class VectorEvaluator(Evaluator[tirx.Buffer]):
     """A value is a buffer of `count` registers: TVM would put a pure value that has only a name into each of its uses.
 
-    Inputs of bfloat16 are given as their bits.
+    Inputs of bfloat16 are given as their bits (`bits`); `scope` is where registers are in TIR.
     """
 
-    def __init__(self, expression: Expression, inputs: dict[str, tirx.Buffer], analyzer: Analyzer, count: int) -> None:
+    def __init__(
+        self,
+        expression: Expression,
+        inputs: dict[str, tirx.Buffer],
+        analyzer: Analyzer,
+        count: int,
+        scope: str = "global",
+    ) -> None:
         super().__init__(expression, analyzer, count)
-        self._inputs = inputs
+        self._inputs, self._scope = inputs, scope
 
     def store(self, buffer: tirx.Buffer, index: Index, value: Callable[[tirx.Expr], tirx.Expr]) -> None:
         """buffer[index(lane)] = value(lane) for all lanes."""
@@ -77,13 +67,13 @@ class VectorEvaluator(Evaluator[tirx.Buffer]):
         return self._lanes(lambda lane: T.Select(first(lane), a[lane], b[lane]))
 
     def _lanes(self, value: Callable[[tirx.Expr], tirx.Expr]) -> tirx.Buffer:
-        registers = T.alloc_buffer((self._count,), "float32")
+        registers = T.alloc_buffer((self._count,), "float32", scope=self._scope)
         self.store(registers, lambda lane: [lane], value)
         return registers
 
     def _bind(self, vector: tirx.Expr) -> tirx.Buffer:
         """Registers that hold a vector."""
-        registers = T.alloc_buffer((self._count,), "float32")
+        registers = T.alloc_buffer((self._count,), "float32", scope=self._scope)
         T.buffer_store(registers, vector, [T.ramp(0, 1, self._count) if self._count > 1 else 0])
         return registers
 
