@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/step_cpu.py ARTIFACT ARTIFACT --decode 1x128,8x128 --prefill 1024
 
-Medians.  GB/s counts all weights as they are stored, a table of embeddings too, of which a step reads a few rows; beside
-it, what a plain read by torch gets, which has fewer loads in flight.
+Medians.  GB/s counts all weights as they are stored, a table of embeddings too, of which a step reads a few rows;
+beside it, what a plain read by torch gets, which has fewer loads in flight.
 """
 
 from __future__ import annotations
