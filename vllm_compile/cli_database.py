@@ -166,15 +166,18 @@ def _short(value: Any) -> str:
 def _stats(options: argparse.Namespace) -> int:
     from .schedules.database.record import How
     from .schedules.database.store import count
-    from .schedules.database.tasks import counts
+    from .schedules.database.tasks import counts, waiting_for
 
     with opened(options, writable=False) as database:
         answer = {"records": count(database), "estimates": count(database, How.ESTIMATED), "tasks": counts(database)}
+        answer["queued_for"] = waiting_for(database)
     for state, number in answer["records"].items():
         console.print(f"records, {state}: {number}")
     console.print(f"estimates: {sum(answer['estimates'].values())}")
     for state, number in answer["tasks"].items():
         console.print(f"tasks, {state}: {number}")
+    for machine, number in answer["queued_for"].items():
+        console.print(f"tasks, queued for {machine}: {number}", soft_wrap=True, highlight=False)
     return _answer(options, answer)
 
 

@@ -52,6 +52,10 @@ class Fingerprint:
     def from_text(text: str) -> Fingerprint:
         return Fingerprint(**json.loads(text))
 
+    def summary(self) -> str:
+        """For people: `cuda sm_90a NVIDIA H200`."""
+        return " ".join(part for part in (self.kind, self.arch, self.device) if part)
+
     def describes(self, machine: Fingerprint) -> bool:
         """True if `machine` is this one, as far as this one is known."""
         known = (field.name for field in fields(self) if getattr(self, field.name))

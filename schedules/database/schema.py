@@ -113,6 +113,7 @@ tasks = Table(
     Column("kind", Text, nullable=False),
     Column("digest", Digest, nullable=False, unique=True),
     Column("payload", Text, nullable=False),
+    Column("machine_id", Key, ForeignKey("targets.id")),  # which, as far as it matters; NULL: any
     Column("priority", Double, nullable=False),
     Column("state", Text, nullable=False),
     Column("attempts", Integer, nullable=False),
@@ -127,5 +128,5 @@ tasks = Table(
     CheckConstraint("state IN ('queued', 'leased', 'done', 'failed')", "state"),
     CheckConstraint("attempts <= max_attempts", "attempts"),
     CheckConstraint("state <> 'leased' OR (worker IS NOT NULL AND lease_expires IS NOT NULL)", "lease"),
-    Index("ix_tasks_next", "state", "priority", "id"),
+    Index("ix_tasks_next", "machine_id", "state", "priority", "id"),
 )

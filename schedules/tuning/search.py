@@ -90,12 +90,12 @@ def time_left(work: Sequence[Progress], gb_per_s: float, spent: float) -> float:
 
 
 def submit(database: Database, work: Sequence[Progress], machine: Fingerprint) -> int:
-    """Queue what waits for workers on machines like this, the costliest first; gives how many tasks were new."""
+    """Queue what waits for workers with such a machine, the costliest first; gives how many tasks were new."""
     waiting = [progress for progress in work if progress.state == "waiting"]
     for progress in waiting:
         progress.state = "queued"
     payloads = [(p.task.payload() | {"machine": machine.text}, float(p.task.step_bytes)) for p in waiting]
-    return sum(queue(database, MEASURE, [payload], priority) for payload, priority in payloads)
+    return sum(queue(database, MEASURE, [payload], priority, machine=machine) for payload, priority in payloads)
 
 
 def tune(

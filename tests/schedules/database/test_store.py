@@ -11,15 +11,28 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import insert, update
 
+from vllm_compile.canonical import canonical, sha256
 from vllm_compile.errors import DatabaseError
-from vllm_compile.schedules.database import How, State, Times, Verdict, commit, lookup, migrate, open_database, store
+from vllm_compile.schedules.database import (
+    How,
+    State,
+    Times,
+    Verdict,
+    commit,
+    lookup,
+    migrate,
+    open_database,
+    store,
+    tasks,
+)
 from vllm_compile.schedules.database.bundle import all_records
 from vllm_compile.schedules.database.home import migrate_database
 from vllm_compile.schedules.database.rows import row_of
 from vllm_compile.schedules.database.schema import metadata, records
 
-from .samples import H200, linear, record
+from .samples import CPU, H200, linear, record
 
+HEAD = "0003"
 NAN, INF = float("nan"), float("inf")
 
 
@@ -165,10 +178,35 @@ def test_migrating_keeps_what_is_there(database, url):
         assert [item[0].id for item in all_records(reader, salvage=True)] == [key]
     with pytest.raises(DatabaseError, match=r"(?i)not.null"):
         commit(database, [ESTIMATE])
-    assert migrate_database(url) == "0002"
+    assert migrate_database(url) == HEAD
     with open_database(url) as migrated:
         commit(migrated, [ESTIMATE])
         assert lookup(migrated, linear(), H200).record.id == key
+
+
+def test_migrating_keeps_whom_tasks_are_for(database, url):
+    """Until the third schema only a task's payload said which machine it is for."""
+    with database.engine.begin() as connection:
+        metadata.drop_all(connection)
+        connection.exec_driver_sql("DROP TABLE alembic_version")
+        config = migrate._config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+        columns = ("kind", "payload", "digest", "state", "fence", "priority", "attempts", "max_attempts", "created_at")
+        table = sqlalchemy.table("tasks", *map(sqlalchemy.column, columns))
+        for payload in ({"machine": CPU.text}, {"machine": H200.text}, {}, 5):
+            text = canonical(payload)
+            row = {"kind": "measure", "payload": text, "digest": sha256(canonical(["measure", text])), "created_at": 1}
+            rest = {"state": "queued", "fence": 0, "priority": 1, "attempts": 0, "max_attempts": 3}
+            connection.execute(insert(table).values(**row, **rest))
+    assert migrate_database(url) == HEAD
+    with open_database(url) as migrated:
+        assert tasks.submit(migrated, "measure", [{"machine": CPU.text}], machine=CPU) == 0
+        assert tasks.submit(migrated, "measure", [5]) == 0
+        assert tasks.lease(migrated, "a", ["measure"], 60, [H200]).payload == {"machine": H200.text}
+        assert [tasks.lease(migrated, "a", ["measure"], 60, [H200]).payload for _ in range(2)] == [{}, 5]
+        assert tasks.lease(migrated, "a", ["measure"], 60, [H200]) is None
+        assert tasks.lease(migrated, "a", ["measure"], 60, [CPU]).payload == {"machine": CPU.text}
 
 
 def test_a_newer_schema_is_refused(database, url):
