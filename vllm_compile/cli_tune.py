@@ -23,6 +23,7 @@ from .errors import DatabaseError, TargetError, VllmCompileError
 if TYPE_CHECKING:
     from .schedules.database import Database, Fingerprint
     from .schedules.database.executors import Executor
+    from .schedules.family import Config
     from .schedules.tuning.search import Progress
     from .schedules.tuning.task import Range, Task
 
@@ -117,16 +118,24 @@ def _searched(
     """What became of the tasks; Ctrl-C ends the search after the one under way, a second one at once."""
     from .schedules.database.record import How
     from .schedules.tuning.search import pending, submit, time_left, tune
-    from .schedules.tuning.task import ESTIMATE
+    from .schedules.tuning.task import ESTIMATE, MEASURE_BUILT
 
     method = tasks[0].method
+
+    def problem(task: Task, wanted: Range, config: Config) -> str:
+        if task.method == MEASURE_BUILT:  # without TVM nobody can tell
+            return ""
+        from .schedules.tuning.extract import problem_of
+
+        return problem_of(task, wanted, config)
 
     def searched(task: Task, wanted: Range) -> bool:
         from .schedules.tuning.evolve import is_searched
 
         return is_searched(task, wanted, database, machine)
 
-    work = pending(database, tasks, machine, tuple(How) if method == ESTIMATE else (How.MEASURED,), searched)
+    hows = tuple(How) if method == ESTIMATE else (How.MEASURED,)
+    work = pending(database, tasks, machine, hows, problem, searched)
     say_how_long(work, bandwidth)
     if options.dry_run:
         console.print(table(work))

@@ -95,6 +95,17 @@ records = Table(
     Index("ix_records_schedule", "workload_id", "target_id", "how", "schedule_digest"),
 )
 
+# What searches leave beside records (searches.py); `failed` is a JSON list of digests.
+searches = Table(
+    "searches",
+    metadata,
+    Column("workload_id", Key, ForeignKey("workloads.id"), primary_key=True),
+    Column("target_id", Key, ForeignKey("targets.id"), primary_key=True),
+    Column("space", Digest, primary_key=True),
+    Column("asked", Integer, nullable=False),
+    Column("failed", Text, nullable=False),
+)
+
 tokens = Table(
     "tokens",
     metadata,

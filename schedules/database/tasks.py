@@ -25,6 +25,7 @@ from .fingerprint import Fingerprint
 from .home import Database
 from .intern import insert_new, intern_machine
 from .record import Record, State
+from .rows import machine_of
 from .schema import targets, tasks
 from .store import insert
 
@@ -119,7 +120,9 @@ def lease(
             .where(tasks.c.id.in_(lost.with_for_update(skip_locked=True)))
             .values(state=TaskState.FAILED, finished_at=now(), error="its worker's lease ran out, at the last attempt")
         )
-        here = or_(tasks.c.machine_id.is_(None), tasks.c.machine_id.in_(_described(connection, machines)))
+        here = or_(
+            tasks.c.machine_id.is_(None), tasks.c.machine_id.in_(_described(connection, machines, database.name))
+        )
         next_task = (
             select(tasks.c.id)
             .where(waiting, tasks.c.kind.in_(kinds), here)
@@ -217,16 +220,16 @@ def waiting_for(database: Database) -> dict[str, int]:
     found: dict[str, int] = {}
     with database.reading() as connection:
         for text, number in connection.execute(counted):
-            name = "any" if text is None else Fingerprint.from_text(text).summary()
+            name = "any" if text is None else machine_of(text, database.name).summary()
             found[name] = found.get(name, 0) + int(number)
     return found
 
 
-def _described(connection: Connection, machines: Sequence[Fingerprint]) -> Sequence[int]:
+def _described(connection: Connection, machines: Sequence[Fingerprint], name: str) -> Sequence[int]:
     """Ids of what tasks may be for that is one of these machines."""
     alike = or_(*(and_(targets.c.kind == m.kind, targets.c.arch == m.arch) for m in machines))
     rows = connection.execute(select(targets.c.id, targets.c.text).where(alike)) if machines else ()
-    return [row.id for row in rows if any(Fingerprint.from_text(row.text).describes(m) for m in machines)]
+    return [row.id for row in rows if any(machine_of(row.text, name).describes(m) for m in machines)]
 
 
 def _update(connection: Connection, held: Lease, **values: Any) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from tvm.s_tir import Schedule
 
 from vllm_compile.ops import LINEAR
 from vllm_compile.schedules.build import build_library
-from vllm_compile.schedules.cpu.linear import Linear
-from vllm_compile.schedules.cpu.linear_design import AHEAD
+from vllm_compile.schedules.cpu import linear_design as linear_module
+from vllm_compile.schedules.cpu.dot_intrinsic import dot_intrinsic
+from vllm_compile.schedules.cpu.linear import Linear, finish
+from vllm_compile.schedules.cpu.linear_design import AHEAD, linear_design
 from vllm_compile.schedules.design import TRACE
 
 from . import harness
@@ -95,3 +99,33 @@ def test_what_has_no_design(tokens, lossless, columns, generator):
     """Sums that do not fit the registers, lossless weights, ragged panels."""
     inputs, _ = LINEAR.sample(generator, torch.bfloat16, 1, K, columns)
     assert Linear(packed=lossless).design(harness.op_spec(LINEAR, inputs, {}), tokens, HOST) is None
+
+
+def test_a_space_is_known_by_what_it_makes(generator, monkeypatch):
+    """The same in another process; another one with any change of definition, steps, intrinsic or lowering."""
+    spec = harness.op_spec(LINEAR, linear(generator, torch.bfloat16, 1), {})
+    spec = replace(spec, inputs=tuple((name, t) for name, t in spec.inputs if name != "residual"))
+
+    def space(spec=spec, finish=finish):
+        return linear_design(spec, 2, HOST, finish).space
+
+    code = (
+        "from vllm_compile.schedules.cpu.linear import Linear; from vllm_compile.targets import resolve;"
+        "from vllm_compile.spec import OpSpec, Sym, TensorSpec;"
+        f"print(Linear(False).design({spec!r}, 2, resolve('cpu')).space)".replace("<Sym.TOKENS: 'T'>", "Sym.TOKENS")
+    )
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert there.stdout.split()[-1] == space() == space()
+    found, lowered = {space()}, linear_module._lowered
+    found.add(space(finish=lambda tensors, totals, row, column: lambda j: totals[0][j] * 2))
+    for name, changed in {
+        "AHEAD": (0, 16),
+        "MOST_WORDS": 4,
+        "_lowered": lambda scheduled, words: lowered(scheduled, words).with_attr("changed", True),
+        "dot_intrinsic": lambda words, rows, ahead: dot_intrinsic(words, rows, ahead + 1),
+    }.items():
+        with monkeypatch.context() as changes:
+            changes.setattr(linear_module, name, changed)
+            found.add(space())
+    assert len(found) == 6
+    assert space() in found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -28,11 +29,12 @@ from vllm_compile.schedules.database import (
 from vllm_compile.schedules.database.bundle import all_records
 from vllm_compile.schedules.database.home import migrate_database
 from vllm_compile.schedules.database.rows import row_of
-from vllm_compile.schedules.database.schema import metadata, records
+from vllm_compile.schedules.database.schema import metadata, records, targets, workloads
+from vllm_compile.schedules.database.store import select_where
 
 from .samples import CPU, H200, linear, record
 
-HEAD = "0003"
+HEAD = "0004"
 NAN, INF = float("nan"), float("inf")
 
 
@@ -143,6 +145,42 @@ def test_an_altered_row_is_no_answer(database, column):
     with pytest.raises(DatabaseError, match="is not what was committed"):
         lookup(database, linear(), H200)
     assert lookup(database, linear(N=64), H200).record.id == other
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "text"),
+    [
+        (records, "schedule", "[]"),
+        (records, "schedule", "5"),
+        (records, "schedule", "no JSON"),
+        (records, "schedule", '{"family":"cpu.linear"}'),
+        (records, "schedule", '{"config":[],"family":"cpu.linear"}'),
+        (workloads, "text", "[]"),
+        (workloads, "text", "{}"),
+        (targets, "text", "[]"),
+        (targets, "text", canonical({**json.loads(H200.text), "cores": "many"})),
+    ],
+)
+def test_what_is_no_record_is_refused_though_its_digest_is_right(database, capsys, table, column, text):
+    """Whoever wrote it: one line says which row, nothing else is told of it."""
+    commit(database, [record()])
+    made = record()
+    content = made.content()
+    texts = {"records": content["schedule"], "workloads": {"text": made.workload.text}, "targets": {"text": H200.text}}
+    texts[table.name]["text"] = text
+    key = sha256(canonical([texts["workloads"]["text"], texts["targets"]["text"], content]))
+    with database.engine.begin() as connection:
+        connection.execute(update(table).values({column: text}))
+        connection.execute(update(records).values(id=key))
+        connection.execute(update(workloads).values(digest=sha256(linear().text)))
+    with pytest.raises(DatabaseError, match=r"is not what was committed \("):
+        select_where(database)
+    if table is not workloads:  # which is not found any more
+        with pytest.raises(DatabaseError, match=r"is not what was committed \("):
+            lookup(database, linear(), H200)
+    if table is records:
+        with pytest.raises(ValueError, match=r"JSON|configuration|Expecting"):
+            replace(made.schedule, text=text)
 
 
 def test_migrations_make_the_schema(database):

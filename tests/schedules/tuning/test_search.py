@@ -45,7 +45,8 @@ class FakeExecutor:
             raise self.error("its process ended with exit code -11")
         self.after()
         summaries = [{"tried": len(c), "wrong": [], "default_us": 2.0, "best_us": 1.0} for _, _, c in ranges]
-        return Outcome(summaries, [record(Workload.from_text(text), MACHINE) for text, _, _ in ranges])
+        about = {"target": MACHINE, "family": held.payload["family"]}
+        return Outcome(summaries, [record(Workload.from_text(text), **about) for text, _, _ in ranges])
 
     def close(self):
         pass
