@@ -7,7 +7,7 @@ give is replayed, since a trace may come from anywhere, and a step can put any c
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -114,6 +114,12 @@ class Design:
         except (TypeError, ValueError) as error:
             raise ValueError(f"no trace: {error}") from error
         return steps, decisions
+
+
+def traced(design: Design | None, config: Mapping[str, Any]) -> tirx.PrimFunc:
+    """The kernel of a configuration that is a trace; ValueError if it is none of the design."""
+    assert design is not None, config
+    return design.build(config[TRACE])
 
 
 def _are_decisions_of(steps: Any, decisions: Any) -> bool:

@@ -198,7 +198,8 @@ def _check_traces(tasks: Sequence[Task]) -> None:
     """Raise an error unless MetaSchedule has something to search, and what it needs."""
     if not any(wanted.traces for task in tasks for wanted in task.ranges):
         raise VllmCompileError(
-            "--traces: no call here has a kernel in TIR to search; on cpu linear layers have, with --pack none"
+            "--traces: no call here has a kernel in TIR to search; on cpu linear layers and gates of MLPs have, with "
+            "--pack none"
         )
     if find_spec("xgboost") is None:
         raise VllmCompileError("--traces needs xgboost for its cost model; pip install 'vllm-compile[tune]'")

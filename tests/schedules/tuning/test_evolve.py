@@ -9,6 +9,8 @@ import pytest
 import tvm
 from tvm.s_tir.meta_schedule.database import TuningRecord
 
+from tests import models
+from tests.conftest import SEED
 from tests.schedules.database.samples import record
 from vllm_compile.cli import main
 from vllm_compile.driver import CompileOptions, compile_model, lower_model
@@ -28,11 +30,23 @@ CPU = resolve("cpu")
 
 
 @pytest.fixture(scope="module")
-def task(tiny):
-    """The down projection, for one token and two; a dozen traces each."""
-    lowered = lower_model(tiny, CPU, lossless=False)
-    tasks = tasks_of(lowered, CPU, trials=1, traces=12)
+def model(tmp_path_factory):
+    """One whose MLP has whole panels only."""
+    directory = tmp_path_factory.mktemp("evolve") / "model"
+    models.save(directory, SEED, intermediate_size=96, num_hidden_layers=1)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tasks(model):
+    lowered = lower_model(model, CPU, lossless=False)
     assert not any(r.traces for t in tasks_of(lowered, CPU, trials=1) for r in t.ranges)
+    return tasks_of(lowered, CPU, trials=1, traces=12)
+
+
+@pytest.fixture(scope="module")
+def task(tasks):
+    """The down projection, for one token and two; a dozen traces each."""
     found = next(task for task in tasks if "model_mlp_down_proj_weight" in task.names)
     ends = [json.loads(r.workload.text)["tokens"] for r in found.ranges]
     assert [r.traces for r in found.ranges] == [12 if least == most else 0 for least, most in ends]
@@ -43,41 +57,45 @@ def searched(task, database):
     return [evolve.is_searched(task, r, database, fingerprint(CPU)) for r in task.ranges]
 
 
-def test_from_a_search_to_an_artifact(task, tiny, tmp_path, capsys):
-    """The best traces compete with the others; `compile --db` replays a trace, and what it serves is right."""
-    url = str(tmp_path / "tuning.db")
+def test_from_a_search_to_an_artifact(tasks, task, model, tmp_path, capsys):
+    """The best traces compete with the others; `compile --db` replays them, and what it serves is right."""
+    url, winners = str(tmp_path / "tuning.db"), {}
     executor = LocalExecutor({TRIAL: trial}, 120)
+    gates = next(t for t in tasks if t.family == "cpu.gate_up_silu")
     with open_database(url) as database:
         try:
-            task = replace(task, ranges=(replace(task.ranges[0], traces=evolve.ROUND),))
-            found = evolve.evolved(task, database, executor, lambda: False)
+            for each in (gates, task):
+                one = replace(each, ranges=(replace(each.ranges[0], traces=evolve.ROUND),))
+                found = evolve.evolved(one, database, executor, lambda: False)
+                kept = [record for record, _ in select_where(database) if "module" in record.workload.text]
+                (wanted,) = found.ranges
+                assert wanted.configs[0] == one.ranges[0].configs[0]
+                assert 1 <= len(wanted.configs[1:]) <= evolve.FINALISTS
+                assert all(config[TRACE] and config["tokens"] == wanted.tokens for config in wanted.configs[1:])
+                # What would be measured next, and which of it is compiled, is a matter of time: the trace shall win.
+                schedule = Schedule.of_family(each.family, wanted.configs[1])
+                winner = replace(kept[0], workload=wanted.workload, schedule=schedule)
+                commit(database, [winner])
+                winners[winner.id] = wanted.configs[1]
         finally:
             executor.close()
-        assert [r.configs[0] for r in found.ranges] == [r.configs[0] for r in task.ranges]
-        for wanted in found.ranges:
-            assert 1 <= len(wanted.configs[1:]) <= evolve.FINALISTS
-            assert all(config[TRACE] and config["tokens"] == wanted.tokens for config in wanted.configs[1:])
-        kept = [record for record, _ in select_where(database)]
         assert kept
         for record in kept:
             assert record.schedule.kind == "trace"
             assert record.verdict.error <= 1
             assert record.times.median > 0
-        # What would be measured next, and which of it is compiled, is a matter of time: here the trace shall win.
-        wanted, template = found.ranges[0], kept[0]
-        schedule = Schedule.of_family(task.family, wanted.configs[1])
-        commit(database, [winner := replace(template, workload=wanted.workload, schedule=schedule)])
         # One of a space that has changed since is passed over, however fast it was.
         old = Schedule.of_family(task.family, {**wanted.configs[-1], SPACE: "0" * 64})
         faster = {name: value / 1e3 for name, value in vars(winner.times).items()}
         commit(database, [stale := replace(winner, schedule=old, times=Times(**faster))])
     options = CompileOptions(db=url, pack="none")
-    done = compile_model(tiny, out=tmp_path / "artifact", options=options)
+    done = compile_model(model, out=tmp_path / "artifact", options=options)
     assert done.verdict["outcome"] == "pass"
     kernels = json.loads((done.artifact / "manifest.json").read_text())["kernels"]
-    (ours,) = [kernel for kernel in kernels if kernel["record"] is not None]
-    assert (ours["record"]["id"], ours["config"]) == (winner.id, wanted.configs[1])
-    assert ours["passed_over"]["id"] == stale.id
+    ours = [kernel for kernel in kernels if kernel["record"] is not None]
+    assert {kernel["record"]["id"]: kernel["config"] for kernel in ours} == winners
+    assert {kernel["family"] for kernel in ours} == {"cpu.linear", "cpu.gate_up_silu"}
+    assert [kernel["passed_over"]["id"] for kernel in kernels if kernel["passed_over"]] == [stale.id]
     capsys.readouterr()
     assert main(["db", "--db", url, "explain", str(done.artifact)]) == 0
     said = " ".join(capsys.readouterr().err.split())

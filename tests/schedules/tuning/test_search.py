@@ -204,7 +204,7 @@ def test_from_the_command_line_to_the_manifest(tiny, tmp_path, capsys):
     [
         (["--db", "x.db", "--target", "gaudi2"], "Gaudi.s kernels have no"),
         ([], "--db URL is needed"),
-        (["--db", "x.db", "--traces", "8", "--only", "gate_up"], "linear layers have, with --pack none"),
+        (["--db", "x.db", "--traces", "8", "--dtype", "bfloat16"], "gates of MLPs have, with --pack none"),
         (["--dry-run", "--only", "nothing_like_it"], "there are .*lm_head_weight"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`linear` in plain TIR: whatever schedule is drawn from its spaces computes the bits of the hand-written kernel."""
+"""Products in plain TIR: whatever schedule is drawn from their spaces computes the bits of the hand-written kernel."""
 
 import json
 import subprocess
@@ -10,19 +10,21 @@ import torch
 import tvm_ffi
 from tvm.s_tir import Schedule
 
-from vllm_compile.ops import LINEAR
+from vllm_compile.ops import GATE_UP_SILU, LINEAR
 from vllm_compile.schedules.build import build_library
-from vllm_compile.schedules.cpu import linear_design as linear_module
+from vllm_compile.schedules.cpu import matmul_design as designs
 from vllm_compile.schedules.cpu.dot_intrinsic import dot_intrinsic
+from vllm_compile.schedules.cpu.gate_up import GateUpSilu
 from vllm_compile.schedules.cpu.linear import Linear, finish
-from vllm_compile.schedules.cpu.linear_design import AHEAD, linear_design
+from vllm_compile.schedules.cpu.matmul_design import AHEAD, matmul_design
 from vllm_compile.schedules.design import TRACE
 
 from . import harness
 from .levels import HOST, TARGETS
 
-FAMILY = Linear(packed=False)
+FAMILY, GATED = Linear(packed=False), GateUpSilu(packed=False)
 N, K = 192, 96  # 12 panels of 16 lanes: the sums of 5 tokens for 2 of them do not fit 1 KiB with all others
+OPS = {FAMILY: LINEAR, GATED: GATE_UP_SILU}
 
 
 def linear(generator, dtype, tokens):
@@ -35,30 +37,33 @@ def drawn(design, seed):
     return [design.config(space.trace) for space in design.spaces(Schedule(design.module, seed=seed))]
 
 
+@pytest.mark.parametrize("family", OPS, ids=["linear", "gated"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_the_bits_of_the_other_kernels(target, dtype, generator, tmp_path):
-    seed = int(torch.randint(1, 2**31 - 1, (), generator=generator))
-    inputs = linear(generator, dtype, 5)
-    spec = harness.op_spec(LINEAR, inputs, {})
+def test_the_bits_of_the_other_kernels(target, dtype, family, generator, tmp_path):
+    seed, op = int(torch.randint(1, 2**31 - 1, (), generator=generator)), OPS[family]
+    inputs, _ = op.sample(generator, dtype, 5, K, N)
+    spec = harness.op_spec(op, inputs, {})
     kernels, path = {}, tmp_path / "kernels.so"
     for tokens in (1, 5):
-        configs = drawn(FAMILY.design(spec, tokens, target), seed)
+        configs = drawn(family.design(spec, tokens, target), seed)
         assert len({config[TRACE] for config in configs}) == len(AHEAD)
-        by_hand = next(v.config for v in reversed(FAMILY.variants(spec, target)) if v.min_tokens <= tokens)
+        by_hand = next(v.config for v in reversed(family.variants(spec, target)) if v.min_tokens <= tokens)
         picked = [by_hand, *configs[:: len(AHEAD) - 1]]
-        kernels |= {f"t{tokens}_{i}": FAMILY.build(spec, config, target) for i, config in enumerate(picked)}
+        kernels |= {f"t{tokens}_{i}": family.build(spec, config, target) for i, config in enumerate(picked)}
     build_library(kernels, target, path)
     symbols = subprocess.run(["nm", "-D", str(path)], check=True, capture_output=True, text=True).stdout
     assert "Workspace" not in symbols, "the serving process has no TVM runtime"
     module = tvm_ffi.load_module(str(path))
     for tokens in (1, 5):
         given = {name: t[:tokens] if name in ("x", "residual") else t for name, t in inputs.items()}
-        results = [harness.run(module[f"t{tokens}_{i}"], FAMILY, spec, target, given) for i in range(3)]
-        harness.assert_matches(LINEAR, results[1], harness.results(LINEAR, given, {}))
+        results = [harness.run(module[f"t{tokens}_{i}"], family, spec, target, given) for i in range(3)]
+        harness.assert_matches(op, results[1], harness.results(op, given, {}))
         assert all(torch.equal(result[0], results[0][0]) for result in results)
     other = {**inputs, "x": inputs["x"].roll(1, dims=1)}
-    assert not torch.equal(harness.run(module["t5_1"], FAMILY, spec, target, other)[0], results[0][0])
+    assert not torch.equal(harness.run(module["t5_1"], family, spec, target, other)[0], results[0][0])
+    swapped = {**inputs, "weight": torch.cat(inputs["weight"].chunk(2)[::-1])}
+    assert not torch.equal(harness.run(module["t5_1"], family, spec, target, swapped)[0], results[0][0])
 
 
 @pytest.fixture
@@ -101,13 +106,20 @@ def test_what_has_no_design(tokens, lossless, columns, generator):
     assert Linear(packed=lossless).design(harness.op_spec(LINEAR, inputs, {}), tokens, HOST) is None
 
 
+def test_gated_sums_take_two_registers(generator):
+    inputs, _ = GATE_UP_SILU.sample(generator, torch.float32, 1, K, N)
+    spec, registers = harness.op_spec(GATE_UP_SILU, inputs, {}), 24 if HOST.vector_lanes == 16 else 12
+    assert GATED.design(spec, registers // 2, HOST) is not None
+    assert GATED.design(spec, registers // 2 + 1, HOST) is None
+
+
 def test_a_space_is_known_by_what_it_makes(generator, monkeypatch):
     """The same in another process; another one with any change of definition, steps, intrinsic or lowering."""
     spec = harness.op_spec(LINEAR, linear(generator, torch.bfloat16, 1), {})
     spec = replace(spec, inputs=tuple((name, t) for name, t in spec.inputs if name != "residual"))
 
     def space(spec=spec, finish=finish):
-        return linear_design(spec, 2, HOST, finish).space
+        return matmul_design.__wrapped__(spec, 2, HOST, finish).space
 
     code = (
         "from vllm_compile.schedules.cpu.linear import Linear; from vllm_compile.targets import resolve;"
@@ -116,7 +128,7 @@ def test_a_space_is_known_by_what_it_makes(generator, monkeypatch):
     )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert there.stdout.split()[-1] == space() == space()
-    found, lowered = {space()}, linear_module._lowered
+    found, lowered = {space()}, designs._lowered
     found.add(space(finish=lambda tensors, totals, row, column: lambda j: totals[0][j] * 2))
     for name, changed in {
         "AHEAD": (0, 16),
@@ -125,7 +137,7 @@ def test_a_space_is_known_by_what_it_makes(generator, monkeypatch):
         "dot_intrinsic": lambda words, rows, ahead: dot_intrinsic(words, rows, ahead + 1),
     }.items():
         with monkeypatch.context() as changes:
-            changes.setattr(linear_module, name, changed)
+            changes.setattr(designs, name, changed)
             found.add(space())
     assert len(found) == 6
     assert space() in found
