@@ -83,7 +83,9 @@ def pending(
 
     def fits(task: Task, wanted: Range, record: Record) -> bool:
         schedule = record.schedule.content()
-        return schedule.get("family") == task.family and not problem(task, wanted, schedule["config"])
+        if schedule.get("family") != task.family:
+            return False
+        return schedule["config"] == wanted.configs[0] or not problem(task, wanted, schedule["config"])
 
     found = []
     for task in tasks:
