@@ -7,7 +7,7 @@ give is replayed, since a trace may come from anywhere, and a step can put any c
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,12 +16,14 @@ import tvm
 from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import ScheduleError, Trace
+from tvm_ffi import structural_hash
 
-from vllm_compile.canonical import canonical
+from vllm_compile.canonical import canonical, sha256
 
 SAMPLED = "SamplePerfectTile"  # the step that decides
 SEARCHED = "EnterPostproc"  # the first of the steps that MetaSchedule adds
-TRACE, TOKENS = "trace", "tokens"  # of a configuration: a trace's canonical JSON; for how many tokens it is
+# Of a configuration: a trace's canonical JSON; for how many tokens it is; of which spaces (`Design.space`).
+TRACE, TOKENS, SPACE = "trace", "tokens", "space"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,16 @@ class Design:
 
     def config(self, trace: Trace) -> dict[str, Any]:
         """The configuration of a kernel family that stands for a trace."""
-        return {TRACE: text_of(trace), TOKENS: self.tokens}
+        return {TRACE: text_of(trace), TOKENS: self.tokens, SPACE: self.space}
+
+    @cached_property
+    def space(self) -> str:
+        """SHA-256 of what the spaces make: of each, its steps, and the kernel that some decisions give.
+
+        A trace that was measured under another one may make another kernel here, of the same steps.
+        """
+        drawn = self.spaces(Schedule(self.module, seed=1))
+        return sha256(canonical([[text_of(s.trace), str(structural_hash(self.lowered(s.mod)))] for s in drawn]))
 
     def build(self, trace: str) -> tirx.PrimFunc:
         """The kernel that a trace's text makes.
@@ -103,6 +114,12 @@ class Design:
         except (TypeError, ValueError) as error:
             raise ValueError(f"no trace: {error}") from error
         return steps, decisions
+
+
+def traced(design: Design | None, config: Mapping[str, Any]) -> tirx.PrimFunc:
+    """The kernel of a configuration that is a trace; ValueError if it is none of the design."""
+    assert design is not None, config
+    return design.build(config[TRACE])
 
 
 def _are_decisions_of(steps: Any, decisions: Any) -> bool:

@@ -7,7 +7,7 @@ one, write the file and list it in the target's table of families.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,21 +28,32 @@ Config = Mapping[str, Any]
 class Variant:
     """A kernel that serves calls of at least `min_tokens` tokens (up to the next variant's).
 
-    `record` says where in a tuning database the configuration comes from, None if it does not.
+    `record` says where in a tuning database the configuration comes from, None if it does not; `passed_over` which one
+    would have been preferred, and why (`reason`) it is of no use here.
     """
 
     min_tokens: int
     config: Config = field(default_factory=dict)
     record: Mapping[str, Any] | None = None
+    passed_over: Mapping[str, Any] | None = None
 
 
 class Tuned(Protocol):
     """Configurations that were found by tuning: what a choice of kernels asks before it goes by a family's rules."""
 
     def find(
-        self, family: KernelFamily, spec: OpSpec, layouts: Mapping[str, Layout], tokens: tuple[int, int | None]
-    ) -> Variant | None:
-        """The best variant of the family known for calls of `tokens`, least and most (None: no limit)."""
+        self,
+        family: KernelFamily,
+        spec: OpSpec,
+        layouts: Mapping[str, Layout],
+        tokens: tuple[int, int | None],
+        default: Variant,
+        problem: Callable[[Config], str],
+    ) -> Variant:
+        """The best variant of the family known for calls of `tokens`, least and most (None: no limit), or the default.
+
+        `problem` says why a configuration is of no use here; nothing of one that is.
+        """
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.spec import OpSpec
@@ -11,7 +12,7 @@ from vllm_compile.targets import Target
 
 from .cpu import FAMILIES as CPU_FAMILIES
 from .cuda import FAMILIES as CUDA_FAMILIES
-from .design import TOKENS, TRACE
+from .design import SPACE, TOKENS, TRACE
 from .family import Config, KernelFamily, TorchCall, Tuned, Variant, Vendor
 from .gaudi import FAMILIES as GAUDI_FAMILIES
 from .layouts import Layout
@@ -81,17 +82,20 @@ def _tuned_variants(
     vendor: Vendor | None,
 ) -> Sequence[Variant]:
     """The variants, those replaced for which there is a tuned one that the family can build here."""
-    chosen = []
-    for default, tokens in zip(variants, token_ranges(variants, vendor), strict=True):
-        found = tuned.find(family, spec, layouts, tokens)
-        usable = found is not None and _usable(family, spec, found.config, tokens, target)
-        chosen.append(found if found is not None and usable else default)
-    return chosen
+    return [
+        tuned.find(family, spec, layouts, tokens, default, partial(problem, family, spec, tokens, target))
+        for default, tokens in zip(variants, token_ranges(variants, vendor), strict=True)
+    ]
 
 
-def _usable(family: KernelFamily, spec: OpSpec, config: Config, tokens: tuple[int, int | None], target: Target) -> bool:
-    """True if the family can build the configuration here, and it serves this range of tokens."""
+def problem(family: KernelFamily, spec: OpSpec, tokens: tuple[int, int | None], target: Target, config: Config) -> str:
+    """Why the family cannot serve this range of tokens by the configuration; empty if it can."""
+    unknown = "this version makes no such kernel for this call here"
     if TRACE not in config:
-        return family.admits(spec, config, tokens[0], target)
+        return "" if family.admits(spec, config, tokens[0], target) else unknown
     design = family.design(spec, tokens[0], target) if tokens == (config.get(TOKENS),) * 2 else None
-    return design is not None and design.admits(config[TRACE])
+    if design is None:
+        return unknown
+    if config.get(SPACE) != design.space:
+        return "the space of schedules that it is of has changed since"
+    return "" if design.admits(config[TRACE]) else unknown

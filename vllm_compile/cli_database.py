@@ -129,31 +129,47 @@ def _explain(options: argparse.Namespace) -> int:
     with opened(options, writable=False) as database:
         for kernel in kernels:
             answer = {name: kernel[name] for name in ("symbol", "op", "min_tokens", "family", "config")}
-            source = kernel.get("record")
-            if source is None:
-                answers.append({**answer, "record": None})
-                console.print(f"{kernel['symbol']}: {kernel['family']} by its own rules, not from a database")
-                continue
-            record, state = find(database, source["id"])
-            answers.append({**answer, "record": {**source, **_summary(record, state)}})
-            console.print(f"{kernel['symbol']}: {_sentence(record, state, source)}", soft_wrap=True, highlight=False)
+            said = f"{kernel['family']} by its own rules, not from a database"
+            for name in ("record", "passed_over"):
+                source = kernel.get(name)
+                answer[name] = None
+                if source is not None:
+                    record, state = find(database, source["id"])
+                    answer[name] = {**source, **_summary(record, state)}
+                    said = _sentence(record, state, source) if name == "record" else said + _passed_over(record, source)
+            answers.append(answer)
+            console.print(f"{kernel['symbol']}: {said}", soft_wrap=True, highlight=False)
     return _answer(options, answers)
 
 
 def _sentence(record: Record, state: State, source: Mapping[str, Any]) -> str:
     """What `explain` says of one kernel."""
-    from .schedules.database.record import How
-
-    schedule, provenance = record.schedule.content(), record.provenance
+    schedule = record.schedule.content()
     config = " ".join(f"{name}={_short(value)}" for name, value in sorted(schedule["config"].items()))
-    day = time.strftime("%Y-%m-%d", time.gmtime(provenance.measured_at))
-    where = "for" if record.how == How.ESTIMATED else "on"
     stale = f"; stale: {', '.join(source['changed'])} changed since" if source["changed"] else ""
     return (
-        f"runs {schedule['family']} {config}, {record.how} {where} {record.target.device} ({provenance.host}) by "
-        f"{provenance.author} on {day} at {provenance.commit[:SHORT]}: {record.times.median:.1f} µs, "
+        f"runs {schedule['family']} {config}, {_origin(record)}, "
         f"{record.gb_per_s:.0f} GB/s, {record.roofline_share:.0%} of roofline; record {record.id[:SHORT]}, {state}, "
         f"match {source['match']}{stale}"
+    )
+
+
+def _passed_over(record: Record, source: Mapping[str, Any]) -> str:
+    """What `explain` adds where a record was preferred, but of no use."""
+    kind = f"{record.schedule.content().get('family', 'a module')} by {record.schedule.kind}"
+    return f"; passed over: {kind}, {_origin(record)}, record {record.id[:SHORT]}: {source['reason']}"
+
+
+def _origin(record: Record) -> str:
+    """Where its time was measured, or for which machine estimated, by whom, and the time."""
+    from .schedules.database.record import How
+
+    provenance = record.provenance
+    day = time.strftime("%Y-%m-%d", time.gmtime(provenance.measured_at))
+    where = "for" if record.how == How.ESTIMATED else "on"
+    return (
+        f"{record.how} {where} {record.target.device} ({provenance.host}) by {provenance.author} on {day} at "
+        f"{provenance.commit[:SHORT]}: {record.times.median:.1f} µs"
     )
 
 
@@ -166,15 +182,18 @@ def _short(value: Any) -> str:
 def _stats(options: argparse.Namespace) -> int:
     from .schedules.database.record import How
     from .schedules.database.store import count
-    from .schedules.database.tasks import counts
+    from .schedules.database.tasks import counts, waiting_for
 
     with opened(options, writable=False) as database:
         answer = {"records": count(database), "estimates": count(database, How.ESTIMATED), "tasks": counts(database)}
+        answer["queued_for"] = waiting_for(database)
     for state, number in answer["records"].items():
         console.print(f"records, {state}: {number}")
     console.print(f"estimates: {sum(answer['estimates'].values())}")
     for state, number in answer["tasks"].items():
         console.print(f"tasks, {state}: {number}")
+    for machine, number in answer["queued_for"].items():
+        console.print(f"tasks, queued for {machine}: {number}", soft_wrap=True, highlight=False)
     return _answer(options, answer)
 
 

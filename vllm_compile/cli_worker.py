@@ -76,10 +76,17 @@ def _worker(options: argparse.Namespace) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         executors = _executors(options, handlers)
-        workers = [Worker(database, e, sorted(handlers), default_name(), options.lease) for e in executors]
-        for worker in workers:
-            console.print(f"worker {worker.name} takes tasks: {', '.join(worker.kinds)}", highlight=False)
         try:
+            workers = [
+                Worker(database, e, sorted(handlers), default_name(), options.lease, machines=e.machines())
+                for e in executors
+            ]
+            for worker in workers:
+                where = ", ".join(machine.summary() for machine in worker.machines) or "no machine in particular"
+                kinds = ", ".join(worker.kinds)
+                console.print(
+                    f"worker {worker.name} takes tasks: {kinds}; for {where}", soft_wrap=True, highlight=False
+                )
             done = work(workers, stop, options.until_empty, lambda line: console.print(line, highlight=False))
         finally:
             for executor in executors:

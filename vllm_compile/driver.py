@@ -289,6 +289,7 @@ def _kernel_records(lowered: Lowered) -> list[dict[str, Any]]:
             "min_tokens": variant.min_tokens,
             "config": dict(variant.config),
             "record": variant.record,
+            "passed_over": variant.passed_over,
             "inputs": {name: [*map(str, spec.shape), spec.dtype] for name, spec in kernels.spec.inputs},
         }
         for kernels in lowered.kernels.values()

@@ -16,11 +16,13 @@ from tvm.script import tirx as T
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
+from ..design import TOKENS, TRACE, Design, traced
 from ..family import Config, KernelFamily, Variant
 from ..layouts import Layout
 from ..rounding import rounded
 from ..vector_math import exp
 from .matmul import Value, matmul
+from .matmul_design import matmul_design
 from .matmul_tiles import admits, default_variants, serves, space
 from .matmul_weights import weight_layout
 
@@ -35,6 +37,23 @@ def finish(tensors: dict[str, tirx.Buffer], totals: list[tirx.Buffer], row: tirx
     silu = g / (T.broadcast(T.float32(1), lanes) + exp(T.broadcast(T.float32(0), lanes) - g))
     T.buffer_store(gate, silu, [T.ramp(0, 1, lanes)])
     return lambda j: rounded(gate[j], dtype) * rounded(up[j], dtype)
+
+
+def activation(tensors: dict[str, tirx.Buffer], totals: list[tirx.Buffer], row: tirx.Expr, column: tirx.Expr) -> Value:
+    """The first half of `finish`, value by value: silu of the rounded gate."""
+
+    def value(j: tirx.Expr) -> tirx.Expr:
+        rounded_gate = rounded(totals[0][j], tensors["out"].dtype)
+        gate = tirx.Var("gate", rounded_gate.ty)
+        return tirx.Let(gate, rounded_gate, gate / (T.float32(1) + exp(T.float32(0) - gate)))
+
+    return value
+
+
+def times_up(tensors: dict[str, tirx.Buffer], totals: list[tirx.Buffer], row: tirx.Expr, column: tirx.Expr) -> Value:
+    """The second half."""
+    dtype = tensors["out"].dtype
+    return lambda j: rounded(totals[0][j], dtype) * rounded(totals[1][j], dtype)
 
 
 @dataclass(frozen=True)
@@ -64,5 +83,11 @@ class GateUpSilu(KernelFamily):
     def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: Target) -> bool:
         return admits(spec, config, min_tokens, target, True, self.packed)
 
+    def design(self, spec: OpSpec, tokens: int, target: Target) -> Design | None:
+        """Plain weights alone, as of linear layers."""
+        return None if self.packed else matmul_design(spec, tokens, target, times_up, activation)
+
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
+        if TRACE in config:
+            return traced(self.design(spec, config[TOKENS], target), config)
         return matmul(spec, config, target, True, finish)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from tvm import tirx
 from tvm.script import tirx as T
@@ -16,12 +15,12 @@ from tvm.script import tirx as T
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
-from ..design import TOKENS, TRACE, Design
+from ..design import TOKENS, TRACE, Design, traced
 from ..family import Config, KernelFamily, Variant
 from ..layouts import Layout
 from ..rounding import rounded
-from .linear_design import linear_design
 from .matmul import Value, matmul
+from .matmul_design import matmul_design
 from .matmul_tiles import admits, default_variants, serves, space
 from .matmul_weights import weight_layout
 
@@ -38,11 +37,6 @@ def finish(tensors: dict[str, tirx.Buffer], totals: list[tirx.Buffer], row: tirx
         return y
 
     return value
-
-
-@lru_cache
-def _design(spec: OpSpec, tokens: int, target: Target) -> Design | None:
-    return linear_design(spec, tokens, target, finish)
 
 
 @dataclass(frozen=True)
@@ -74,11 +68,9 @@ class Linear(KernelFamily):
 
     def design(self, spec: OpSpec, tokens: int, target: Target) -> Design | None:
         """Plain weights alone: TIR has no words for the side list of lossless ones."""
-        return None if self.packed else _design(spec, tokens, target)
+        return None if self.packed else matmul_design(spec, tokens, target, finish)
 
     def build(self, spec: OpSpec, config: Config, target: Target) -> tirx.PrimFunc:
         if TRACE in config:
-            design = self.design(spec, config[TOKENS], target)
-            assert design is not None, config
-            return design.build(config[TRACE])
+            return traced(self.design(spec, config[TOKENS], target), config)
         return matmul(spec, config, target, False, finish)

@@ -72,6 +72,8 @@ def admits(spec: OpSpec, config: Config, target: CudaTarget, packed: bool, gated
     if {**config, "prefetch": 0} not in space(spec, target, packed, gated):
         return False
     blocks = config.get("prefetch", 0)
+    if not isinstance(blocks, int):
+        return False
     return blocks == 0 or 0 < blocks <= KINDS[config["kind"]].unstaged_blocks(spec, config)
 
 

@@ -16,6 +16,7 @@ from threading import Event
 from typing import Any, Protocol
 
 from .fingerprint import Fingerprint
+from .machine import machines_here
 from .record import Record
 from .tasks import Lease
 from .workload import Workload
@@ -58,6 +59,10 @@ Handler = Callable[[Any], Outcome]  # of one kind of task: payload -> outcome
 class Executor(Protocol):
     """Runs tasks, one at a time."""
 
+    def machines(self) -> Sequence[Fingerprint]:
+        """Those whose tasks it can do; tasks for no machine in particular it can do all."""
+        return ()
+
     def run(self, held: Lease, lost: Event) -> Outcome:
         """Do the task; stop early if `lost` is set, since nobody wants the outcome then.
 
@@ -82,6 +87,9 @@ class LocalExecutor(Executor):
         self._timeout = timeout
         self._process: Any = None
         self._pipe: Connection | None = None
+
+    def machines(self) -> Sequence[Fingerprint]:
+        return machines_here()
 
     def run(self, held: Lease, lost: Event) -> Outcome:
         pipe = self._connected()

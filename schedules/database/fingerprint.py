@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from functools import cached_property
 
-from vllm_compile.canonical import canonical, sha256
+from vllm_compile.canonical import canonical, object_of, sha256
 
 # What makes a record stale when it changes: who turns kernels into machine code, who launches them, and the meaning of
 # the intrinsics that a trace names.
@@ -50,7 +49,16 @@ class Fingerprint:
 
     @staticmethod
     def from_text(text: str) -> Fingerprint:
-        return Fingerprint(**json.loads(text))
+        """The machine that `text` is the canonical JSON of; ValueError if it is of none."""
+        content = object_of(text)
+        kinds = {field.name: {"str": str, "int": int}[str(field.type)] for field in fields(Fingerprint)}
+        if {name: type(value) for name, value in content.items()} != kinds:
+            raise ValueError("not a machine's fingerprint")
+        return Fingerprint(**content)
+
+    def summary(self) -> str:
+        """For people: `cuda sm_90a NVIDIA H200`."""
+        return " ".join(part for part in (self.kind, self.arch, self.device) if part)
 
     def describes(self, machine: Fingerprint) -> bool:
         """True if `machine` is this one, as far as this one is known."""

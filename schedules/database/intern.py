@@ -7,6 +7,9 @@ from typing import Any
 from sqlalchemy import Connection, Table, select
 from sqlalchemy.dialects import postgresql, sqlite
 
+from .fingerprint import Fingerprint
+from .schema import targets
+
 
 def find(connection: Connection, table: Table, digest: str, text: str) -> int | None:
     """The id of the row that holds `text`, if there is one."""
@@ -22,6 +25,11 @@ def intern(connection: Connection, table: Table, digest: str, text: str, **colum
         connection.execute(insert_new(connection, table).values(row))
         ordinal += 1  # should the place be taken by another text
     return found
+
+
+def intern_machine(connection: Connection, machine: Fingerprint) -> int:
+    """The id of a machine among the targets."""
+    return intern(connection, targets, machine.key, machine.text, kind=machine.kind, arch=machine.arch)
 
 
 def insert_new(connection: Connection, table: Table) -> Any:

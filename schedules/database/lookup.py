@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Connection, Select, bindparam, literal, select, union_all
+from sqlalchemy import Connection, Select, bindparam, case, literal, select, union_all
 
 from . import intern
 from .fingerprint import Fingerprint
 from .home import Database
 from .record import How, Record, State
-from .rows import record_of, select_records
+from .rows import machine_of, record_of, select_records
 from .schema import records, targets, workloads
 from .workload import Workload
 
@@ -46,9 +46,13 @@ class Answer:
 
 
 def lookup(
-    database: Database, workload: Workload, target: Fingerprint, hows: Sequence[How] = (How.MEASURED,)
+    database: Database,
+    workload: Workload,
+    target: Fingerprint,
+    hows: Sequence[How] = (How.MEASURED,),
+    usable: Callable[[Record], bool] = lambda record: True,
 ) -> Answer | None:
-    """The best record of exactly this workload that is not retired; None if there is none.
+    """The best record of exactly this workload that is not retired, and is `usable`; None if there is none.
 
     Machines: first exactly this one, then fresh records of the same kind and architecture, then stale ones; never
     another architecture.  Of those, promoted schedules come first, then verified ones, then candidates; of these the
@@ -61,25 +65,25 @@ def lookup(
         workload_id = intern.find(connection, workloads, workload.key, workload.text)
         if workload_id is None:
             return None
-        exact, fresh, stale = _machines(connection, target)
+        exact, fresh, stale = _machines(connection, target, database.name)
         for how in hows:
             for machines in (exact, fresh, stale):
-                row = _fastest(connection, workload_id, list(machines), how)
-                if row is not None:
+                for row in _in_order(connection, workload_id, list(machines), how):
                     record, state = record_of(row, database.name)
-                    match = Match.EXACT if machines is exact else Match.ARCHITECTURE
-                    return Answer(record, state, match, target.changed_since(record.target))
+                    if usable(record):
+                        match = Match.EXACT if machines is exact else Match.ARCHITECTURE
+                        return Answer(record, state, match, target.changed_since(record.target))
     return None
 
 
-def _machines(connection: Connection, target: Fingerprint) -> tuple[set[int], set[int], set[int]]:
+def _machines(connection: Connection, target: Fingerprint, name: str) -> tuple[set[int], set[int], set[int]]:
     """Ids of targets: this very one, fresh ones of its architecture, stale ones."""
     alike = select(targets.c.id, targets.c.text).where(targets.c.kind == target.kind, targets.c.arch == target.arch)
     exact: set[int] = set()
     fresh: set[int] = set()
     stale: set[int] = set()
     for row in connection.execute(alike):
-        other = Fingerprint.from_text(row.text)
+        other = machine_of(row.text, name)
         group = exact if other == target else stale if target.changed_since(other) else fresh
         group.add(row.id)
     return exact, fresh, stale
@@ -108,8 +112,19 @@ def _preferred() -> Select[Any]:
 PREFERRED = _preferred()  # built once: that takes longer than to run it
 
 
-def _fastest(connection: Connection, workload_id: int, machines: Sequence[int], how: How) -> Any:
-    """The row of the preferred state with the least time, or None."""
+def _in_order(connection: Connection, workload_id: int, machines: Sequence[int], how: How) -> Iterator[Any]:
+    """Rows by preference: the first by an index; the others, which hardly anybody asks for, by looking through all."""
     if not machines:
-        return None
-    return connection.execute(PREFERRED, {"workload": workload_id, "machines": machines, "how": how}).first()
+        return
+    first = connection.execute(PREFERRED, {"workload": workload_id, "machines": machines, "how": how}).first()
+    if first is None:
+        return
+    yield first
+    rank = case({state.value: rank for rank, state in enumerate(PREFERENCE)}, value=records.c.state)
+    others = (
+        select_records()
+        .where(records.c.workload_id == workload_id, records.c.target_id.in_(machines), records.c.how == how)
+        .where(records.c.state.in_(PREFERENCE), records.c.id != first.id)
+        .order_by(rank, records.c.median_us, records.c.id)
+    )
+    yield from connection.execute(others)

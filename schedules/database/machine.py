@@ -3,32 +3,68 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from vllm_compile.targets import CHIPS, Target
+from vllm_compile.errors import TargetError
+from vllm_compile.targets import CHIPS, Target, cuda, resolve
 from vllm_compile.targets.cuda import CudaTarget
 from vllm_compile.targets.gaudi import GaudiTarget
 from vllm_compile.targets.rocm import RocmTarget
+from vllm_compile.toolchain import kernel_toolchain
 
 from .fingerprint import Fingerprint
+from .gpu import first_visible
 
 INTRINSICS = 1  # raise it when a tensor intrinsic changes its meaning: records before that are stale then
 
 
-def fingerprint(target: Target) -> Fingerprint:
+def fingerprint(target: Target, board: str = "") -> Fingerprint:
     """This machine as `target` uses it; what cannot be found out stays unknown, and is not compared then.
 
-    An accelerator that is not at hand is the one that the target's facts are of.
+    An accelerator that is not at hand is the one that the target's facts are of.  A `board` runs what is built here for
+    a CPU, and is known by its key alone: nobody asks it for cores and clocks.
     """
+    if board:
+        return replace(_cpu(target), device=board, cores=0, core_mhz=0, memory_mhz=0)
     if isinstance(target, CudaTarget):
-        return _gpu(target)
+        return with_gpu(_absent(target, target.arch, "", target.multiprocessors))
     if isinstance(target, RocmTarget):
         return _absent(target, target.arch, target.device, target.compute_units)
     if isinstance(target, GaudiTarget):
         return _absent(target, target.name, CHIPS[target.name][target.name].name, target.tpcs)
     return _cpu(target)
+
+
+def machines_here() -> Sequence[Fingerprint]:
+    """What can be built for and measured here: this CPU, and CUDA's first GPU."""
+    return [machine for name in ("cpu", cuda.NAME) if (machine := _usable(name)) is not None]
+
+
+def _usable(name: str) -> Fingerprint | None:
+    """This machine as the target of that name; None if it is none, or lacks what candidates are built with."""
+    try:
+        if name == cuda.NAME:
+            gpu = first_visible()
+            if gpu is None:
+                return None
+            cuda.require(gpu.capability, gpu.release)
+        target = resolve(name)
+        kernel_toolchain(target)
+        return fingerprint(target)
+    except (TargetError, PackageNotFoundError):
+        return None
+
+
+def with_gpu(machine: Fingerprint) -> Fingerprint:
+    """The machine with what the driver tells of CUDA's first GPU, as it was where there is none."""
+    gpu = first_visible()
+    if gpu is None:
+        return machine
+    named = replace(machine, device=gpu.name, driver=gpu.driver)
+    return replace(named, core_mhz=gpu.core_mhz, memory_mhz=gpu.memory_mhz)
 
 
 def _absent(target: Target, arch: str, device: str, cores: int) -> Fingerprint:
@@ -56,30 +92,3 @@ def _cpu_mhz() -> int:
         return int(Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq").read_text()) // 1000
     except (OSError, ValueError):
         return 0
-
-
-def _gpu(target: CudaTarget) -> Fingerprint:
-    device, core_mhz, memory_mhz, driver = nvidia_smi()
-    return Fingerprint(
-        target.name,
-        target.arch,
-        device,
-        target.multiprocessors,
-        core_mhz,
-        memory_mhz,
-        driver,
-        "",
-        version("apache-tvm"),
-        INTRINSICS,
-    )
-
-
-def nvidia_smi() -> tuple[str, int, int, str]:
-    """Name, highest clocks (MHz) and driver of the first GPU; unknown where there is none."""
-    query = "--query-gpu=name,clocks.max.sm,clocks.max.memory,driver_version"
-    try:
-        done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader,nounits"], capture_output=True, text=True)
-        name, core, memory, driver = (part.strip() for part in done.stdout.splitlines()[0].split(","))
-        return name, int(core), int(memory), driver
-    except (OSError, IndexError, ValueError):
-        return "", 0, 0, ""

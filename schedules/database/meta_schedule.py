@@ -48,7 +48,8 @@ class MetaScheduleDatabase(PyDatabase):
     """Records of traces, measured on exactly `target`; modules are the same if TVM finds them structurally equal.
 
     Failed runs, and records that `assess` has no word for, are not stored.  Traces that `admits` refuses, as JSON, are
-    not read: TVM replays what it reads, whoever wrote it.
+    not read: TVM replays what it reads, whoever wrote it.  Nor are traces of another `space` (its digest): the same
+    steps may make another kernel there.
     """
 
     def __init__(
@@ -57,22 +58,18 @@ class MetaScheduleDatabase(PyDatabase):
         target: Fingerprint,
         assess: Assess,
         admits: Callable[[Any], bool] = lambda trace: True,
+        space: str = "",
     ) -> None:
         super().__init__()
         self._database = database
         self._target = target
         self._assess = assess
         self._admits = admits
+        self._space = space
 
     def has_workload(self, mod: tvm.IRModule) -> bool:
         with self._database.reading() as connection:
             return bool(self._same(connection, mod))
-
-    def has_records(self, mod: tvm.IRModule) -> bool:
-        """True if there is any of an equal module; none is read."""
-        with self._database.reading() as connection:
-            numbers = [number for number, _ in self._same(connection, mod)]
-            return connection.execute(self._of_traces(records.c.workload_id.in_(numbers)).limit(1)).first() is not None
 
     def commit_workload(self, mod: tvm.IRModule) -> TvmWorkload:
         with self._database.reading() as connection:
@@ -98,7 +95,7 @@ class MetaScheduleDatabase(PyDatabase):
         new = Record(
             workload,
             self._target,
-            Schedule.trace({"trace": trace, "target": target, "arguments": arguments}),
+            Schedule.trace({"trace": trace, "target": target, "arguments": arguments, "space": self._space}),
             How.MEASURED,
             Times(median, p10, p90),
             assessment.gb_per_s,
@@ -142,7 +139,9 @@ class MetaScheduleDatabase(PyDatabase):
                 break
             record, _ = record_of(row, self._database.name)
             content = record.schedule.content()
-            if "arguments" not in content or not self._admits(content["trace"]):  # a call's, or not ours
+            if "arguments" not in content or content.get("space", "") != self._space:  # a call's, or of other spaces
+                continue
+            if not self._admits(content["trace"]):
                 continue
             seconds = [record.times.median / 1e6]
             saved = [content["trace"], seconds, content["target"], content["arguments"]]

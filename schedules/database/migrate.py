@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, inspect, text
 
 from vllm_compile.errors import DatabaseError
 
-SAME_COLUMNS = {"0001"}  # older schemas whose records are read as this version's are
+SAME_COLUMNS = {"0001", "0002", "0003"}  # older schemas whose records are read as this version's are
 LOCK = 7_043_001_377  # PostgreSQL's advisory lock of whoever migrates; any number nobody else uses
 
 

@@ -27,6 +27,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vllm_compile.errors import DatabaseError
 
 from .executors import POLL_SECONDS, Executor, Handler, Outcome, TaskCrashedError, TaskFailedError, attempt, outcome_of
+from .fingerprint import Fingerprint
+from .machine import machines_here
 from .tasks import Lease
 
 
@@ -75,9 +77,23 @@ class RayExecutor(Executor):
         self._handlers = dict(handlers)
         self._timeout = timeout
         where = NodeAffinitySchedulingStrategy(place.node, soft=False)
-        self._attempt = ray.remote(attempt).options(
-            num_cpus=0, num_gpus=int(place.gpu), max_retries=0, scheduling_strategy=where
-        )
+        there = {"num_cpus": 0, "num_gpus": int(place.gpu), "max_retries": 0, "scheduling_strategy": where}
+        self._place = place
+        self._attempt = ray.remote(attempt).options(**there)
+        self._machines = ray.remote(machines_here).options(**there)
+
+    def machines(self) -> Sequence[Fingerprint]:
+        """The place's GPU, or the CPU of a node without one: where several tasks run side by side, none is measured
+        on the CPU.
+
+        Raises:
+            DatabaseError: the node does not tell.
+        """
+        try:
+            found = ray.get(self._machines.remote(), timeout=self._timeout)
+        except RayError as error:
+            raise DatabaseError(f"the Ray node {self._place.host} cannot be used: {_first_line(error)}") from error
+        return [machine for machine in found if (machine.kind == "cpu") != self._place.gpu]
 
     def run(self, held: Lease, lost: Event) -> Outcome:
         running = self._attempt.remote(self._handlers[held.kind], held.payload)

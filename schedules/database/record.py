@@ -10,7 +10,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-from vllm_compile.canonical import canonical, sha256
+from vllm_compile.canonical import canonical, object_of, sha256
 from vllm_compile.errors import DatabaseError
 
 from .fingerprint import Fingerprint
@@ -43,10 +43,18 @@ STATES = tuple(State)
 
 @dataclass(frozen=True)
 class Schedule:
-    """A kind of schedule and its canonical JSON."""
+    """A kind of schedule and its canonical JSON; ValueError if it is none."""
 
     kind: ScheduleKind
     text: str
+
+    def __post_init__(self) -> None:
+        content = object_of(self.text)
+        of_family = isinstance(content.get("family"), str) and isinstance(content.get("config"), dict)
+        if not of_family and not (
+            self.kind == ScheduleKind.TRACE and {"trace", "target", "arguments"} <= content.keys()
+        ):
+            raise ValueError("neither a kernel family's configuration nor a trace")
 
     @staticmethod
     def of_family(family: str, config: Mapping[str, Any]) -> Schedule:

@@ -7,7 +7,7 @@ from sqlalchemy import text
 from vllm_compile.errors import DatabaseError
 
 from .home import Database
-from .schema import metadata, records, targets, tasks, workloads
+from .schema import metadata, records, searches, targets, tasks, workloads
 
 READER, WRITER = "vllm_compile_reader", "vllm_compile_writer"
 
@@ -15,8 +15,8 @@ READER, WRITER = "vllm_compile_reader", "vllm_compile_writer"
 def create_roles(database: Database) -> tuple[str, str]:
     """Make the two roles, or bring their rights up to date; accounts get them by GRANT; gives their names.
 
-    A reader sees everything but the tokens' digests.  A writer adds and changes records and tasks; it can neither make
-    tokens nor delete anything.
+    A reader sees everything but the tokens' digests.  A writer adds and changes records, tasks and searches; it can
+    neither make tokens nor delete anything.
 
     Raises:
         DatabaseError: SQLite, which has no roles; or this account may not make any.
@@ -30,7 +30,7 @@ def create_roles(database: Database) -> tuple[str, str]:
             connection.execute(text(f"GRANT USAGE ON SCHEMA public TO {role}"))
             readable = [name for name in (*metadata.tables, "alembic_version") if name != "tokens"]
             connection.execute(text(f"GRANT SELECT ON {', '.join(readable)} TO {role}"))
-        written = ", ".join(table.name for table in (workloads, targets, records, tasks))
+        written = ", ".join(table.name for table in (workloads, targets, records, searches, tasks))
         connection.execute(text(f"GRANT INSERT, UPDATE ON {written} TO {WRITER}"))
         connection.execute(text(f"GRANT SELECT ON tokens TO {WRITER}"))
         connection.execute(text(f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {WRITER}"))

@@ -76,8 +76,16 @@ def record_of(row: Row[Any], name: str) -> tuple[Record, State]:
     return record, state
 
 
-def _damaged(name: str, record: object, reason: str) -> DatabaseError:
+def machine_of(text: str, name: str) -> Fingerprint:
+    """The machine that a row of the table of targets has; DatabaseError, as above, if it has none."""
+    try:
+        return Fingerprint.from_text(text)
+    except ValueError as error:
+        raise _damaged(name, text, str(error), "machine") from error
+
+
+def _damaged(name: str, row: object, reason: str, what: str = "record") -> DatabaseError:
     return DatabaseError(
-        f"{name}: record {str(record)[:12]} is not what was committed ({reason}); "
+        f"{name}: {what} {str(row)[:12]} is not what was committed ({reason}); "
         "restore the database from a bundle, or read what is left: db export --salvage"
     )

@@ -95,6 +95,17 @@ records = Table(
     Index("ix_records_schedule", "workload_id", "target_id", "how", "schedule_digest"),
 )
 
+# What searches leave beside records (searches.py); `failed` is a JSON list of digests.
+searches = Table(
+    "searches",
+    metadata,
+    Column("workload_id", Key, ForeignKey("workloads.id"), primary_key=True),
+    Column("target_id", Key, ForeignKey("targets.id"), primary_key=True),
+    Column("space", Digest, primary_key=True),
+    Column("asked", Integer, nullable=False),
+    Column("failed", Text, nullable=False),
+)
+
 tokens = Table(
     "tokens",
     metadata,
@@ -113,6 +124,7 @@ tasks = Table(
     Column("kind", Text, nullable=False),
     Column("digest", Digest, nullable=False, unique=True),
     Column("payload", Text, nullable=False),
+    Column("machine_id", Key, ForeignKey("targets.id")),  # which, as far as it matters; NULL: any
     Column("priority", Double, nullable=False),
     Column("state", Text, nullable=False),
     Column("attempts", Integer, nullable=False),
@@ -127,5 +139,5 @@ tasks = Table(
     CheckConstraint("state IN ('queued', 'leased', 'done', 'failed')", "state"),
     CheckConstraint("attempts <= max_attempts", "attempts"),
     CheckConstraint("state <> 'leased' OR (worker IS NOT NULL AND lease_expires IS NOT NULL)", "lease"),
-    Index("ix_tasks_next", "state", "priority", "id"),
+    Index("ix_tasks_next", "machine_id", "state", "priority", "id"),
 )

@@ -1,5 +1,7 @@
 """The fleet's queue: each task is done once, whichever worker dies, stalls, or has a wrong clock.
 
+A task may be for a machine, as far as it says which; only workers that such a machine is at hand for are given it.
+
 A worker holds a task by a *lease*, which runs out unless it is renewed (heartbeat), by the database's clock.  Each
 lease of a task has a higher *fence*; a result is taken only with the fence of the lease in force, in one transaction
 with the records that come with it.
@@ -19,10 +21,12 @@ from vllm_compile.canonical import canonical, sha256
 from vllm_compile.errors import LeaseLostError
 
 from .clock import now
+from .fingerprint import Fingerprint
 from .home import Database
-from .intern import insert_new
+from .intern import insert_new, intern_machine
 from .record import Record, State
-from .schema import tasks
+from .rows import machine_of
+from .schema import targets, tasks
 from .store import insert
 
 
@@ -65,13 +69,24 @@ class Task:
     error: str | None
 
 
-def submit(database: Database, kind: str, payloads: Sequence[Any], priority: float = 0.0, max_attempts: int = 3) -> int:
-    """Queue tasks; gives how many were new: one of the same kind and payload is there once, done or not."""
+def submit(
+    database: Database,
+    kind: str,
+    payloads: Sequence[Any],
+    priority: float = 0.0,
+    max_attempts: int = 3,
+    machine: Fingerprint | None = None,
+) -> int:
+    """Queue tasks; gives how many were new: one of the same kind, machine and payload is there once, done or not.
+
+    What is not known of `machine` does not matter, but for its kind and architecture; None: any will do.
+    """
+    where = [] if machine is None else [machine.text]
     rows = [
         {
             "kind": kind,
             "payload": (text := canonical(payload)),
-            "digest": sha256(canonical([kind, text])),
+            "digest": sha256(canonical([kind, text, *where])),
             "priority": priority,
             "state": TaskState.QUEUED,
             "attempts": 0,
@@ -83,13 +98,17 @@ def submit(database: Database, kind: str, payloads: Sequence[Any], priority: flo
     with database.writing() as connection:
         before = _count(connection)
         if rows:
-            connection.execute(insert_new(connection, tasks).values(created_at=now()), rows)
+            number = None if machine is None else intern_machine(connection, machine)
+            connection.execute(insert_new(connection, tasks).values(machine_id=number, created_at=now()), rows)
         return _count(connection) - before
 
 
-def lease(database: Database, worker: str, kinds: Sequence[str], seconds: float) -> Lease | None:
+def lease(
+    database: Database, worker: str, kinds: Sequence[str], seconds: float, machines: Sequence[Fingerprint] = ()
+) -> Lease | None:
     """Take the next task of these kinds for `seconds`, highest priority first; None if there is none to take.
 
+    Tasks for a machine are taken only if it is one of `machines`, as far as the task says.
     A task whose lease ran out is queued again by this, or fails if that was its last attempt.
     """
     run_out = and_(tasks.c.state == TaskState.LEASED, tasks.c.lease_expires <= now())
@@ -101,9 +120,12 @@ def lease(database: Database, worker: str, kinds: Sequence[str], seconds: float)
             .where(tasks.c.id.in_(lost.with_for_update(skip_locked=True)))
             .values(state=TaskState.FAILED, finished_at=now(), error="its worker's lease ran out, at the last attempt")
         )
+        here = or_(
+            tasks.c.machine_id.is_(None), tasks.c.machine_id.in_(_described(connection, machines, database.name))
+        )
         next_task = (
             select(tasks.c.id)
-            .where(waiting, tasks.c.kind.in_(kinds))
+            .where(waiting, tasks.c.kind.in_(kinds), here)
             .order_by(tasks.c.priority.desc(), tasks.c.id)
             .limit(1)
             .with_for_update(skip_locked=True)
@@ -185,6 +207,29 @@ def counts(database: Database) -> dict[str, int]:
         rows = connection.execute(select(tasks.c.state, func.count()).group_by(tasks.c.state)).all()
     found = {row[0]: int(row[1]) for row in rows}
     return {state.value: found.get(state, 0) for state in TaskState}
+
+
+def waiting_for(database: Database) -> dict[str, int]:
+    """How many tasks are queued for each machine, as people call it; `any` of those for none in particular."""
+    counted = (
+        select(targets.c.text, func.count())
+        .select_from(tasks.outerjoin(targets, tasks.c.machine_id == targets.c.id))
+        .where(tasks.c.state == TaskState.QUEUED)
+        .group_by(targets.c.text)
+    )
+    found: dict[str, int] = {}
+    with database.reading() as connection:
+        for text, number in connection.execute(counted):
+            name = "any" if text is None else machine_of(text, database.name).summary()
+            found[name] = found.get(name, 0) + int(number)
+    return found
+
+
+def _described(connection: Connection, machines: Sequence[Fingerprint], name: str) -> Sequence[int]:
+    """Ids of what tasks may be for that is one of these machines."""
+    alike = or_(*(and_(targets.c.kind == m.kind, targets.c.arch == m.arch) for m in machines))
+    rows = connection.execute(select(targets.c.id, targets.c.text).where(alike)) if machines else ()
+    return [row.id for row in rows if any(machine_of(row.text, name).describes(m) for m in machines)]
 
 
 def _update(connection: Connection, held: Lease, **values: Any) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import Target
 
-from ..family import KernelFamily, Tuned, Variant
+from ..family import Config, KernelFamily, Tuned, Variant
 from ..layouts import Layout
 from .fingerprint import Fingerprint
 from .home import Database, open_database
 from .lookup import lookup
 from .machine import fingerprint
-from .record import How
+from .record import How, Record
 from .workload import Workload
 
 HOWS = (How.MEASURED, How.ESTIMATED)
@@ -27,22 +29,41 @@ class TunedKernels(Tuned):
         self._machine = machine
 
     def find(
-        self, family: KernelFamily, spec: OpSpec, layouts: Mapping[str, Layout], tokens: tuple[int, int | None]
-    ) -> Variant | None:
+        self,
+        family: KernelFamily,
+        spec: OpSpec,
+        layouts: Mapping[str, Layout],
+        tokens: tuple[int, int | None],
+        default: Variant,
+        problem: Callable[[Config], str],
+    ) -> Variant:
         """See `Tuned`; the variant's `record` says which one (`id`), and what it is worth (`match`, `changed`, ...).
 
         Raises:
-            DatabaseError: the database cannot be read, or the record is damaged.
+            DatabaseError: the database cannot be read, or a record is damaged.
         """
-        answer = lookup(self._database, workload_of(spec, layouts, tokens), self._machine, HOWS)
+        passed_over: list[Mapping[str, Any]] = []
+
+        def usable(record: Record) -> bool:
+            schedule = record.schedule.content()
+            other = "" if schedule.get("family") == family.name else "it is of another kernel family"
+            reason = other or problem(schedule["config"])
+            if reason:
+                passed_over.append(_source(record) | {"reason": reason})
+            return not reason
+
+        answer = lookup(self._database, workload_of(spec, layouts, tokens), self._machine, HOWS, usable)
+        preferred = passed_over[0] if passed_over else None
         if answer is None:
-            return None
-        schedule, record = answer.record.schedule.content(), answer.record
-        if schedule.get("family") != family.name:
-            return None
-        provenance = vars(record.provenance) | {"median_us": record.times.median, "how": str(record.how)}
-        source = {"id": record.id, "match": str(answer.match), "changed": list(answer.changed), **provenance}
-        return Variant(tokens[0], schedule["config"], source)
+            return replace(default, passed_over=preferred)
+        source = _source(answer.record) | {"match": str(answer.match), "changed": list(answer.changed)}
+        return Variant(tokens[0], answer.record.schedule.content()["config"], source, preferred)
+
+
+def _source(record: Record) -> dict[str, Any]:
+    """What a manifest says of a record."""
+    times = {"median_us": record.times.median, "how": str(record.how)}
+    return {"id": record.id, **vars(record.provenance), **times}
 
 
 def workload_of(spec: OpSpec, layouts: Mapping[str, Layout], tokens: tuple[int, int | None]) -> Workload:

@@ -15,6 +15,7 @@ from typing import Any
 from vllm_compile.errors import DatabaseError, LeaseLostError, UnreachableError
 
 from .executors import Executor, TaskFailedError
+from .fingerprint import Fingerprint
 from .home import Database
 from .tasks import Lease, complete, give_up, lease, renew
 
@@ -34,6 +35,7 @@ class Done:
 class Worker:
     """Attributes:
     kinds: of tasks that the executor can do.
+    machines: whose tasks it can do, beside those for no machine in particular.
     lease_seconds: how long after a worker's death its task waits; renewed three times in that time.
     poll_seconds: between looks at an empty queue.
     patience_seconds: how long to try a database that does not answer.
@@ -46,6 +48,7 @@ class Worker:
     lease_seconds: float = 60.0
     poll_seconds: float = 1.0
     patience_seconds: float = 600.0
+    machines: Sequence[Fingerprint] = ()
 
     def run(self, stop: Event, until_empty: bool = False, report: Callable[[str], None] = lambda line: None) -> Done:
         """Do tasks until `stop` is set, or with `until_empty` until there is none to take.
@@ -56,7 +59,7 @@ class Worker:
         """
         done = Done()
         while not stop.is_set():
-            held = self._patiently(lambda: lease(self.database, self.name, self.kinds, self.lease_seconds))
+            held = self._patiently(self._lease)
             if held is not None:
                 self._do(held, done, report)
             elif until_empty:
@@ -64,6 +67,9 @@ class Worker:
             else:
                 stop.wait(self.poll_seconds)
         return done
+
+    def _lease(self) -> Lease | None:
+        return lease(self.database, self.name, self.kinds, self.lease_seconds, self.machines)
 
     def _do(self, held: Lease, done: Done, report: Callable[[str], None]) -> None:
         lost, ended = Event(), Event()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from vllm_compile.canonical import canonical, sha256
+from vllm_compile.canonical import canonical, object_of, sha256
 from vllm_compile.spec import OpSpec, TensorSpec
 
 
@@ -46,10 +46,12 @@ class Workload:
 
     @staticmethod
     def from_text(text: str) -> Workload:
-        """The workload that `text` is the canonical JSON of."""
-        content = json.loads(text)
+        """The workload that `text` is the canonical JSON of; ValueError if it is of none."""
+        content = object_of(text)
         if "module" in content:
-            return Workload(text, canonical({"structural_hash": content["structural_hash"]}))
+            return Workload(text, canonical({"structural_hash": content.get("structural_hash")}))
+        if not {"op", "inputs", "outputs", "attributes", "layouts", "tokens"} <= content.keys():
+            raise ValueError("neither a call of an operator nor a module")
         return Workload(text, text)
 
     @cached_property

@@ -7,7 +7,6 @@ import platform
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from vllm_compile.runtime.executor import load_kernels, torch_stream
 from vllm_compile.runtime.memory import allocate
 
 from ..database.fingerprint import Fingerprint
-from ..database.machine import nvidia_smi
+from ..database.machine import with_gpu
 
 Kernel = Callable[..., Any]
 Call = partial[Any]  # of a kernel, with its arguments
@@ -148,8 +147,7 @@ class Cuda(Device):
         return taken
 
     def machine(self, built_for: Fingerprint) -> Fingerprint:
-        device, core_mhz, memory_mhz, driver = nvidia_smi()
-        return replace(built_for, device=device, core_mhz=core_mhz, memory_mhz=memory_mhz, driver=driver)
+        return with_gpu(built_for)
 
     def check(self) -> None:
         try:

@@ -2,13 +2,14 @@
 
 TVM proposes schedules, by a cost model (gradient-boosted trees) that it learns from what was measured; candidates are
 built here, and checked and timed as all others are, in a process without TVM (`measure.trial`).  What was right is
-kept in the tuning database, as records of the module; a search that was stopped goes on from them.
+kept in the tuning database, as records of the module, and what was not, as failed: a search that was stopped goes on
+from them, and none is measured twice.
 """
 
 from __future__ import annotations
 
-import json
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,12 +27,14 @@ from tvm.s_tir.meta_schedule import TuneContext, _ffi_api
 from tvm.s_tir.meta_schedule.cost_model import XGBModel
 from tvm.s_tir.meta_schedule.cost_model.xgb_model import XGBConfig
 from tvm.s_tir.meta_schedule.database import TuningRecord
+from tvm.s_tir.meta_schedule.database import Workload as TvmWorkload
 from tvm.s_tir.meta_schedule.logging import get_logging_func
 from tvm.s_tir.meta_schedule.mutator import MutateTileSize
 from tvm.s_tir.meta_schedule.runner import RunnerResult
 from tvm.s_tir.meta_schedule.search_strategy import EvolutionarySearch
 from tvm.s_tir.meta_schedule.space_generator import ScheduleFn
 
+from vllm_compile.canonical import sha256
 from vllm_compile.errors import VllmCompileError
 from vllm_compile.targets import resolve
 
@@ -40,12 +43,13 @@ from ..database.executors import Executor, TaskCrashedError, TaskFailedError
 from ..database.machine import fingerprint
 from ..database.meta_schedule import Assessment, MetaScheduleDatabase
 from ..database.record import Provenance, Verdict
+from ..database.searches import note, search_of
 from ..database.tasks import Lease
 from ..design import TRACE, Design, text_of
 from ..family import Config
-from ..select import FAMILIES
+from .extract import family_and_call
 from .measure import TRIAL, author
-from .prepare import call_of, prepare
+from .prepare import prepare
 from .task import Range, Task
 
 ROUND = 8  # candidates that are measured together, between two lessons of the cost model
@@ -69,20 +73,19 @@ def evolved(
                 found = _Search(task, wanted, database, executor, seed).run(over)
             except (VllmCompileError, RuntimeError, ValueError) as error:  # of TVM, of XGBoost
                 raise TaskFailedError(f"MetaSchedule's search ended: {error}") from error
-        ranges.append(replace(wanted, configs=(*wanted.configs, *found), traces=0))
+        new = [config for config in found if config not in wanted.configs]
+        ranges.append(replace(wanted, configs=(*wanted.configs, *new), traces=0))
     return replace(task, ranges=tuple(ranges))
 
 
 def is_searched(task: Task, wanted: Range, database: Database, machine: Fingerprint) -> bool:
-    """True if the database has traces of the range's module that were measured on this very machine."""
-    records = MetaScheduleDatabase(database, machine, lambda record: None)
-    return records.has_records(_design(task, wanted).module)
+    """True if a search for so many traces has come to its end on this very machine."""
+    return search_of(database, wanted.workload, machine, _design(task, wanted).space).asked >= wanted.traces
 
 
 def _design(task: Task, wanted: Range) -> Design:
-    target = resolve(task.target)
-    family = next(family for family in FAMILIES[target.name] if family.name == task.family)
-    design = family.design(call_of(json.loads(wanted.workload.text)), wanted.tokens, target)
+    family, spec = family_and_call(task, wanted)
+    design = family.design(spec, wanted.tokens, resolve(task.target))
     assert design is not None, wanted
     return design
 
@@ -93,31 +96,64 @@ class _Search:
     def __init__(
         self, task: Task, wanted: Range, database: Database, executor: Executor, seed: int | None = None
     ) -> None:
-        self._task, self._wanted, self._executor = task, wanted, executor
+        self._task, self._wanted, self._database, self._executor = task, wanted, database, executor
         self._design = _design(task, wanted)
         self._machine = fingerprint(resolve(task.target))
-        self._records = MetaScheduleDatabase(database, self._machine, self._assess, self._design.knows)
+        space = self._design.space
+        self._records = MetaScheduleDatabase(database, self._machine, self._assess, self._design.knows, space)
         self._seed = random.randrange(1, 2**31) if seed is None else seed
-        self._tried: dict[str, dict[str, Any]] = {}  # by trace: what `trial` said of it
+        self._trials: dict[str, dict[str, Any]] = {}  # by trace: what `trial` said of it
+        self._known: dict[str, RunnerResult] = {}  # by a trace's digest: of this search and those before it
 
     def run(self, over: Callable[[], bool]) -> list[Config]:
         """The best traces, of this search and those before it."""
         target = tvm.target.Target(resolve(self._task.target).tvm_config())
         context, model = self._context(target), XGBModel(config=XGBConfig(nthread=1), num_warmup_samples=ROUND)
         workload = self._records.commit_workload(self._design.module)
+        self._recall(workload)
+        # TVM may propose again what is known: as many of all together as are wanted are new where they are missing.
         context.pre_tuning(self._wanted.traces, ROUND, context.generate_design_space(), self._records, model)
-        while not over() and (candidates := context.generate_measure_candidates()):
+        stopped = False
+        while (left := self._wanted.traces - len(self._known)) > 0 and not (stopped := over()):
+            candidates = context.generate_measure_candidates()
+            if not candidates:
+                break  # the space has no more
             configs = [self._design.config(candidate.sch.trace) for candidate in candidates]
-            self._tried |= self._measured(self._admitted(configs))
-            results = [self._result(self._tried.get(config[TRACE], {})) for config in configs]
+            unknown = {_key(c): c for c in self._admitted(configs) if _key(c) not in self._known}
+            new = dict(list(unknown.items())[:left])
+            self._learn(list(new.values()))
+            results = [self._known.get(_key(c), RunnerResult(None, "it was not measured")) for c in configs]
             context.notify_runner_results(candidates, results)
-            for candidate, result in zip(candidates, results, strict=True):
-                record = TuningRecord(candidate.sch.trace, workload, result.run_secs, target, candidate.args_info)
-                self._records.commit_tuning_record(record)
+            self._note(failed=[key for key in new if self._known[key].run_secs is None])
+            for candidate, config, result in zip(candidates, configs, results, strict=True):
+                if new.pop(_key(config), None) is not None:
+                    record = TuningRecord(candidate.sch.trace, workload, result.run_secs, target, candidate.args_info)
+                    self._records.commit_tuning_record(record)
             model.update(context, candidates, results)
         context.post_tuning()
+        if not stopped:
+            self._note(asked=self._wanted.traces)
         best = self._records.get_top_k(workload, FINALISTS)
         return self._admitted([self._design.config(record.trace) for record in best])
+
+    def _recall(self, workload: TvmWorkload) -> None:
+        """Fill `_known` with what searches before this one have left."""
+        failed = search_of(self._database, self._wanted.workload, self._machine, self._design.space).failed
+        self._known = {key: RunnerResult(None, "it failed in a search before this") for key in failed}
+        for record in self._records.get_top_k(workload, sys.maxsize):
+            self._known[_key(self._design.config(record.trace))] = RunnerResult(
+                [float(s) for s in record.run_secs], None
+            )
+
+    def _learn(self, new: Sequence[Config]) -> None:
+        """Measure what is new, and know it."""
+        trials = self._measured(new)
+        self._trials |= trials
+        self._known |= {_key(config): self._result(trials.get(config[TRACE], {})) for config in new}
+
+    def _note(self, asked: int = 0, failed: Sequence[str] = ()) -> None:
+        if asked or failed:
+            note(self._database, self._wanted.workload, self._machine, self._design.space, asked, failed)
 
     def _admitted(self, configs: Sequence[Config]) -> list[Config]:
         """Those of our spaces: what is known already may be of another version, or by somebody else."""
@@ -154,13 +190,13 @@ class _Search:
 
     def _result(self, trial: dict[str, Any]) -> RunnerResult:
         if not trial:
-            return RunnerResult(None, "it ended its process, or is of no space of this version")
+            return RunnerResult(None, "it ended its process")
         if trial["error"] > 1:
             return RunnerResult(None, f"its result is {trial['error']} times as far off as is allowed")
         return RunnerResult([us / 1e6 for us in trial["us"]], None)
 
     def _assess(self, record: TuningRecord) -> Assessment:
-        trial = self._tried[text_of(record.trace)]
+        trial = self._trials[text_of(record.trace)]
         rate = trial["moved_bytes"] / median(trial["us"]) * 1e6
         return Assessment(
             Verdict(trial["error"], 1.0, trial["executed_on"]),
@@ -168,3 +204,8 @@ class _Search:
             rate / trial["bandwidth"],
             Provenance(author(), int(time.time()), node(), version("vllm-compile")),
         )
+
+
+def _key(config: Config) -> str:
+    """What a search knows a trace by."""
+    return sha256(config[TRACE])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping
 
 from vllm_compile.kernel_table import Kernels
 from vllm_compile.lowering import Lowered
 from vllm_compile.runtime.plan import kernel_steps
-from vllm_compile.spec import Sym
-from vllm_compile.targets import Target
+from vllm_compile.spec import OpSpec, Sym
+from vllm_compile.targets import Target, resolve
 
 from ..database.tuned import workload_of
-from ..select import token_ranges
+from ..family import Config, KernelFamily
+from ..select import FAMILIES, problem, token_ranges
+from .prepare import call_of
 from .task import ESTIMATE, MEASURE, Range, Task
 
 METHODS = {"cpu": MEASURE, "cuda": MEASURE, "rocm": ESTIMATE}  # by target; others' configurations are not searched for
@@ -33,6 +36,19 @@ def tasks_of(lowered: Lowered, target: Target, trials: int, traces: int = 0, see
         if kernels.choice.family.space(kernels.spec, target)
     ]
     return sorted(found, key=lambda task: (-task.step_bytes, task.names))
+
+
+def family_and_call(task: Task, wanted: Range) -> tuple[KernelFamily, OpSpec]:
+    """The family that a range's kernels are of, and the call that they serve."""
+    families = FAMILIES[resolve(task.target).name]
+    return next(f for f in families if f.name == task.family), call_of(json.loads(wanted.workload.text))
+
+
+def problem_of(task: Task, wanted: Range, config: Config) -> str:
+    """Why `compile` would not use a configuration for a range; nothing if it would."""
+    family, spec = family_and_call(task, wanted)
+    least, most = json.loads(wanted.workload.text)["tokens"]
+    return problem(family, spec, (least, most), resolve(task.target), config)
 
 
 def _task(

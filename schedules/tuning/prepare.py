@@ -31,7 +31,7 @@ def prepare(payload: dict[str, Any], folder: Path) -> None:
     """Write the case of a task: its inputs are random (the seed is in it), its results the operator's reference's."""
     target = resolve(payload["target"])
     family = next(family for family in FAMILIES[target.name] if family.name == payload["family"])
-    machine = fingerprint(target)
+    machine = fingerprint(target, payload.get("board", ""))
     if "machine" in payload and not Fingerprint.from_text(payload["machine"]).describes(machine):
         raise TargetError(f"the task is for another machine: {payload['machine']}; this one is {machine.text}")
     content = json.loads(payload["ranges"][0][0])

@@ -10,7 +10,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,8 +20,11 @@ import tvm
 from tvm import rpc
 from tvm.error import InternalError, RPCSessionTimeoutError
 
+from vllm_compile.targets import resolve
+
 from ..database.executors import POLL_SECONDS, Executor, Outcome, TaskCrashedError, TaskFailedError
 from ..database.fingerprint import Fingerprint
+from ..database.machine import fingerprint
 from ..database.tasks import Lease
 from .device import Call, Cpu, Kernel
 from .measure import COLD_BYTES, build, measure_on
@@ -106,10 +109,6 @@ class Board(Cpu):
     def bandwidth(self) -> float:
         return self._gb_per_s * 1e9
 
-    def machine(self, built_for: Fingerprint) -> Fingerprint:
-        """The board by its key; nobody asks it for cores and clocks."""
-        return replace(built_for, device=self._name, cores=0, core_mhz=0, memory_mhz=0)
-
 
 def _boards(tracker: rpc.TrackerSession) -> set[str]:
     return {server["key"].removeprefix("server:") for server in tracker.summary()["server_info"]}
@@ -136,6 +135,10 @@ class RpcExecutor(Executor):
     gb_per_s: float
     timeout: float
 
+    def machines(self) -> Sequence[Fingerprint]:
+        """A board, which runs what this CPU would."""
+        return [fingerprint(resolve("cpu"), self.key)]
+
     def run(self, held: Lease, lost: Event) -> Outcome:
         if held.kind != MEASURE:
             raise TaskFailedError(f"boards take tasks of kind {MEASURE}, not {held.kind}")
@@ -146,7 +149,7 @@ class RpcExecutor(Executor):
                 socket.create_connection((self.host, self.port), timeout=10).close()
                 tracker = rpc.connect_tracker(self.host, self.port)
                 self._await_board(tracker, lost)
-                build(held.payload, folder)
+                build(held.payload | {"board": self.key}, folder)
                 session = tracker.request(self.key, session_timeout=self.timeout, max_retry=1)
                 board = Board(session, self.key, self.gb_per_s)
                 return measure_on(board, held.payload, folder)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import exp, log
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..database import Database, Fingerprint, How, Match, commit, lookup
+from ..database import Database, Fingerprint, How, Match, Record, commit, lookup
 from ..database.executors import Executor, Outcome, TaskCrashedError, TaskFailedError
 from ..database.tasks import Lease
 from ..database.tasks import submit as queue
 from .task import MEASURE, Range, Task
+
+if TYPE_CHECKING:
+    from ..family import Config
 
 BUILD_SECONDS, CALLS = 0.3, 10  # of a candidate: to build it, and how often it is called, roughly
 
@@ -52,22 +56,41 @@ def pending(
     tasks: Sequence[Task],
     machine: Fingerprint,
     hows: Sequence[How] = (How.MEASURED,),
+    problem: Callable[[Task, Range, Config], str] = lambda task, wanted, config: "",
     searched: Callable[[Task, Range], bool] = lambda task, wanted: True,
 ) -> list[Progress]:
     """The tasks, less the ranges that this very machine has fresh records of; `hows` says which ones count.
 
-    A range that asks for traces is known if it has been `searched`, too.
+    So do only those whose configuration `compile` would use: `problem` says why it would not.
+    Of a range that asks for traces and has not been `searched` to the end, only traces are left to be tried, beside the
+    default and what is the best so far.
     """
 
-    def known(task: Task, wanted: Range) -> bool:
-        answers = [lookup(database, wanted.workload, machine, (how,)) for how in hows]  # a stale hides no fresh one
-        found = any(a is not None and a.match == Match.EXACT and not a.stale for a in answers)
-        return found and (not wanted.traces or searched(task, wanted))
+    def left(task: Task, wanted: Range) -> Range | None:
+        known = [  # one by one: a stale record hides no fresh one
+            answer.record.schedule.content()["config"]
+            for how in hows
+            if (answer := lookup(database, wanted.workload, machine, (how,), partial(fits, task, wanted))) is not None
+            and answer.match == Match.EXACT
+            and not answer.stale
+        ]
+        if not known:
+            return wanted
+        if not wanted.traces or searched(task, wanted):
+            return None
+        default = wanted.configs[0]
+        return replace(wanted, configs=(default, *(config for config in known[:1] if config != default)))
+
+    def fits(task: Task, wanted: Range, record: Record) -> bool:
+        schedule = record.schedule.content()
+        if schedule.get("family") != task.family:
+            return False
+        return schedule["config"] == wanted.configs[0] or not problem(task, wanted, schedule["config"])
 
     found = []
     for task in tasks:
-        left = tuple(r for r in task.ranges if not known(task, r))
-        found.append(Progress(replace(task, ranges=left), "waiting" if left else "known"))
+        ranges = tuple(r for wanted in task.ranges if (r := left(task, wanted)) is not None)
+        found.append(Progress(replace(task, ranges=ranges), "waiting" if ranges else "known"))
     return found
 
 
@@ -90,12 +113,12 @@ def time_left(work: Sequence[Progress], gb_per_s: float, spent: float) -> float:
 
 
 def submit(database: Database, work: Sequence[Progress], machine: Fingerprint) -> int:
-    """Queue what waits for workers on machines like this, the costliest first; gives how many tasks were new."""
+    """Queue what waits for workers with such a machine, the costliest first; gives how many tasks were new."""
     waiting = [progress for progress in work if progress.state == "waiting"]
     for progress in waiting:
         progress.state = "queued"
     payloads = [(p.task.payload() | {"machine": machine.text}, float(p.task.step_bytes)) for p in waiting]
-    return sum(queue(database, MEASURE, [payload], priority) for payload, priority in payloads)
+    return sum(queue(database, MEASURE, [payload], priority, machine=machine) for payload, priority in payloads)
 
 
 def tune(

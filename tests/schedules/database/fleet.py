@@ -1,4 +1,4 @@
-"""A worker for the tests: `python -m tests.schedules.database.fleet URL NAME SEED [jump]`; kernels are made up.
+"""A worker for the tests: `python -m tests.schedules.database.fleet URL NAME SEED cpu|cuda [jump]`; kernels are fakes.
 
 Its task is a number; it gives the number's square, and a record that names task and worker.
 """
@@ -14,10 +14,11 @@ from vllm_compile.schedules.database import open_database
 from vllm_compile.schedules.database.executors import Executor, Outcome, TaskFailedError
 from vllm_compile.schedules.database.worker import Worker
 
-from .samples import record
+from .samples import CPU, H200, record
 
 KIND = "square"
 LEASE_SECONDS = 2.0
+MACHINES = {"cpu": CPU, "cuda": H200}
 
 
 class FakeKernels(Executor):
@@ -36,12 +37,13 @@ class FakeKernels(Executor):
         pass
 
 
-def main(url: str, name: str, seed: str, jump: str = "") -> None:
+def main(url: str, name: str, seed: str, machine: str, jump: str = "") -> None:
     if jump:
         clock, jumps = time.time, random.Random(seed)
         time.time = lambda: clock() + jumps.choice((-1e6, 0, 1e6))
     with open_database(url) as database:
-        Worker(database, FakeKernels(name, seed), [KIND], name, LEASE_SECONDS, poll_seconds=0.1).run(Event())
+        about = {"poll_seconds": 0.1, "machines": [MACHINES[machine]]}
+        Worker(database, FakeKernels(name, seed), [KIND], name, LEASE_SECONDS, **about).run(Event())
 
 
 if __name__ == "__main__":

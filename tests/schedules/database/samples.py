@@ -26,12 +26,13 @@ def record(
     how: How = How.MEASURED,
     verdict: Verdict | None = Verdict(1e-3, 1e-2, "device"),  # noqa: B008  (frozen)
     at: int = 1_750_000_000,
+    family: str = "cuda.linear_lossless",
 ) -> Record:
     """A record; each argument says what is special about it."""
     return Record(
         workload or linear(),
         target,
-        Schedule.of_family("cuda.linear_lossless", config or {"kind": "stream", "warps": 8}),
+        Schedule.of_family(family, config or {"kind": "stream", "warps": 8}),
         how,
         Times(us, us * 0.9, us * 1.2),
         2500.0,

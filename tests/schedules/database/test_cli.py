@@ -106,7 +106,7 @@ def test_tokens(filled, db, refused, monkeypatch):
 
 
 def test_migrate_and_roles(filled, db, refused):
-    assert db("migrate")[0] == {"schema": "0002"}
+    assert db("migrate")[0] == {"schema": "0004"}
     if filled[0].startswith("postgresql"):
         assert db("roles")[0] == {"roles": ["vllm_compile_reader", "vllm_compile_writer"]}
     else:

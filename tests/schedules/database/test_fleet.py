@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,15 +29,19 @@ from vllm_compile.schedules.database.tasks import (
     lease,
     renew,
     submit,
+    waiting_for,
 )
 
 from .fleet import KIND
-from .samples import record
+from .samples import CPU, H200, record
 
 ROOT = Path(__file__).parents[3]
 TASKS = 2000
 LIMIT = 1200  # seconds; a minute on a machine that does nothing else
 ATTEMPTS = 30  # more than a task can be killed
+ANY_H200 = replace(H200, driver="", core_mhz=0)
+BOARD = replace(CPU, device="slate", cores=0)
+FOR = (CPU, ANY_H200, None)
 
 
 class Fleet:
@@ -44,13 +49,15 @@ class Fleet:
 
     def __init__(self, url: str, size: int) -> None:
         self._url, self._random, self.started, self.killed = url, random.Random(SEED), 0, 0
-        self.processes = [self._start() for _ in range(size)]
+        self.processes = [self._start(index) for index in range(size)]
 
-    def _start(self) -> subprocess.Popen:
+    def _start(self, index: int) -> subprocess.Popen:
+        """Every other one has a GPU instead of a CPU."""
         self.started += 1
-        name, seed = f"worker{self.started}", f"{SEED}-{self.started}"
+        machine = ("cpu", "cuda")[index % 2]
+        name, seed = f"{machine}{self.started}", f"{SEED}-{self.started}"
         jump = ["jump"] if self.started % 4 == 1 else []
-        command = [sys.executable, "-m", "tests.schedules.database.fleet", self._url, name, seed, *jump]
+        command = [sys.executable, "-m", "tests.schedules.database.fleet", self._url, name, seed, machine, *jump]
         return subprocess.Popen(command, cwd=ROOT)
 
     def kill_one(self) -> None:
@@ -58,7 +65,7 @@ class Fleet:
         self.processes[index].kill()
         self.processes[index].wait()
         self.killed += 1
-        self.processes[index] = self._start()
+        self.processes[index] = self._start(index)
 
     def stop(self) -> None:
         for process in self.processes:
@@ -70,11 +77,17 @@ def run(url: str, size: int, kills: int, half_way=lambda: None) -> None:
     """TASKS tasks by a fleet, killed `kills` times while it works; then what is left is looked at.
 
     Tasks come in portions, each before the fleet is through with the one before, so that it cannot be done before it
-    has been killed as often as it shall be.
+    has been killed as often as it shall be.  A third of them are for a CPU, a third for a GPU whose driver does not
+    matter, the rest for any machine.
     """
     bounds = [TASKS * i // (kills + 1) for i in range(kills + 2)]
     with open_database(url) as database:
         fleet, deadline = Fleet(url, size), time.monotonic() + LIMIT
+
+        def submit_portion(first: int, last: int) -> None:
+            for n, machine in enumerate(FOR):
+                numbers = [task for task in range(first, last) if task % len(FOR) == n]
+                assert submit(database, KIND, numbers, max_attempts=ATTEMPTS, machine=machine) == len(numbers)
 
         def wait_for(tasks: int) -> None:
             while counts(database)["done"] < tasks:
@@ -83,7 +96,7 @@ def run(url: str, size: int, kills: int, half_way=lambda: None) -> None:
 
         try:
             for first, last in pairwise(bounds):
-                assert submit(database, KIND, range(first, last), max_attempts=ATTEMPTS) == last - first
+                submit_portion(first, last)
                 wait_for((first + last) // 2)
                 if first <= TASKS // 2 < last:
                     half_way()
@@ -92,11 +105,14 @@ def run(url: str, size: int, kills: int, half_way=lambda: None) -> None:
             wait_for(TASKS)
         finally:
             fleet.stop()
-        found = all_tasks(database)
+        found = sorted(all_tasks(database), key=lambda task: task.payload)
         assert [(task.payload, task.result, task.state) for task in found] == [
             (n, n * n, TaskState.DONE) for n in range(TASKS)
         ]
         assert measured(database) == Counter(range(TASKS))
+        for task in found:
+            wanted = FOR[task.payload % len(FOR)]
+            assert wanted is None or task.worker.rstrip("0123456789") == wanted.kind, task
         again = sum(task.attempts > 1 for task in found)
         print(f"{fleet.killed} kills, {again} tasks took more than one attempt, seed {SEED}")
         assert fleet.killed == kills
@@ -219,3 +235,51 @@ def test_a_wrong_record_is_not_done(database):
     with pytest.raises(DatabaseError, match="was not compared"):
         complete(database, held, 1, [record(verdict=None)])
     assert counts(database)["leased"] == 1
+
+
+H100 = replace(H200, device="NVIDIA H100")
+
+
+@pytest.mark.parametrize(
+    ("machines", "taken"),
+    [
+        ([], {0}),
+        ([CPU], {0, 1}),
+        ([BOARD], {0, 2}),
+        ([replace(BOARD, device="another board")], {0}),
+        ([H200], {0, 3}),
+        ([replace(H200, driver="older")], {0, 3}),
+        ([H100], {0}),
+        ([replace(CPU, tvm="newer"), replace(H200, arch="sm_100a")], {0}),
+        ([CPU, H200], {0, 1, 3}),
+    ],
+)
+def test_a_task_for_a_machine_is_taken_where_it_is(database, machines, taken):
+    """No other worker sees it, hence no attempt is lost."""
+    for n, machine in enumerate((None, CPU, BOARD, ANY_H200)):
+        assert submit(database, KIND, [n], machine=machine) == 1
+        assert submit(database, KIND, [n], machine=machine) == 0
+    assert submit(database, KIND, [0], machine=replace(CPU, cores=64)) == 1, "for another machine it is another task"
+    found = set()
+    while (held := lease(database, "a", [KIND], 60, machines)) is not None:
+        found.add(held.payload)
+    assert found == taken
+    assert {t.attempts for t in all_tasks(database) if t.state == TaskState.QUEUED} == {0}
+    assert sum(waiting_for(database).values()) == 5 - len(taken)
+
+
+def test_a_machines_task_whose_worker_died_waits_for_such_a_machine(database):
+    submit(database, KIND, [1], machine=H200)
+    assert lease(database, "a", [KIND], 0.05, [H200]) is not None
+    time.sleep(0.1)
+    assert lease(database, "b", [KIND], 60, [CPU]) is None
+    assert lease(database, "c", [KIND], 60, [CPU, H200]).attempt == 2
+
+
+def test_who_waits_for_what(database):
+    submit(database, KIND, [1, 2])
+    submit(database, KIND, [3], machine=BOARD)
+    submit(database, KIND, [4], machine=replace(BOARD, tvm="older"))
+    assert waiting_for(database) == {"any": 2, "cpu x86-64-v4 slate": 2}
+    lease(database, "a", [KIND], 60, [BOARD])
+    assert waiting_for(database) == {"any": 1, "cpu x86-64-v4 slate": 2}

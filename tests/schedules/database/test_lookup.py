@@ -63,6 +63,25 @@ def test_unknown_driver_is_not_a_changed_one(database):
     assert best(database, replace(H200, driver="", core_mhz=0)) == (10, Match.ARCHITECTURE, ())
 
 
+def test_what_is_not_usable_hides_nothing(database):
+    """By preference, whatever is next: another candidate, then another machine of the architecture."""
+    verified = [record(us=30, config={"n": 3}, host=host) for host in "ab"]
+    commit(database, [record(us=us, config={"n": us}) for us in (10, 11, 12)] + verified)
+    commit(database, [record(us=5, config={"n": 5}, target=H100)])
+
+    def without(*numbers):
+        def usable(found):
+            return found.schedule.content()["config"]["n"] not in numbers
+
+        return best(database, usable=usable)
+
+    assert without() == (30, Match.EXACT, ())
+    assert without(3) == (10, Match.EXACT, ())
+    assert without(3, 10, 12) == (11, Match.EXACT, ())
+    assert without(3, 10, 11, 12) == (5, Match.ARCHITECTURE, ())
+    assert without(3, 5, 10, 11, 12) is None
+
+
 def test_estimates_only_if_asked_for(database):
     commit(database, [record(us=1, how=How.ESTIMATED, verdict=None)])
     assert best(database) is None

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Timer
 
@@ -14,8 +15,10 @@ import pytest
 from vllm_compile.cli import main
 from vllm_compile.errors import DatabaseError
 from vllm_compile.schedules.database.executors import Outcome, TaskCrashedError, TaskFailedError
+from vllm_compile.schedules.database.machine import fingerprint
 from vllm_compile.schedules.database.tasks import Lease, all_tasks, counts, submit
 from vllm_compile.schedules.database.worker import Worker, work
+from vllm_compile.targets import resolve
 
 from .samples import record
 
@@ -104,6 +107,14 @@ def test_failed_attempts(executor, kind, words, crashed, tmp_path):
         executor.run(task(kind), Event())
     assert isinstance(raised.value, TaskCrashedError) == crashed
     assert executor.run(task("where", [0, str(tmp_path), 1]), Event()).records  # and goes on
+
+
+def test_each_place_says_what_it_can_measure(places, executor):
+    """A node's CPU where it has no GPU; with GPUs side by side nothing is measured on the CPU."""
+    assert executor.machines() == [fingerprint(resolve("cpu"))]
+    busy = RayExecutor(HANDLERS, 60, places[0])
+    busy._place = replace(places[0], gpu=True)  # of which this node has none to ask for
+    assert busy.machines() == []
 
 
 def test_hang(places):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,15 +12,29 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import insert, update
 
+from vllm_compile.canonical import canonical, sha256
 from vllm_compile.errors import DatabaseError
-from vllm_compile.schedules.database import How, State, Times, Verdict, commit, lookup, migrate, open_database, store
+from vllm_compile.schedules.database import (
+    How,
+    State,
+    Times,
+    Verdict,
+    commit,
+    lookup,
+    migrate,
+    open_database,
+    store,
+    tasks,
+)
 from vllm_compile.schedules.database.bundle import all_records
 from vllm_compile.schedules.database.home import migrate_database
 from vllm_compile.schedules.database.rows import row_of
-from vllm_compile.schedules.database.schema import metadata, records
+from vllm_compile.schedules.database.schema import metadata, records, targets, workloads
+from vllm_compile.schedules.database.store import select_where
 
-from .samples import H200, linear, record
+from .samples import CPU, H200, linear, record
 
+HEAD = "0004"
 NAN, INF = float("nan"), float("inf")
 
 
@@ -132,6 +147,42 @@ def test_an_altered_row_is_no_answer(database, column):
     assert lookup(database, linear(N=64), H200).record.id == other
 
 
+@pytest.mark.parametrize(
+    ("table", "column", "text"),
+    [
+        (records, "schedule", "[]"),
+        (records, "schedule", "5"),
+        (records, "schedule", "no JSON"),
+        (records, "schedule", '{"family":"cpu.linear"}'),
+        (records, "schedule", '{"config":[],"family":"cpu.linear"}'),
+        (workloads, "text", "[]"),
+        (workloads, "text", "{}"),
+        (targets, "text", "[]"),
+        (targets, "text", canonical({**json.loads(H200.text), "cores": "many"})),
+    ],
+)
+def test_what_is_no_record_is_refused_though_its_digest_is_right(database, capsys, table, column, text):
+    """Whoever wrote it: one line says which row, nothing else is told of it."""
+    commit(database, [record()])
+    made = record()
+    content = made.content()
+    texts = {"records": content["schedule"], "workloads": {"text": made.workload.text}, "targets": {"text": H200.text}}
+    texts[table.name]["text"] = text
+    key = sha256(canonical([texts["workloads"]["text"], texts["targets"]["text"], content]))
+    with database.engine.begin() as connection:
+        connection.execute(update(table).values({column: text}))
+        connection.execute(update(records).values(id=key))
+        connection.execute(update(workloads).values(digest=sha256(linear().text)))
+    with pytest.raises(DatabaseError, match=r"is not what was committed \("):
+        select_where(database)
+    if table is not workloads:  # which is not found any more
+        with pytest.raises(DatabaseError, match=r"is not what was committed \("):
+            lookup(database, linear(), H200)
+    if table is records:
+        with pytest.raises(ValueError, match=r"JSON|configuration|Expecting"):
+            replace(made.schedule, text=text)
+
+
 def test_migrations_make_the_schema(database):
     with database.engine.connect() as connection:
         context = MigrationContext.configure(connection)
@@ -165,10 +216,35 @@ def test_migrating_keeps_what_is_there(database, url):
         assert [item[0].id for item in all_records(reader, salvage=True)] == [key]
     with pytest.raises(DatabaseError, match=r"(?i)not.null"):
         commit(database, [ESTIMATE])
-    assert migrate_database(url) == "0002"
+    assert migrate_database(url) == HEAD
     with open_database(url) as migrated:
         commit(migrated, [ESTIMATE])
         assert lookup(migrated, linear(), H200).record.id == key
+
+
+def test_migrating_keeps_whom_tasks_are_for(database, url):
+    """Until the third schema only a task's payload said which machine it is for."""
+    with database.engine.begin() as connection:
+        metadata.drop_all(connection)
+        connection.exec_driver_sql("DROP TABLE alembic_version")
+        config = migrate._config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+        columns = ("kind", "payload", "digest", "state", "fence", "priority", "attempts", "max_attempts", "created_at")
+        table = sqlalchemy.table("tasks", *map(sqlalchemy.column, columns))
+        for payload in ({"machine": CPU.text}, {"machine": H200.text}, {}, 5):
+            text = canonical(payload)
+            row = {"kind": "measure", "payload": text, "digest": sha256(canonical(["measure", text])), "created_at": 1}
+            rest = {"state": "queued", "fence": 0, "priority": 1, "attempts": 0, "max_attempts": 3}
+            connection.execute(insert(table).values(**row, **rest))
+    assert migrate_database(url) == HEAD
+    with open_database(url) as migrated:
+        assert tasks.submit(migrated, "measure", [{"machine": CPU.text}], machine=CPU) == 0
+        assert tasks.submit(migrated, "measure", [5]) == 0
+        assert tasks.lease(migrated, "a", ["measure"], 60, [H200]).payload == {"machine": H200.text}
+        assert [tasks.lease(migrated, "a", ["measure"], 60, [H200]).payload for _ in range(2)] == [{}, 5]
+        assert tasks.lease(migrated, "a", ["measure"], 60, [H200]) is None
+        assert tasks.lease(migrated, "a", ["measure"], 60, [CPU]).payload == {"machine": CPU.text}
 
 
 def test_a_newer_schema_is_refused(database, url):

@@ -76,11 +76,19 @@ class TestChoice:
         assert self.chosen(database, target)[0].record["id"] == measured
 
     def test_what_does_not_fit_is_passed_over(self, database, target, other):
+        """And named; the next best takes its place."""
         default = choose(CALL, target).variants
-        tune(database, CALL, target, 0, {**other, "prefetch": -1, "row_tiles": 3})
-        assert self.chosen(database, target) == list(default)
-        tune(database, CALL, target, 1, other, family="another.family")
-        assert self.chosen(database, target) == list(default)
+        odd = tune(database, CALL, target, 0, {**other, "prefetch": -1, "row_tiles": 3}, us=1)
+        tune(database, CALL, target, 0, {"prefetch": "far"}, us=2)
+        foreign = tune(database, CALL, target, 1, other, family="another.family")
+        first, second, *_ = chosen = self.chosen(database, target)
+        assert [replace(variant, passed_over=None) for variant in chosen] == list(default)
+        assert (first.passed_over["id"], first.passed_over["host"]) == (odd, "alpha")
+        assert "makes no such kernel" in first.passed_over["reason"]
+        assert (second.passed_over["id"], second.passed_over["reason"]) == (foreign, "it is of another kernel family")
+        good = tune(database, CALL, target, 0, other, us=9)
+        first = self.chosen(database, target)[0]
+        assert (first.config, first.record["id"], first.passed_over["id"]) == (other, good, odd)
 
 
 def test_more_rows_than_tokens_are_passed_over(database):

@@ -28,7 +28,7 @@ from vllm_compile.schedules.tuning.task import MEASURE_BUILT, Task
 from vllm_compile.targets import resolve
 
 TARGET = resolve("cuda")
-GPU = ("NVIDIA H200", 1980, 3201, "580.82.07")
+GPU = {"device": "NVIDIA H200", "core_mhz": 1980, "memory_mhz": 3201, "driver": "580.82.07"}
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None or not AVAILABLE, reason="needs nvcc and g++")
 
 
@@ -92,7 +92,7 @@ def emulated(folder, monkeypatch):
     monkeypatch.setattr(measure, "TURNS", 1)
     monkeypatch.setattr(measure, "FINAL_TURNS", 2)
     monkeypatch.setitem(device.DEVICES, "cuda", EmulatedGpu)
-    monkeypatch.setattr(device, "nvidia_smi", lambda: GPU)
+    monkeypatch.setattr(device, "with_gpu", lambda machine: replace(machine, **GPU))
     found, machine = built(folder)
     tasks += found
     return SimpleNamespace(task=found[0], machine=machine, broken=broken)
@@ -101,7 +101,11 @@ def emulated(folder, monkeypatch):
 def test_measured_elsewhere_and_found_by_compile(emulated, task, database):
     """Its record is of the machine with the GPU; one without a GPU, which compiles, finds it by the architecture."""
     assert replace(emulated.task, method=task.method, built="") == task
-    assert (emulated.machine.device, emulated.machine.driver, emulated.machine.arch) == (GPU[0], GPU[3], "sm_90a")
+    assert (emulated.machine.device, emulated.machine.driver, emulated.machine.arch) == (
+        GPU["device"],
+        GPU["driver"],
+        "sm_90a",
+    )
     outcome = measure.measure_built(emulated.task.payload())
     (summary,), (record,) = outcome.result, outcome.records
     assert (summary["tried"], summary["wrong"]) == (len(task.ranges[0].configs), [])

@@ -154,9 +154,3 @@ def test_from_the_command_line_to_the_manifest(model, tmp_path, capsys):
     assert main(["db", "--db", url, "promote", ours[0]["id"]]) == 2
     assert "is an estimate and candidate, only what is verified can be promoted" in capsys.readouterr().err
     assert {record["id"] for record in ours} <= {record.id for record, _ in stored}
-
-
-def test_workers_have_nothing_to_estimate(model, tmp_path, capsys):
-    url = str(tmp_path / "tuning.db")
-    assert main(["tune", "--model", str(model), "--target", "rocm", "--db", url, "--submit"]) == 2
-    assert "leave out --submit" in capsys.readouterr().err

@@ -15,15 +15,17 @@ from tvm.rpc.tracker import Tracker
 
 from vllm_compile.cli import main
 from vllm_compile.driver import lower_model
+from vllm_compile.errors import TargetError
 from vllm_compile.schedules.database import open_database
 from vllm_compile.schedules.database.executors import TaskCrashedError, TaskFailedError
 from vllm_compile.schedules.database.machine import fingerprint
 from vllm_compile.schedules.database.store import select_where
-from vllm_compile.schedules.database.tasks import Lease, submit
+from vllm_compile.schedules.database.tasks import Lease, all_tasks
 from vllm_compile.schedules.tuning import rpc_executor
 from vllm_compile.schedules.tuning.extract import tasks_of
 from vllm_compile.schedules.tuning.prepare import prepare
 from vllm_compile.schedules.tuning.rpc_executor import RpcExecutor
+from vllm_compile.schedules.tuning.search import Progress, pending, submit
 from vllm_compile.schedules.tuning.task import ESTIMATE, MEASURE
 from vllm_compile.targets import resolve
 
@@ -72,8 +74,10 @@ def built(task, monkeypatch, tmp_path):
 def test_a_worker_measures_on_a_board(tracker, task, built, tmp_path, capsys):
     """From the queue to a record that names the board; that nothing protects it is said first."""
     url = str(tmp_path / "tuning.db")
+    board, here = fingerprint(CPU, "slate"), fingerprint(CPU)
     with open_database(url) as database:
-        submit(database, MEASURE, [task.payload() | {"machine": fingerprint(CPU).text}], 1.0)
+        for machine in (here, replace(board, device="another"), board):
+            assert submit(database, [Progress(task)], machine) == 1
     where = ["--executor", "tvm-rpc", "--tracker", f"{HERE}:{tracker}", "--board", "slate", "--gb-per-s", "20"]
     assert main(["worker", "--db", url, *where, "--until-empty", "--json"]) == 0
     told = capsys.readouterr()
@@ -81,6 +85,12 @@ def test_a_worker_measures_on_a_board(tracker, task, built, tmp_path, capsys):
     assert "neither encrypted nor authenticated" in " ".join(told.err.split())
     with open_database(url, writable=False) as database:
         ((record, _),) = select_where(database)
+        assert [t.state for t in all_tasks(database)] == ["queued", "queued", "done"], "others' are left alone"
+        assert [t.attempts for t in all_tasks(database)] == [0, 0, 1]
+        (known,) = pending(database, [task], board)
+        (unknown,) = pending(database, [task], here)
+    assert (known.state, unknown.state) == ("known", "waiting")
+    assert record.target == board
     assert (record.target.device, record.target.cores, record.target.arch) == ("slate", 0, fingerprint(CPU).arch)
     assert record.workload == task.ranges[0].workload
     assert record.schedule.content()["config"] in task.ranges[0].configs
@@ -89,8 +99,15 @@ def test_a_worker_measures_on_a_board(tracker, task, built, tmp_path, capsys):
     assert record.roofline_share == pytest.approx(record.gb_per_s / 20)
 
 
-def on_board(tracker, task, key="slate"):
-    return RpcExecutor(HERE, tracker, key, 20.0, 600.0).run(Lease(0, MEASURE, task.payload(), 0, 1), Event())
+def test_a_task_for_another_machine_is_refused(tracker, task, built):
+    """The queue does not offer any; one that is handed over all the same is not measured."""
+    with pytest.raises(TargetError, match="for another machine"):
+        on_board(tracker, task, machine=fingerprint(CPU))
+
+
+def on_board(tracker, task, key="slate", machine=None):
+    payload = task.payload() | ({} if machine is None else {"machine": machine.text})
+    return RpcExecutor(HERE, tracker, key, 20.0, 600.0).run(Lease(0, MEASURE, payload, 0, 1), Event())
 
 
 def test_a_wrong_result_is_seen_here(tracker, task, built):

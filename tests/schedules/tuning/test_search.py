@@ -17,9 +17,10 @@ from vllm_compile.schedules.database import Workload, open_database
 from vllm_compile.schedules.database.executors import Outcome, TaskCrashedError, TaskFailedError
 from vllm_compile.schedules.database.machine import fingerprint
 from vllm_compile.schedules.database.store import select_where
-from vllm_compile.schedules.database.tasks import all_tasks
+from vllm_compile.schedules.database.tasks import all_tasks, lease, waiting_for
 from vllm_compile.schedules.tuning.extract import tasks_of
 from vllm_compile.schedules.tuning.search import Progress, expected_seconds, pending, submit, time_left, tune
+from vllm_compile.schedules.tuning.task import MEASURE
 from vllm_compile.targets import resolve
 
 MACHINE = fingerprint(resolve("cpu"))
@@ -44,7 +45,8 @@ class FakeExecutor:
             raise self.error("its process ended with exit code -11")
         self.after()
         summaries = [{"tried": len(c), "wrong": [], "default_us": 2.0, "best_us": 1.0} for _, _, c in ranges]
-        return Outcome(summaries, [record(Workload.from_text(text), MACHINE) for text, _, _ in ranges])
+        about = {"target": MACHINE, "family": held.payload["family"]}
+        return Outcome(summaries, [record(Workload.from_text(text), **about) for text, _, _ in ranges])
 
     def close(self):
         pass
@@ -124,6 +126,7 @@ def test_workers_get_the_tasks(tasks, database):
     assert submit(database, pending(database, tasks, MACHINE), MACHINE) == 0, "they are in the queue"
     wanted = [json.loads(json.dumps(task.payload() | {"machine": MACHINE.text})) for task in tasks]
     assert [task.payload for task in all_tasks(database)] == wanted
+    assert waiting_for(database) == {MACHINE.summary(): len(tasks)}
     assert submit(database, pending(database, tasks, MACHINE), replace(MACHINE, tvm="newer")) == len(tasks)
 
 
@@ -160,6 +163,21 @@ def test_the_table_says_how_far_it_is(tasks):
     assert "about 1.5 minutes left" in output.getvalue()
 
 
+def test_workers_of_boards_get_the_tasks(tiny, tmp_path, capsys):
+    url, command = str(tmp_path / "tuning.db"), ["tune", "--model", str(tiny), "--only", "down_proj", "--json"]
+    for where in ([], ["--board", "slate"]):
+        assert main([*command, "--db", url, "--submit", *where]) == 0
+        (told,) = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
+        assert told["state"] == "queued"
+    assert main(["db", "--db", url, "stats", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])["queued_for"]
+    board = fingerprint(resolve("cpu"), "slate")
+    assert said == {MACHINE.summary(): 1, board.summary(): 1}
+    with open_database(url) as database:
+        assert lease(database, "a", [MEASURE], 60, [board]).payload["machine"] == board.text
+        assert lease(database, "a", [MEASURE], 60, [board]) is None
+
+
 @pytest.mark.slow
 def test_from_the_command_line_to_the_manifest(tiny, tmp_path, capsys):
     """Tuned on this machine, found by `compile --db`; the second time there is nothing left to do."""
@@ -186,8 +204,7 @@ def test_from_the_command_line_to_the_manifest(tiny, tmp_path, capsys):
     [
         (["--db", "x.db", "--target", "gaudi2"], "Gaudi.s kernels have no"),
         ([], "--db URL is needed"),
-        (["--db", "x.db", "--traces", "8", "--submit"], "others take listed spaces alone"),
-        (["--db", "x.db", "--traces", "8", "--only", "gate_up"], "linear layers have, with --pack none"),
+        (["--db", "x.db", "--traces", "8", "--dtype", "bfloat16"], "gates of MLPs have, with --pack none"),
         (["--dry-run", "--only", "nothing_like_it"], "there are .*lm_head_weight"),
     ],
 )
