@@ -8,8 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +25,7 @@ from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets import cuda, resolve
 
 from . import harness
+from .sass import sass_of
 
 TARGET = cuda.for_chip()
 N, K = 512, 576  # 9 blocks of 64: no multiple of the warps
@@ -86,14 +85,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def machine_code(built):
-    """SASS of each kernel by symbol."""
-    folders = [str(folder) for folder in Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")]
-    cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=":".join(folders))
-    if cuobjdump is None:
-        pytest.skip("needs cuobjdump (CUDA's toolkit, or pip install nvidia-cuda-cuobjdump)")
-    text = subprocess.run([cuobjdump, "--dump-sass", str(built[0])], check=True, capture_output=True, text=True).stdout
-    parts = re.split(r"Function : (\w+)_kernel\n", text)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+    return sass_of(built[0])
 
 
 def test_nothing_is_spilled(built):
