@@ -107,6 +107,24 @@ def test_windows_and_soft_caps(tmp_path):
     assert not symbols[0] & symbols[1]
 
 
+def test_experts(tmp_path):
+    """Mixtral's stay plain, as the checkpoint has them; the router's few rows have a kernel of their own."""
+    model = random_model("Mixtral", **WIDE).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    result = compiled(tmp_path / "model", tmp_path / "artifact")
+    plan = from_json((result.artifact / "plan.json").read_text())
+    steps = [step for step in plan.functions["layer_0"].steps if isinstance(step, KernelStep)]
+    families = [step.family for step in steps]
+    routed = ["cuda.row_linear", "cuda.route", "cuda.expert_gate_up_silu", "cuda.expert_linear", "cuda.elementwise"]
+    assert families[-5:] == routed
+    assert [step.large is None for step in steps[-5:]] == [False, True, True, True, True]
+    stored = dict(read_weights(result.artifact))
+    for layer in range(2):
+        experts = model.model.layers[layer].mlp.experts
+        for name in ("gate_up_proj", "down_proj"):
+            assert torch.equal(stored[f"model_layers_{layer}_mlp_experts_{name}"], getattr(experts, name))
+
+
 def test_same_kernels_each_time(model, packed, tmp_path):
     """Built again, and from a cache: the same bytes."""
     cache = Cache(tmp_path / "cache")

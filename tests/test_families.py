@@ -141,7 +141,8 @@ def test_layers_of_two_kinds_are_two_functions():
 @pytest.mark.parametrize(
     ("family", "changes", "what"),
     [
-        ("Mixtral", {"head_dim": 128, "num_local_experts": 16}, "route"),
+        ("Mixtral", WIDE | {"intermediate_size": 200}, "expert_gate_up_silu"),
+        ("DeepSeek-V2-Lite", WIDE, "head_linear"),
     ],
 )
 def test_cuda_refuses_what_it_cannot_serve(family, changes, what, tmp_path):
@@ -161,6 +162,8 @@ def test_cuda_refuses_what_it_cannot_serve(family, changes, what, tmp_path):
         ("Mistral", {}),
         ("Gemma 2", {}),
         ("Gemma 3", {}),
+        ("Mixtral", {}),
+        ("Qwen 3 MoE", {"moe_intermediate_size": 64}),
     ],
 )
 def test_cuda_has_kernels(family, changes):

@@ -18,10 +18,13 @@ __device__ __forceinline__ void row_linear(const void* __restrict__ x, const voi
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const size_t token = blockIdx.x;
   launch_dependents();
+  if (token == 0 && lane == 0)  // to L2, while the kernels before still run
+    for (int row = warp; row < N; row += WARPS)
+      prefetch(static_cast<const char*>(weight) + (size_t)row * K * 2, K * 2);
   wait_for_kernels_before();
   for (int row = warp; row < N; row += WARPS) {
     float sum = 0.f;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = lane; i < VECTORS; i += 32) {
       float of_x[VECTOR], of_weight[VECTOR];
       unpack_vector(of_x, load_vector(x, token * VECTORS + i));
