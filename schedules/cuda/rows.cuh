@@ -60,32 +60,30 @@ template <int EXPERTS>
 __device__ __forceinline__ Group find_group(const int* __restrict__ experts, const int* __restrict__ order,
                                             const int* __restrict__ ends, int slots, int number) {
   const int lane = threadIdx.x % 32;
-  int begin = slots;
   if (slots < EXPERTS) {  // a group begins where another ends
     for (int from = 0; from < slots; from += 32) {
-      const int place = from + lane;
-      uint32_t begins = __ballot_sync(0xffffffff, place < slots && (place == 0 || ends[max(place - 1, 0)] == place));
+      const int place = from + lane, known = min(place, slots - 1);  // all that may be wanted is loaded at once
+      const int end = ends[known], before = ends[max(known - 1, 0)], expert = experts[order[known]];
+      uint32_t begins = __ballot_sync(0xffffffff, place < slots && (place == 0 || before == place));
       for (; begins != 0 && number > 0; number--) begins &= begins - 1;
       if (begins != 0) {
-        begin = from + __ffs(begins) - 1;
-        break;
+        const int first = __ffs(begins) - 1;
+        return {__shfl_sync(0xffffffff, expert, first), from + first, __shfl_sync(0xffffffff, end, first) - from - first};
       }
     }
-  } else {  // the first place of this expert, or of one behind it: 32 places are looked at at a time
-    int low = 0, high = slots;
-    while (low < high) {
-      const int step = (high - low + 31) / 32, place = low + lane * step;
-      const bool before = place < high && experts[order[min(place, slots - 1)]] < number;
-      const int all = __popc(__ballot_sync(0xffffffff, before));
-      high = all == 32 ? high : min(high, low + all * step);
-      low = all == 0 ? low : low + (all - 1) * step + 1;
-    }
-    begin = low;
+    return {0, 0, 0};
   }
-  if (begin >= slots) return {0, 0, 0};
-  const int expert = experts[order[begin]];
-  if (slots >= EXPERTS && expert != number) return {0, 0, 0};
-  return {expert, begin, ends[begin] - begin};
+  // The first place of this expert, or of one behind it: 32 places are looked at at a time.
+  int low = 0, high = slots;
+  while (low < high) {
+    const int step = (high - low + 31) / 32, place = low + lane * step;
+    const bool before = place < high && experts[order[min(place, slots - 1)]] < number;
+    const int all = __popc(__ballot_sync(0xffffffff, before));
+    if (all < 32) high = min(high, low + all * step);
+    if (all > 0) low += (all - 1) * step + 1;
+  }
+  if (low == slots || experts[order[low]] != number) return {0, 0, 0};
+  return {number, low, ends[low] - low};
 }
 
 }  // namespace vllm_compile

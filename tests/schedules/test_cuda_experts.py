@@ -3,16 +3,23 @@
 See tests/cuda_on_host.
 """
 
+import re
+import shutil
+
 import pytest
 import torch
 
 from tests.cuda_on_host.prim_func import prepare, run_kernel
 from tests.cuda_on_host.runner import AVAILABLE
+from tests.cuda_on_host.runner import run as run_function
 from vllm_compile import ops
+from vllm_compile.schedules.cuda.build import build_library
 from vllm_compile.schedules.select import choose
+from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets import cuda
 
 from . import harness
+from .sass import sass_of
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux")
 TARGET = cuda.for_chip()
@@ -111,6 +118,39 @@ def test_all_tokens_to_the_same_experts(built, tokens, generator):
         assert not differs(name, run(kernel, inputs, [reference.bfloat16()])[0], reference)
 
 
+STORE_GROUP = """
+template <int EXPERTS>
+void store_group(const int* experts, const int* order, const int* ends, int* found, int slots) {
+  const vllm_compile::Group group = vllm_compile::find_group<EXPERTS>(experts, order, ends, slots, blockIdx.x);
+  int* const to = found + blockIdx.x * 3;
+  if (threadIdx.x == 0) to[0] = group.expert, to[1] = group.begin, to[2] = group.count;
+}
+"""
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 8, 2), (15, 128, 8), (16, 128, 8), (1700, 12, 3)])
+def test_every_group_is_found(tokens, experts, top_k, generator):
+    """As many as there may be: all groups, in order, and places without one."""
+    logits = torch.randn(tokens, experts, generator=generator)
+    logits[:, [0, experts // 2, experts - 1]] -= 9  # nobody's
+    given = routed(logits, top_k)
+    slots = tokens * top_k
+    found = torch.full((min(slots, experts), 3), -1, dtype=torch.int32)
+    run_function(
+        "rows.cuh",
+        f"store_group<{experts}>(experts, order, ends, found, slots)",
+        grid=len(found),
+        block=32,
+        arguments={**given, "found": found, "slots": slots},
+        source=STORE_GROUP,
+    )
+    chosen, counts = given["experts"].flatten().unique(return_counts=True)
+    groups = torch.stack([chosen, counts.cumsum(0) - counts, counts], 1).tolist()
+    assert [group for group in found.tolist() if group[2]] == groups
+    if slots >= experts:
+        assert not found[[0, experts // 2, experts - 1], 2].any()
+
+
 def test_wrong_experts_and_weights_are_noticed(built, generator):
     name, kernels = built
     inputs = sample(name, generator, 5)
@@ -141,6 +181,18 @@ def test_router(tokens, experts, top_k, normalise, generator):
         harness.assert_matches(op, run(kernel, {"logits": changed}, reference), reference)
 
 
+def test_router_of_nan(generator):
+    """A row that is nan goes to experts that there are; others are not disturbed."""
+    attributes, logits = {"top_k": 3, "normalise": True}, torch.randn(6, 40, generator=generator).bfloat16()
+    logits[2], logits[4, 7] = float("nan"), float("nan")
+    reference = harness.results(ops.ROUTE, {"logits": logits}, attributes)
+    for kernel in kernels_of(ops.ROUTE, {"logits": logits}, attributes):
+        experts, scores, order, ends = run(kernel, {"logits": logits}, reference)
+        for ours, theirs in ((experts, reference[0]), (order, reference[2]), (ends, reference[3])):
+            assert torch.equal(ours, theirs)
+        assert scores.isnan().any(1).tolist() == [False, False, True, False, True, False]
+
+
 @pytest.mark.parametrize(("N", "optional"), [(8, ()), (1, ()), (60, ("bias", "residual"))])
 def test_linear_layers_of_few_rows(N, optional, generator):
     inputs, _ = ops.LINEAR.sample(generator, torch.bfloat16, 3, 264, N)
@@ -156,6 +208,54 @@ def test_linear_layers_of_few_rows(N, optional, generator):
             harness.assert_matches(
                 ops.LINEAR, run(kernel, inputs | {name: changed}, reference, early={"weight"}), reference
             )
+
+
+def mixtral(E=8, top_k=2, hidden=4096, width=14336):
+    """Calls of one layer's experts."""
+    T = Sym.TOKENS
+    numbers = [TensorSpec((T, top_k), dtype) for dtype in ("int32", "float32", "int32", "int32")]
+    groups = tuple((name, TensorSpec((T, top_k), "int32")) for name in ("experts", "order", "ends"))
+
+    def call(op, x, weight, out, inputs=(), attributes=()):
+        given = ("x", TensorSpec(x, "bfloat16")), *inputs, ("weight", TensorSpec(weight, "bfloat16"))
+        return OpSpec(op, given, (TensorSpec(out, "bfloat16"),), attributes)
+
+    return {
+        "rows": call("linear", (T, hidden), (E, hidden), (T, E)),
+        "route": OpSpec(
+            "route",
+            (("logits", TensorSpec((T, E), "bfloat16")),),
+            tuple(numbers),
+            (("normalise", True), ("top_k", top_k)),
+        ),
+        "gates": call("expert_gate_up_silu", (T, hidden), (E, 2 * width, hidden), (T, top_k, width), groups),
+        "downs": call("expert_linear", (T, top_k, width), (E, hidden, width), (T, top_k, hidden), groups),
+    }
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_machine_code(tmp_path):
+    """Weights are streamed 16 bytes at a time, past the tensor cores; nothing spills."""
+    kernels = {}
+    for name, spec in mixtral().items():
+        choice = choose(spec, TARGET)
+        few, many = choice.variants[0], choice.variants[-1]
+        kernels |= {
+            f"{name}_{n}": choice.family.build(spec, v.config, TARGET) for n, v in (("few", few), ("many", many))
+        }
+    resources = build_library(kernels, TARGET, tmp_path / "kernels.so")
+    assert resources.keys() == kernels.keys()
+    assert not any(used.spilled_bytes or used.serialized for used in resources.values())
+    code = sass_of(tmp_path / "kernels.so")
+    products = {"gates_few": "HMMA.16816.F32.BF16", "gates_many": "HGMMA.64x64x16.F32.BF16"}
+    products |= {name.replace("gates", "downs"): product for name, product in products.items()}
+    for symbol, product in products.items():
+        assert product in code[symbol], symbol
+        assert "LDGSTS.E.BYPASS.LTC128B.128" in code[symbol], symbol
+        assert not re.search(r"LDGSTS(?!\.E\.BYPASS\S*\.128)", code[symbol]), symbol
+        # Which weights is known when the router is done: nothing is asked for before.
+        assert code[symbol].index("ACQBULK") < code[symbol].index("LDGSTS"), symbol
+    assert code["rows_few"].count("LDG.E.128") >= 16, "eight of x and of the weight are under way"
 
 
 def test_variants_of_mixtral():
