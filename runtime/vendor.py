@@ -46,8 +46,10 @@ def paged_attention(
     query_start_loc: torch.Tensor,
     out: torch.Tensor,
     scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> None:
-    """FlashAttention as vLLM ships it; shapes are those of the operator `paged_attention`.
+    """FlashAttention as vLLM ships it; shapes, window and cap are those of the operator `paged_attention`.
 
     The longest query and context are not known on the host: T and the block table's width bound them.
     """
@@ -67,6 +69,8 @@ def paged_attention(
         block_table=block_table,
         softmax_scale=scale,
         causal=True,
+        window_size=[window - 1, 0] if window else None,  # tokens before the query's own, and behind it
+        softcap=soft_cap,
         fa_version=HOPPER_FLASH_ATTENTION,
     )
 

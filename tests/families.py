@@ -28,6 +28,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 WINDOW = 24
+WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "vocab_size": 160}  # shapes that CUDA serves
 LAYERS = ["sliding_attention", "full_attention"]
 ROPES = {
     "full_attention": {"rope_type": "default", "rope_theta": 1e6},

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import models
+from tests.families import WIDE, WINDOW, random_model
 from tests.schedules.expressions import rotation, spec_of
 from tests.schedules.harness import op_spec
 from vllm_compile import lossless, ops
@@ -90,6 +91,38 @@ def test_large_batches_go_to_vendors_with_plain_weights(packed):
     arguments = dict(vendor.arguments)
     assert arguments["weight"].spec.dtype == "bfloat16"
     assert arguments["out"].buffer == epilogue.arguments[0].buffer
+
+
+def test_windows_and_soft_caps(tmp_path):
+    """Gemma 2's: our kernels and the vendor's function are told of them, layer by layer."""
+    random_model("Gemma 2", **WIDE).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    result = compiled(tmp_path / "model", tmp_path / "artifact", weightless=True)
+    plan = from_json((result.artifact / "plan.json").read_text())
+    layers = [plan.functions[name] for name in sorted(plan.functions) if name.startswith("layer_")]
+    steps = [s for f in layers for s in f.steps if isinstance(s, KernelStep) and s.op == "qkv_rope_attention"]
+    given = [dict(part.attributes) for s in steps for part in s.large.steps if isinstance(part, VendorCall)]
+    assert [attributes.get("window", 0) for attributes in given] == [WINDOW, 0]
+    assert {attributes["soft_cap"] for attributes in given} == {50.0}
+    symbols = [{symbol for _, symbol in step.variants} for step in steps]
+    assert not symbols[0] & symbols[1]
+
+
+def test_experts(tmp_path):
+    """Mixtral's stay plain, as the checkpoint has them; the router's few rows have a kernel of their own."""
+    model = random_model("Mixtral", **WIDE).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    result = compiled(tmp_path / "model", tmp_path / "artifact")
+    plan = from_json((result.artifact / "plan.json").read_text())
+    steps = [step for step in plan.functions["layer_0"].steps if isinstance(step, KernelStep)]
+    families = [step.family for step in steps]
+    routed = ["cuda.row_linear", "cuda.route", "cuda.expert_gate_up_silu", "cuda.expert_linear", "cuda.elementwise"]
+    assert families[-5:] == routed
+    assert [step.large is None for step in steps[-5:]] == [False, True, True, True, True]
+    stored = dict(read_weights(result.artifact))
+    for layer in range(2):
+        experts = model.model.layers[layer].mlp.experts
+        for name in ("gate_up_proj", "down_proj"):
+            assert torch.equal(stored[f"model_layers_{layer}_mlp_experts_{name}"], getattr(experts, name))
 
 
 def test_same_kernels_each_time(model, packed, tmp_path):

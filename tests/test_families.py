@@ -17,6 +17,7 @@ from tests.families import (
     LAYERS,
     LONG_PROMPTS,
     ROPES,
+    WIDE,
     WINDOW,
     continued,
     prompts,
@@ -140,9 +141,8 @@ def test_layers_of_two_kinds_are_two_functions():
 @pytest.mark.parametrize(
     ("family", "changes", "what"),
     [
-        ("Mistral", {}, "window=24"),
-        ("Gemma 2", {"head_dim": 128}, "soft_cap=50.0"),
-        ("Mixtral", {"head_dim": 128, "num_local_experts": 16}, "route"),
+        ("Mixtral", WIDE | {"intermediate_size": 200}, "expert_gate_up_silu"),
+        ("DeepSeek-V2-Lite", WIDE, "head_linear"),
     ],
 )
 def test_cuda_refuses_what_it_cannot_serve(family, changes, what, tmp_path):
@@ -153,17 +153,24 @@ def test_cuda_refuses_what_it_cannot_serve(family, changes, what, tmp_path):
     assert not (tmp_path / "artifact").exists()
 
 
-WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "vocab_size": 160}
-
-
 @pytest.mark.parametrize(
-    ("family", "changes"), [("Cohere", {}), ("GPT-2", {"n_embd": 128, "n_inner": 192}), ("Qwen 3", {})]
+    ("family", "changes"),
+    [
+        ("Cohere", {}),
+        ("GPT-2", {"n_embd": 128, "n_inner": 192}),
+        ("Qwen 3", {}),
+        ("Mistral", {}),
+        ("Gemma 2", {}),
+        ("Gemma 3", {}),
+        ("Mixtral", {}),
+        ("Qwen 3 MoE", {"moe_intermediate_size": 64}),
+    ],
 )
 def test_cuda_has_kernels(family, changes):
-    """For every operator that Llama has not."""
+    """For every operator, and every option of it, that Llama has not."""
     model = random_model(family, **WIDE | changes)
     imported = import_model(trace(model.config, torch.bfloat16), 96)
     module, _ = run_passes(imported.module)
     target = cuda.for_chip()
     chosen = lower(module, lambda spec: choose(spec, target)).kernels
-    assert "elementwise" in {spec.op for spec in chosen}
+    assert any(spec.op == "elementwise" or spec.options for spec in chosen)

@@ -3,6 +3,7 @@
 from ..family import KernelFamily
 from .attention import PagedAttention
 from .elementwise import Embedding, SiluMul
+from .experts import ExpertGateUpSilu, ExpertLinear
 from .expression import Elementwise
 from .gate_up import GateUpSilu
 from .kv_cache_write import KVCacheWrite
@@ -10,12 +11,17 @@ from .linear import Linear
 from .norm import LayerNorm, RMSNorm
 from .rope_attention import QKVRopeAttention
 from .rope_cache import QKVRopeCache
+from .route import Route, RowLinear
 
 FAMILIES: tuple[KernelFamily, ...] = (
     Linear(packed=True),
     Linear(packed=False),
+    RowLinear(),
     GateUpSilu(packed=True),
     GateUpSilu(packed=False),
+    Route(),
+    ExpertGateUpSilu(),
+    ExpertLinear(),
     RMSNorm(),
     RMSNorm(add=True),
     LayerNorm(),

@@ -113,6 +113,5 @@ def matmul(spec: OpSpec, config: Config, target: CudaTarget, gated: bool) -> tir
         return [*tensors, T.Cast("int32", call.dims[Sym.TOKENS]), N, K]
 
     packed = {"weight": TensorSpec((lossless.offsets(N, K)[2],), "uint8")} if config["lossless"] else None
-    return kernel(
-        spec, kind.HEADER, kind.function(config, gated), lambda call: kind.launch(config, call, N), arguments, packed
-    )
+    function = f"{kind.FUNCTION}<{', '.join(kind.parameters(config, gated))}>"
+    return kernel(spec, f"{kind.FUNCTION}.cuh", function, lambda call: kind.launch(config, call, N), arguments, packed)

@@ -13,10 +13,14 @@
 // Requests with equal prefixes share blocks, even a block that one of them only fills in this step: such tiles are
 // requested again after the wait, or their rows made here, too.
 //
+// Within a window (scores.cuh) work starts at the tile that holds the first token that the query sees: what lies before
+// is neither read nor looked up, and splits share what is left.
+//
 // Any batch is served: several queries of a request (prefill) are taken one after the other, which is right but slow.
 #ifndef VLLM_COMPILE_PAGED_ATTENTION
 #define VLLM_COMPILE_PAGED_ATTENTION
 
+#include "scores.cuh"
 #include "vectors.cuh"
 
 namespace vllm_compile {
@@ -52,7 +56,8 @@ struct CachedTokens {
 
 // out [tokens, KV_HEADS * GROUP, HEAD_DIM].  Block (split, KV head, request); a split's stretch is not shorter than
 // SHORT_TILES.  scale is that of the scores times log2(e).
-template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int STAGES, int SHORT_TILES, class Tokens>
+template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int STAGES, int SHORT_TILES, int WINDOW, uint32_t SOFT_CAP,
+          class Tokens>
 __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& paged,
                                        const int* __restrict__ query_start_loc, void* __restrict__ out, float scale,
                                        void* shared) {
@@ -60,6 +65,7 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
   constexpr int CHUNKS = HEAD_DIM / 4;                     // 16 bytes each, of a token's K and V
   constexpr int STAGE = TILE * CHUNKS;                     // chunks of a tile
   constexpr int STEPS = HEAD_DIM / 16, SLICES = HEAD_DIM / 8;
+  using Seen = Scores<WINDOW, SOFT_CAP>;
   constexpr bool TALL = GROUP > 8;                         // rows 8 to 15 of the mma hold queries
   static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM <= MOST_HEAD_DIM && GROUP <= MOST_ROWS, "beyond what this kernel does");
   static_assert(STAGES * STAGE * 16 >= (GROUP * HEAD_DIM + 2 * GROUP) * 4, "sums of a warp fit where its stages were");
@@ -76,15 +82,17 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
   uint4* const turned = static_cast<uint4*>(shared) + WARPS * STAGES * STAGE;  // queries, the newest key and value
   bool waited = false;
 
-  // Positions from `begin` on that another request fills in this step and that lie before this one's new tokens; none if
-  // their blocks are not shared.  Its token of position p is `token` + p.
+  // Positions from `begin` on that another request fills in this step, that lie before this one's new tokens and that the
+  // first of those sees; none if their blocks are not shared.  Its token of position p is `token` + p.
   struct Filled {
     int begin, end, token;
   };
   auto filled_by = [&](int other) {
     const int first = query_start_loc[other], count = other == request ? 0 : query_start_loc[other + 1] - first;
     const int end = count > 0 ? paged.seq_lens[other] : 0, begin = end - count;
-    return Filled{begin, min(end, length - queries), first - begin};
+    Filled filled{begin, min(end, length - queries), first - begin};
+    if constexpr (WINDOW > 0) filled.begin = max(begin, Seen::first(length - queries + 1));
+    return filled;
   };
   auto shares_block = [&](int other, int index) {
     return table[index] == paged.block_table[(size_t)other * paged.table_width + index];
@@ -103,13 +111,14 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
   }
   for (int query = 0; query < queries && length > 0; query++) {
     const int visible = length - queries + 1 + query;  // cached tokens up to the query's own
-    const int tiles = (visible + TILE - 1) / TILE;
-    int stretch = tiles;
-    if (queries == 1) stretch = max((tiles + splits - 1) / splits, SHORT_TILES);
+    const int before = Seen::first(visible) / TILE;    // tiles that it sees nothing of
+    const int tiles = (visible + TILE - 1) / TILE, seen = tiles - before;
+    int stretch = seen;
+    if (queries == 1) stretch = max((seen + splits - 1) / splits, SHORT_TILES);
     stretch = (stretch + WARPS - 1) / WARPS * WARPS;
-    const int parts = (tiles + stretch - 1) / stretch;
+    const int parts = (seen + stretch - 1) / stretch;
     if (split >= parts) break;
-    const int begin = split * stretch + warp, end = min(split * stretch + stretch, tiles);
+    const int begin = split * stretch + before + warp, end = min(split * stretch + before + stretch, tiles);
     const int fresh = (length - queries) / TILE;  // from this tile on, tokens are of this very step
 
     // Lane i knows where tile i of the coming 32 of this warp lies.
@@ -131,7 +140,8 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
           // Rows are 8 chunks apart modulo the banks: swizzled, so that a column of them is read at once.
           copy_async_or_zero(to + (token * CHUNKS + (chunk ^ (token & 7))) * 16,
                              from + token * paged.token_stride + chunk * 8,
-                             tile * TILE + token < visible - newest_is_made);
+                             tile * TILE + token < visible - newest_is_made &&
+                                 Seen::reaches(tile * TILE + token, visible));
         }
       }
       commit_copies();
@@ -234,7 +244,7 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
         for (int i = 0; i < 4; i++) {
           const int token = tile * TILE + i / 2 * 8 + 2 * t + i % 2;
           float& score = scores[i / 2][half * 2 + i % 2];
-          score = token < visible ? score * scale : -INFINITY;
+          score = token < visible && Seen::reaches(token, visible) ? Seen::of(score, scale) : -INFINITY;
           most = fmaxf(most, score);
         }
         most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
@@ -343,13 +353,14 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
 }
 
 // q, out [tokens, KV_HEADS * GROUP, HEAD_DIM]; the cache holds all tokens.
-template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int STAGES, int SHORT_TILES>
+template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int STAGES, int SHORT_TILES, int WINDOW = 0,
+          uint32_t SOFT_CAP = 0>
 __device__ __forceinline__ void paged_attention(const void* __restrict__ q, const void* __restrict__ kv,
                                                 const int* __restrict__ block_table, const int* __restrict__ seq_lens,
                                                 const int* __restrict__ query_start_loc, void* __restrict__ out,
                                                 float scale, int block_size, int table_width, int64_t block_stride,
                                                 int64_t head_stride, int64_t token_stride, void* shared) {
-  attend<HEAD_DIM, GROUP, KV_HEADS, WARPS, STAGES, SHORT_TILES>(
+  attend<HEAD_DIM, GROUP, KV_HEADS, WARPS, STAGES, SHORT_TILES, WINDOW, SOFT_CAP>(
       CachedTokens<HEAD_DIM, GROUP, KV_HEADS>{static_cast<const uint32_t*>(q)},
       PagedCache{kv, block_table, seq_lens, block_size, table_width, block_stride, head_stride, token_stride},
       query_start_loc, out, scale, shared);

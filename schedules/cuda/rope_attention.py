@@ -31,6 +31,10 @@ class QKVRopeAttention(KernelFamily):
     name: str = "cuda.qkv_rope_attention"
     op: str = "qkv_rope_attention"
 
+    @property
+    def options(self) -> frozenset[str]:
+        return ATTENTION.options
+
     def serves(self, spec: OpSpec, target: CudaTarget) -> bool:
         rotation, attention = parts(spec)
         return ROTATION.serves(rotation, target) and ATTENTION.serves(attention, target)

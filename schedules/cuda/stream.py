@@ -17,7 +17,7 @@ from vllm_compile.targets.cuda import CudaTarget
 from ..family import Config
 from .launch import Call, Launch
 
-HEADER = "stream_linear.cuh"
+FUNCTION = "stream_linear"  # in the header of the same name
 TOKENS = 8  # of one mma
 MOST_SUMS = 64  # tiles of sums of a thread block's warps that its registers hold without spilling
 
@@ -103,11 +103,11 @@ def unstaged_blocks(spec: OpSpec, config: Config) -> int:
     return spec.input("weight").size(1) // lossless.BLOCK - config["stages"] * config["warps"]
 
 
-def function(config: Config, gated: bool) -> str:
-    """The device function, with its template arguments."""
+def parameters(config: Config, gated: bool) -> list[str]:
+    """The device function's template arguments."""
     flags = (str(flag).lower() for flag in (config["ahead"], config["lossless"], gated))
     numbers = (config[name] for name in ("token_tiles", "row_tiles", "warps", "stages", "prefetch"))
-    return f"stream_linear<{', '.join(map(str, (*numbers, *flags)))}>"
+    return [*map(str, numbers), *flags]
 
 
 def launch(config: Config, call: Call, N: int) -> Launch:

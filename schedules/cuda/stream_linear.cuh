@@ -15,6 +15,7 @@
 #ifndef VLLM_COMPILE_STREAM_LINEAR
 #define VLLM_COMPILE_STREAM_LINEAR
 
+#include "rows.cuh"
 #include "vectors.cuh"
 #include "weights.cuh"
 
@@ -25,11 +26,14 @@ namespace vllm_compile {
 // GATED: the weight's first N / 2 rows are gates, the others ups; y[tokens, N / 2] = silu(gate) * up.
 // Bias [N] and residual [tokens, N] may be null, and are if GATED.  `shared` holds the stages of all warps, and after
 // them, in the same place, their sums (stream.py computes its size).
-template <int TOKEN_TILES, int ROW_TILES, int WARPS, int STAGES, int PREFETCH, bool AHEAD, bool PACKED, bool GATED>
+// Rows says which of x and y those of the tokens are (rows.cuh): a dense layer's, or those of an expert's group.
+template <int TOKEN_TILES, int ROW_TILES, int WARPS, int STAGES, int PREFETCH, bool AHEAD, bool PACKED, bool GATED,
+          class Rows = DenseRows>
 __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ x, const void* __restrict__ weight,
                                               const void* __restrict__ bias_or_null,
                                               const void* __restrict__ residual_or_null,
-                                              __nv_bfloat16* __restrict__ y, int tokens, int N, int K, void* shared) {
+                                              __nv_bfloat16* __restrict__ y, int tokens, int N, int K, void* shared,
+                                              Rows which = Rows{}) {
   const __nv_bfloat16* const bias = static_cast<const __nv_bfloat16*>(bias_or_null);
   const __nv_bfloat16* residual = static_cast<const __nv_bfloat16*>(residual_or_null);
   constexpr int V = BLOCK_VECTORS<PACKED>;
@@ -41,8 +45,12 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
 
   const int token0 = blockIdx.y * 8 * TOKEN_TILES;  // more tokens than tiles: each part reads the weight again
   tokens -= token0;
-  x += (size_t)token0 * K;
-  y += (size_t)token0 * (GATED ? N / 2 : N);
+  if constexpr (Rows::ROUTED) {
+    which.order += token0;
+  } else {
+    x += (size_t)token0 * K;
+    y += (size_t)token0 * (GATED ? N / 2 : N);
+  }
   if (residual) residual += (size_t)token0 * N;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -72,7 +80,7 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
     commit_copies();
   };
 
-  launch_dependents();
+  if constexpr (!Rows::ROUTED) launch_dependents();
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++) load(stage, warp + stage * WARPS);
   if constexpr (PREFETCH > 0)
@@ -101,7 +109,7 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
     }
   }
 
-  wait_for_kernels_before();
+  if constexpr (!Rows::ROUTED) wait_for_kernels_before();
 
   float add[OWN];
 #pragma unroll
@@ -110,17 +118,18 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
     add[own] = 0.f;
     if (place(own, token, row, r)) {
       for (uint32_t e = first[own]; e < last[own]; e++)
-        extra[own] += side[e].value * __bfloat162float(x[(size_t)token * K + side[e].k]);
+        extra[own] += side[e].value * __bfloat162float(x[(size_t)which.x(token) * K + side[e].k]);
       if (!GATED && residual) add[own] = __bfloat162float(residual[(size_t)token * N + first_row(r) + row]);
     }
   }
 
   float sums[ROW_TILES][TOKEN_TILES][4] = {};
   uint4 part[TOKEN_TILES][2], ahead[AHEAD ? TOKEN_TILES : 1][2];
+  const auto x_rows = which.template own<TOKEN_TILES>([=](int m) { return m * 8 + g; }, tokens);
   auto load_x = [&](uint4(*to)[2], int block) {
 #pragma unroll
     for (int m = 0; m < TOKEN_TILES; m++) {
-      const __nv_bfloat16* from = x + (size_t)(m * 8 + g) * K + block * 64 + t * 8;
+      const __nv_bfloat16* from = x + (size_t)x_rows[m] * K + block * 64 + t * 8;
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         to[m][h] = make_uint4(0, 0, 0, 0);
@@ -191,12 +200,12 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ 
         const float value = rounded(sum), up = __shfl_down_sync(0xffffffff, value, 16);
         if (r % 2 == 0) {
           const float silu = rounded(value / (1.f + __expf(-value)));
-          y[(size_t)token * (N / 2) + n] = __float2bfloat16_rn(silu * up);
+          y[(size_t)which.y(token) * (N / 2) + n] = __float2bfloat16_rn(silu * up);
         }
       } else {
         if (bias) sum += __bfloat162float(bias[n]);
         if (residual) sum = add[own] + rounded(sum);
-        y[(size_t)token * N + n] = __float2bfloat16_rn(sum);
+        y[(size_t)which.y(token) * N + n] = __float2bfloat16_rn(sum);
       }
     }
   }

@@ -24,7 +24,7 @@ from vllm_compile.targets.cuda import CudaTarget
 from ..family import Config
 from .launch import Call, Launch
 
-HEADER = "wide_linear.cuh"
+FUNCTION = "wide_linear"  # in the header of the same name
 ROWS = 64  # of a warpgroup
 TOKENS = (16, 32, 64)
 MOST_GROUPS = 4  # warpgroups of a thread block
@@ -113,17 +113,27 @@ def default(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens:
     return chosen
 
 
+def roomy(spec: OpSpec, target: CudaTarget, gated: bool, tokens: int) -> Config | None:
+    """Plain weights, of which there are several (experts): the largest thread blocks of whole K; None if none fits."""
+    for shape in ((4, 1, 1), (2, 1, 1), (1, 1, 1)):
+        configs = [*_roomiest(tokens, shape, False, target, 1 if shape[0] == 4 else 2)]
+        for config in sorted(configs, key=lambda c: -c["blocks"] if c["stages"] >= 3 else 0):
+            if fits(spec, config, target, gated):
+                return config
+    return None
+
+
 def unstaged_blocks(spec: OpSpec, config: Config) -> int:
     """Blocks of a tile, in one part of K, that the stages do not hold at the start: what can be prefetched."""
     parts = config["k_groups"] * config["cluster"]
     return spec.input("weight").size(1) // lossless.BLOCK // parts - config["stages"] * config["blocks"]
 
 
-def function(config: Config, gated: bool) -> str:
-    """The device function, with its template arguments."""
+def parameters(config: Config, gated: bool) -> list[str]:
+    """The device function's template arguments."""
     names = ("tokens", "row_groups", "k_groups", "cluster", "blocks", "stages", "prefetch")
     flags = (str(flag).lower() for flag in (config["lossless"], gated))
-    return f"wide_linear<{', '.join(map(str, (*(config[name] for name in names), *flags)))}>"
+    return [*(str(config[name]) for name in names), *flags]
 
 
 def launch(config: Config, call: Call, N: int) -> Launch:

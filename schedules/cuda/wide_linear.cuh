@@ -20,6 +20,7 @@
 #ifndef VLLM_COMPILE_WIDE_LINEAR
 #define VLLM_COMPILE_WIDE_LINEAR
 
+#include "rows.cuh"
 #include "vectors.cuh"
 #include "weights.cuh"
 #include "wgmma.cuh"
@@ -83,11 +84,13 @@ struct Side {
 // GATED: the weight's first N / 2 rows are gates, the others ups; y[tokens, N / 2] = silu(gate) * up.
 // Bias [N] and residual [tokens, N] may be null, and are if GATED.  `shared` holds x and the stages of all warps, and after
 // them, in the same place, their sums (wide.py computes its size).
-template <int TOKENS, int ROW_GROUPS, int K_GROUPS, int CLUSTER, int BLOCKS, int STAGES, int PREFETCH, bool PACKED, bool GATED>
+// Rows says which of x and y those of the tokens are (rows.cuh): a dense layer's, or those of an expert's group.
+template <int TOKENS, int ROW_GROUPS, int K_GROUPS, int CLUSTER, int BLOCKS, int STAGES, int PREFETCH, bool PACKED, bool GATED,
+          class Rows = DenseRows>
 __device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x, const void* __restrict__ weight,
                                             const void* __restrict__ bias_or_null,
                                             const void* __restrict__ residual_or_null, __nv_bfloat16* __restrict__ y,
-                                            int tokens, int N, int K, void* shared) {
+                                            int tokens, int N, int K, void* shared, Rows which = Rows{}) {
   constexpr int V = BLOCK_VECTORS<PACKED>;
   constexpr int TILES = 4 * ROW_GROUPS;      // of 16 rows, one a warp
   constexpr int ROWS = 16 * TILES;           // of a thread block
@@ -101,8 +104,12 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x,
   const int token0 = blockIdx.y * TOKENS;  // more tokens than TOKENS: each part reads the weight again
   const int width = GATED ? N / 2 : N;
   tokens -= token0;
-  x += (size_t)token0 * K;
-  y += (size_t)token0 * width;
+  if constexpr (Rows::ROUTED) {
+    which.order += token0;
+  } else {
+    x += (size_t)token0 * K;
+    y += (size_t)token0 * width;
+  }
 
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp = threadIdx.x / 32, tile = warp % TILES, k_group = K_GROUPS == 1 ? 0 : warp / TILES;
@@ -143,6 +150,8 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x,
     }
   };
   // Lane (g, t) of a piece: token g, columns 8 * t to + 7.
+  const auto x_rows = which.template own<OWN_PIECES>(
+      [=](int own) { return min((own * TILES + tile) / (2 * BLOCKS) * 8 + g, tokens - 1); }, tokens);
   auto load_x = [&](int stage, int step) {
     if (step < steps) {
 #pragma unroll
@@ -151,7 +160,7 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x,
         const int block = begin + step * BLOCKS + i % (2 * BLOCKS) / 2;
         if (PIECES % TILES == 0 || i < PIECES)
           copy_async_or_zero(x_address + stage * X_STEP + i * 512,
-                             x + (size_t)min(token, tokens - 1) * K + min(block, end - 1) * 64 + i % 2 * 32 + t * 8,
+                             x + (size_t)x_rows[own] * K + min(block, end - 1) * 64 + i % 2 * 32 + t * 8,
                              token < tokens && block < end);
       }
     }
@@ -171,7 +180,7 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x,
     }
   };
 
-  launch_dependents();
+  if constexpr (!Rows::ROUTED) launch_dependents();
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++) load_weights(stage, stage);
   commit_copies();
@@ -184,7 +193,7 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x,
   if constexpr (PACKED)
     side.start(side_list(weight, N, K), row_table(weight, N, K) + first_row + lane, lane < 16, begin * 64);
 
-  wait_for_kernels_before();
+  if constexpr (!Rows::ROUTED) wait_for_kernels_before();
 
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++) load_x(stage, stage), commit_copies();
@@ -331,7 +340,7 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x,
           if (residual) sum[i] = half(add[own], i) + rounded(sum[i]);
         }
       }
-      *reinterpret_cast<uint2*>(y + (size_t)token * width + first_result + quad * 4) =
+      *reinterpret_cast<uint2*>(y + (size_t)which.y(token) * width + first_result + quad * 4) =
           make_uint2(word_of(sum[0], sum[1]), word_of(sum[2], sum[3]));
     }
   }

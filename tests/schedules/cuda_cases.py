@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from vllm_compile import ops
-from vllm_compile.schedules.cuda import FAMILIES
 from vllm_compile.schedules.cuda.build import build_library
 from vllm_compile.schedules.family import KernelFamily, Variant
+from vllm_compile.schedules.select import choose
 from vllm_compile.spec import OpSpec
 from vllm_compile.targets import cuda
 
@@ -46,7 +46,20 @@ HEADS = {  # query heads, KV heads, head size
     "mha": (4, 4, 64),
     "wide": (16, 1, 128),
     "large": (8, 4, 256),
+    "phi_3": (32, 32, 96),
+    "six_steps": (24, 4, 192),
 }
+SEEN = {  # heads, window and cap, which are smaller than the models' so that all of it shows
+    "mistral_7b": ((32, 8, 128), {"window": 513}),
+    "gemma_2": ((8, 4, 256), {"window": 100, "soft_cap": 1.5}),
+    "cap_alone": ((16, 1, 128), {"soft_cap": 0.7}),
+    "newest_alone": ((4, 4, 64), {"window": 1}),
+}
+EXPERTS = {  # experts, chosen by a token, K, width of an expert's MLP
+    "mixtral": (8, 2, 1024, 1024),
+    "qwen_3_moe": (128, 8, 512, 256),
+}
+SHARED = ((1, 32), (1, 33), (20, 52), (1, 300))  # request 0 fills a block in this step that the others share
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,7 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
         inputs, attributes = ops.EMBEDDING.sample(generator, bf16, 9, 40, 136)
         inputs["ids"] = inputs["ids"].to(dtype)
         yield Case("embedding", ops.EMBEDDING, inputs, attributes, "ids")
+    yield from experts(generator)
     for name, (heads, kv_heads, head_dim) in HEADS.items():
         for block_size in (16, 64, 128):
             for tokens in (1, 33):
@@ -97,6 +111,48 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
                 yield Case(f"{name} {batch} {block_size}", ops.PAGED_ATTENTION, *sample, "kv")
                 sample = ops.QKV_ROPE_ATTENTION.sample(generator, bf16, lengths, heads, kv_heads, head_dim, block_size)
                 yield Case(f"{name} {batch} {block_size}", ops.QKV_ROPE_ATTENTION, *sample, "kv")
+        yield from shared_blocks(name, generator, (heads, kv_heads, head_dim), {})
+    for name, (heads, seen) in SEEN.items():
+        for batch, lengths in LENGTHS.items():
+            for op in (ops.PAGED_ATTENTION, ops.QKV_ROPE_ATTENTION):
+                inputs, attributes = op.sample(generator, bf16, lengths, *heads, 16)
+                yield Case(f"{name} {batch}", op, inputs, attributes | seen, "kv")
+        yield from shared_blocks(name, generator, heads, seen)
+
+
+def experts(generator: torch.Generator) -> Iterator[Case]:
+    """Mixtures of experts: the router's linear layer, the router, gates and ups, what comes behind them."""
+    bf16 = torch.bfloat16
+    for name, (count, top_k, K, width) in EXPERTS.items():
+        for tokens in (1, 5, 20, 150):
+            inputs, _ = ops.LINEAR.sample(generator, bf16, tokens, K, 8)
+            yield Case(f"{name} {tokens}", ops.LINEAR, {key: inputs[key] for key in ("x", "weight")}, {}, "x")
+            sample = ops.ROUTE.sample(generator, bf16, tokens, count, top_k)
+            yield Case(f"{name} {tokens}", ops.ROUTE, *sample, "logits")
+            sample = ops.EXPERT_GATE_UP_SILU.sample(generator, bf16, tokens, K, width, count, top_k)
+            yield Case(f"{name} {tokens}", ops.EXPERT_GATE_UP_SILU, *sample, "x")
+            sample = ops.EXPERT_LINEAR.sample(generator, bf16, tokens, width, K, count, top_k)
+            yield Case(f"{name} {tokens}", ops.EXPERT_LINEAR, *sample, "x")
+
+
+def shared_blocks(
+    name: str, generator: torch.Generator, heads: tuple[int, int, int], seen: dict[str, Any]
+) -> Iterator[Case]:
+    """Attention where others read what request 0 fills."""
+    for op in (ops.PAGED_ATTENTION, ops.QKV_ROPE_ATTENTION):
+        inputs, attributes = op.sample(generator, torch.bfloat16, SHARED, *heads, 16)
+        yield Case(f"{name} shared", op, sharing(0, 0, 2)(inputs), attributes | seen, "kv")
+
+
+def sharing(first: int, filler: int, blocks: int) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Requests from `first` on have the first blocks of request `filler`, which is among them."""
+
+    def change(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        table = inputs["block_table"].clone()
+        table[first:, :blocks] = table[filler, :blocks]
+        return inputs | {"block_table": table}
+
+    return change
 
 
 def build(folder: Path, seed: int) -> None:
@@ -112,7 +168,7 @@ def build(folder: Path, seed: int) -> None:
 
 
 def family_of(spec: OpSpec) -> KernelFamily:
-    return next(f for f in FAMILIES if f.op == spec.op and f.serves(spec, cuda.for_chip()))
+    return choose(spec, cuda.for_chip(), lossless=False).family
 
 
 def variants_of(all_cases: list[Case]) -> dict[OpSpec, dict[str, Variant]]:
@@ -151,7 +207,7 @@ def check_case(case: Case, kernel: Any) -> list[str]:
 
     def run(inputs: dict[str, torch.Tensor], graph: bool) -> list[torch.Tensor]:
         given = {name: tensor.cuda() for name, tensor in inputs.items()}
-        outputs = [torch.full_like(result, float("nan"), device="cuda") for result in written]
+        outputs = [torch.full_like(result, poison_of(result), device="cuda") for result in written]
         call(kernel, [*given.values(), *outputs], graph)
         return [*(out.cpu()[rows] for out in outputs), *(given[name].cpu() for name in case.op.updates)]
 
@@ -164,10 +220,17 @@ def check_case(case: Case, kernel: Any) -> list[str]:
     if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(eager, run(case.inputs, True), strict=True)):
         problems.append("a replayed graph gives other bits")
     changed = case.inputs[case.changed].clone()
-    changed[slice(None) if case.changed == "kv" else slice(1)] += 4
+    if case.changed == "logits":
+        changed[:1] *= -1  # adding to all changes nothing
+    else:
+        changed[slice(None) if case.changed == "kv" else slice(1)] += 4
     if not wrong(run({**case.inputs, case.changed: changed}, graph=False)):
         problems.append("a changed input is not noticed")
     return problems
+
+
+def poison_of(result: torch.Tensor) -> float:
+    return harness.POISON[str(result.dtype).removeprefix("torch.")]
 
 
 def call(kernel: Any, tensors: list[torch.Tensor], graph: bool) -> None:

@@ -49,7 +49,8 @@ def op_spec(op: OwnOp, inputs: dict[str, torch.Tensor], attributes: dict[str, An
     copies = {name: tensor.clone() for name, tensor in inputs.items()}
     outputs = tuple(tensor_spec("x", tensor) for tensor in written(op, copies, attributes))
     named = tuple((name, tensor_spec(name, tensor)) for name, tensor in inputs.items())
-    return OpSpec(op.name, named, outputs, tuple(sorted(attributes.items())))
+    options = frozenset(name for name in op.options if name in attributes)
+    return OpSpec(op.name, named, outputs, tuple(sorted(attributes.items())), options)
 
 
 def compile_variants(

@@ -9,12 +9,12 @@ import torch
 from tests.cuda_on_host.prim_func import run_kernel
 from tests.cuda_on_host.runner import AVAILABLE
 from vllm_compile import ops
-from vllm_compile.schedules.cuda import FAMILIES
 from vllm_compile.schedules.cuda.expression import Elementwise
+from vllm_compile.schedules.select import choose
 from vllm_compile.targets import cuda
 
 from . import harness
-from .cuda_cases import mismatch, owned_rows
+from .cuda_cases import mismatch, owned_rows, sharing
 from .expressions import every_function, inputs_of, rotation, spec_of
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux")
@@ -49,21 +49,10 @@ CASES = {  # operator, arguments of its samples, the input that the negative con
     "rope_attention_shared": (ops.QKV_ROPE_ATTENTION, (((1, 33), (1, 32), (1, 33), (20, 52)), 8, 2, 64, 16), "qkv"),
     "rope_attention_shared_prefill": (ops.QKV_ROPE_ATTENTION, (((1, 20), (16, 16), (30, 46)), 8, 2, 64, 16), "qkv"),
     "rope_attention_wide_heads": (ops.QKV_ROPE_ATTENTION, (((1, 150),), 3, 1, 256, 16), "cos"),
+    "rope_attention_96": (ops.QKV_ROPE_ATTENTION, (((1, 150), (2, 20)), 2, 2, 96, 16), "qkv"),
+    "rope_attention_192": (ops.QKV_ROPE_ATTENTION, (((1, 150), (2, 20)), 6, 1, 192, 16), "qkv"),
     "attention_wide_heads": (ops.PAGED_ATTENTION, (((1, 150),), 3, 1, 256, 16), "q"),
 }
-
-
-def sharing(first, filler, blocks):
-    """Requests from `first` on have the first blocks of request `filler`, which is among them."""
-
-    def change(inputs):
-        table = inputs["block_table"].clone()
-        table[first:, :blocks] = table[filler, :blocks]
-        return inputs | {"block_table": table}
-
-    return change
-
-
 CHANGES = {  # of a case's samples, which have bf16 weights, rows of tokens, a bias
     "norm_of_heads": lambda inputs: inputs | {"x": inputs["x"].view(2, 3, 64)},
     "norm_float_weight": lambda inputs: inputs | {"weight": inputs["weight"].float()},
@@ -78,13 +67,11 @@ CHANGES = {  # of a case's samples, which have bf16 weights, rows of tokens, a b
 class OnHost:
     """One call of one operator."""
 
-    def __init__(self, case, generator):
-        self.op, sizes, self.changed = CASES[case]
-        inputs, self.attributes = self.op.sample(generator, torch.bfloat16, *sizes)
-        self.inputs = CHANGES.get(case, lambda inputs: inputs)(inputs)
-        spec = harness.op_spec(self.op, self.inputs, self.attributes)
-        family = next(f for f in FAMILIES if f.op == spec.op and f.serves(spec, TARGET))
-        self.kernels = [family.build(spec, variant.config, TARGET) for variant in family.variants(spec, TARGET)]
+    def __init__(self, op, inputs, attributes):
+        self.op, self.inputs, self.attributes = op, inputs, attributes
+        spec = harness.op_spec(op, inputs, attributes)
+        choice = choose(spec, TARGET)
+        self.kernels = [choice.family.build(spec, variant.config, TARGET) for variant in choice.variants]
 
     def expected(self):
         """Results of the reference, and what it has updated."""
@@ -108,19 +95,21 @@ class OnHost:
 
 @pytest.mark.parametrize("case", CASES)
 def test_matches_reference_in_every_order_of_threads(case, generator):
-    call = OnHost(case, generator)
+    op, sizes, name = CASES[case]
+    inputs, attributes = op.sample(generator, torch.bfloat16, *sizes)
+    call = OnHost(op, CHANGES.get(case, lambda inputs: inputs)(inputs), attributes)
     expected = call.expected()
     for kernel in call.kernels:
         results = [call.run(call.inputs, kernel, seed=seed) for seed in range(4)]
         assert not call.problems(results[0], expected)
         for result in results[1:]:
             assert all(torch.equal(ours, first) for ours, first in zip(result, results[0], strict=True))
-    changed = call.inputs[call.changed].clone()
+    changed = call.inputs[name].clone()
     if call.op is ops.EMBEDDING:
         changed[0] = (changed[0] + 4) % len(call.inputs["table"])
     else:
         changed[call.rows[-1]] += 4  # of a request with several cached tokens
-    assert call.problems(call.run({**call.inputs, call.changed: changed}, call.kernels[0]), expected)
+    assert call.problems(call.run({**call.inputs, name: changed}, call.kernels[0]), expected)
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 64), ("bfloat16", 37), ("float32", 64)])

@@ -1,0 +1,82 @@
+"""CUDA's attention as machine code, without a GPU: what windows and soft caps cost, and that others do not pay."""
+
+import re
+import shutil
+
+import pytest
+import torch
+
+from vllm_compile import ops
+from vllm_compile.errors import UnsupportedError
+from vllm_compile.schedules.cuda.build import build_library, source
+from vllm_compile.schedules.select import choose
+from vllm_compile.targets import cuda
+
+from . import harness
+from .sass import sass_of
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+TARGET = cuda.for_chip()
+HEADS = (32, 8, 128)  # of Llama 3.1 8B and Mistral 7B
+BOTH = {"window": 4096, "soft_cap": 50.0}
+CALLS = {  # operator, heads, options
+    "rope": (ops.QKV_ROPE_ATTENTION, HEADS, {}),
+    "rope_both": (ops.QKV_ROPE_ATTENTION, HEADS, BOTH),
+    "rope_gemma2": (ops.QKV_ROPE_ATTENTION, (8, 4, 256), BOTH),
+    "paged": (ops.PAGED_ATTENTION, HEADS, {}),
+    "paged_both": (ops.PAGED_ATTENTION, HEADS, BOTH),
+}
+
+
+def kernels_of(op, heads, options):
+    """Kernels for few and for many requests."""
+    inputs, attributes = op.sample(torch.Generator(), torch.bfloat16, ((1, 1),), *heads)
+    spec = harness.op_spec(op, inputs, attributes | options)
+    choice = choose(spec, TARGET)
+    return [choice.family.build(spec, variant.config, TARGET) for variant in choice.variants]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(library, resources by symbol) of the kernels for few requests, and one for many."""
+    kernels = {name: kernels_of(*call)[0] for name, call in CALLS.items()}
+    kernels["rope_both_many"] = kernels_of(*CALLS["rope_both"])[1]
+    path = tmp_path_factory.mktemp("cuda") / "kernels.so"
+    return path, build_library(kernels, TARGET, path)
+
+
+def test_nothing_is_spilled(built):
+    assert len(built[1]) == len(CALLS) + 1
+    for symbol, used in built[1].items():
+        assert used.spilled_bytes == 0, symbol
+        assert 0 < used.registers <= 255, symbol  # one block of 256 threads on a multiprocessor, or two of 128
+
+
+def test_machine_code(built):
+    code = sass_of(built[0])
+    assert code.keys() == built[1].keys()
+    for symbol, text in code.items():
+        for instruction in ("HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS", "LDSM.16.M88.4", "LDSM.16.MT88.4", "PREEXIT"):
+            assert instruction in text, f"{symbol} has no {instruction}"
+        # The cache is copied 16 bytes at a time.
+        assert not re.search(r"LDGSTS(?!\.E\.BYPASS\S*\.128)", text), symbol
+        assert not re.search(r"\b(LDL|STL)\b", text), f"{symbol} uses local memory"
+    # A cap is one exponential and one division for each of the 4 scores that a lane has of a tile.
+    for name in ("rope", "paged"):
+        special = [len(re.findall("MUFU", code[symbol])) for symbol in (name, f"{name}_both")]
+        assert special[1] - special[0] == 8, (name, special)
+
+
+def test_models_without_windows_and_caps_have_the_kernels_they_had():
+    """What is seen whole and not capped is no part of a call's source: templates have it by default."""
+    few = {name: kernels_of(*CALLS[name])[0] for name in ("rope", "rope_both")}
+    text = source(few, TARGET)
+    assert text.count("rope_attention<128, 4, 8, 8, 3, 16>(") == 1
+    assert text.count("rope_attention<128, 4, 8, 8, 3, 16, 4096, 1112014848>(") == 1  # the bits of 50
+
+
+def test_other_options_are_refused(generator):
+    inputs, attributes = ops.PAGED_ATTENTION.sample(generator, torch.bfloat16, ((1, 5),), 2, 1, 64, 16, 64)
+    spec = harness.op_spec(ops.PAGED_ATTENTION, inputs, attributes | {"shared_values": 32})
+    with pytest.raises(UnsupportedError, match="shared_values=32"):
+        choose(spec, TARGET)
