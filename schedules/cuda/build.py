@@ -27,6 +27,7 @@ from vllm_compile.toolchain import environment, find_nvcc
 
 HEADERS = Path(__file__).parent  # the device functions that kernels call
 COMPILE = "tvm_callback_cuda_compile"
+RESTRICT = "__restrict__ "
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,15 @@ class Resources:
 
 
 def source(kernels: Mapping[str, tirx.PrimFunc], target: CudaTarget) -> str:
-    """The CUDA C++ source of `kernels` (symbol -> function) and of their host functions."""
-    functions = {
-        symbol: function.with_attr("global_symbol", symbol).with_attr("tirx.noalias", True)
-        for symbol, function in sorted(kernels.items())
-    }
+    """The CUDA C++ source of `kernels` (symbol -> function) and of their host functions.
+
+    TVM declares what kernels read as written by nobody.  But kernels start while the one before them, which writes it,
+    still runs: nvcc would move loads to before they wait for it.  So no pointer is `__restrict__`.
+    """
+    functions = {symbol: function.with_attr("global_symbol", symbol) for symbol, function in sorted(kernels.items())}
     machine = tvm.target.Target(target.tvm_config(), host=tvm.target.Target({"kind": "cuda_host"}))
     with _uncompiled():
-        return export_cuda_host(tvm.compile(tvm.IRModule(functions), target=machine).mod)
+        return export_cuda_host(tvm.compile(tvm.IRModule(functions), target=machine).mod).replace(RESTRICT, "")
 
 
 @contextmanager

@@ -8,8 +8,8 @@ namespace vllm_compile {
 
 // y [tokens, 16 * VECTORS bytes] = rows `ids` of table; block t does row t.
 template <int VECTORS, int THREADS, typename Id>
-__device__ __forceinline__ void embedding(const Id* __restrict__ ids, const void* __restrict__ table,
-                                          void* __restrict__ y) {
+__device__ __forceinline__ void embedding(const Id* ids, const void* table,
+                                          void* y) {
   launch_dependents();
   wait_for_kernels_before();
   const size_t from = (size_t)ids[blockIdx.x] * VECTORS, to = (size_t)blockIdx.x * VECTORS;
@@ -18,7 +18,7 @@ __device__ __forceinline__ void embedding(const Id* __restrict__ ids, const void
 
 // y [tokens, WIDTH] = silu(x[:, :WIDTH]) * x[:, WIDTH:]; silu is rounded before it multiplies.
 template <int WIDTH, int THREADS>
-__device__ __forceinline__ void silu_mul(const void* __restrict__ x, void* __restrict__ y) {
+__device__ __forceinline__ void silu_mul(const void* x, void* y) {
   constexpr int VECTORS = WIDTH / VECTOR;
   static_assert(WIDTH % VECTOR == 0, "rows are read 16 bytes at a time");
   launch_dependents();

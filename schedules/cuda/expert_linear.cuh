@@ -11,8 +11,8 @@ namespace vllm_compile {
 // The group of this thread block, (tile of rows, TOKENS of a group, group); its count is 0 if there is none for it.
 // Which weights are wanted is known when the router's kernel is done, so nothing is requested before.
 template <int EXPERTS, int TOKENS>
-__device__ __forceinline__ Group wait_for_group(const int* __restrict__ experts, const int* __restrict__ order,
-                                                const int* __restrict__ ends, int slots) {
+__device__ __forceinline__ Group wait_for_group(const int* experts, const int* order,
+                                                const int* ends, int slots) {
   launch_dependents();
   wait_for_kernels_before();
   Group group = find_group<EXPERTS>(experts, order, ends, slots, blockIdx.z);
@@ -28,10 +28,10 @@ __device__ __forceinline__ const void* weight_of(const void* weights, int expert
 // those of `route`.  The other parameters are those of stream_linear.
 template <int TOKEN_TILES, int ROW_TILES, int WARPS, int STAGES, int PREFETCH, bool AHEAD, bool PACKED, bool GATED,
           int EXPERTS, int SHARED>
-__device__ __forceinline__ void expert_stream_linear(const __nv_bfloat16* __restrict__ x,
-                                                     const int* __restrict__ experts, const int* __restrict__ order,
-                                                     const int* __restrict__ ends, const void* __restrict__ weights,
-                                                     __nv_bfloat16* __restrict__ y, int slots, int N, int K,
+__device__ __forceinline__ void expert_stream_linear(const __nv_bfloat16* x,
+                                                     const int* experts, const int* order,
+                                                     const int* ends, const void* weights,
+                                                     __nv_bfloat16* y, int slots, int N, int K,
                                                      void* shared) {
   const Group group = wait_for_group<EXPERTS, 8 * TOKEN_TILES>(experts, order, ends, slots);
   if (group.count == 0) return;
@@ -43,10 +43,10 @@ __device__ __forceinline__ void expert_stream_linear(const __nv_bfloat16* __rest
 // The same; its parameters are those of wide_linear.
 template <int TOKENS, int ROW_GROUPS, int K_GROUPS, int CLUSTER, int BLOCKS, int STAGES, int PREFETCH, bool PACKED,
           bool GATED, int EXPERTS, int SHARED>
-__device__ __forceinline__ void expert_wide_linear(const __nv_bfloat16* __restrict__ x,
-                                                   const int* __restrict__ experts, const int* __restrict__ order,
-                                                   const int* __restrict__ ends, const void* __restrict__ weights,
-                                                   __nv_bfloat16* __restrict__ y, int slots, int N, int K,
+__device__ __forceinline__ void expert_wide_linear(const __nv_bfloat16* x,
+                                                   const int* experts, const int* order,
+                                                   const int* ends, const void* weights,
+                                                   __nv_bfloat16* y, int slots, int N, int K,
                                                    void* shared) {
   const Group group = wait_for_group<EXPERTS, TOKENS>(experts, order, ends, slots);
   if (group.count == 0) return;

@@ -110,8 +110,8 @@ class _Source:
             *values.lines,
             f"store_row(out + {_text(at)}, {result});",
         ]
-        parameters = [f"const {TYPES[tensor.dtype]}* __restrict__ {name}" for name, tensor in spec.inputs]
-        parameters.append(f"{TYPES[out.dtype]}* __restrict__ out")
+        parameters = [f"const {TYPES[tensor.dtype]}* {name}" for name, tensor in spec.inputs]
+        parameters.append(f"{TYPES[out.dtype]}* out")
         body = f"({', '.join(parameters)}) {{\n  launch_dependents();\n  wait_for_kernels_before();\n"
         body += "  const int64_t token = blockIdx.x;\n"
         body += f"  const int item = blockIdx.y * blockDim.x + threadIdx.x;\n  if (item >= {self.items}) return;\n"

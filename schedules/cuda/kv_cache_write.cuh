@@ -9,8 +9,8 @@ namespace vllm_compile {
 // k [tokens, KV_HEADS, KEY], v [tokens, KV_HEADS, VALUE]; kv [blocks, KV_HEADS, block_size, KEY + VALUE] with strides in
 // elements; slots [tokens], -1: not cached.  VALUE may be 0, where the keys hold the values too.
 template <int KV_HEADS, int KEY, int VALUE, int THREADS>
-__device__ __forceinline__ void kv_cache_write(const void* __restrict__ k, const void* __restrict__ v,
-                                               void* __restrict__ kv, const int64_t* __restrict__ slots,
+__device__ __forceinline__ void kv_cache_write(const void* k, const void* v,
+                                               void* kv, const int64_t* slots,
                                                int64_t block_size, int64_t block_stride, int64_t head_stride,
                                                int64_t token_stride) {
   constexpr int KEYS = KEY / VECTOR, VALUES = VALUE / VECTOR, ALL = KEYS + VALUES;

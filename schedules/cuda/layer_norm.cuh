@@ -8,8 +8,8 @@ namespace vllm_compile {
 
 // x, y [rows, WIDTH], weight, bias [WIDTH], either null for none; block r does row r.
 template <int WIDTH, int THREADS, typename Weight>
-__device__ __forceinline__ void layer_norm(const void* __restrict__ x, const void* __restrict__ weight,
-                                           const void* __restrict__ bias, void* __restrict__ y, float epsilon,
+__device__ __forceinline__ void layer_norm(const void* x, const void* weight,
+                                           const void* bias, void* y, float epsilon,
                                            void* shared) {
   constexpr int VECTORS = WIDTH / VECTOR, OWN = (VECTORS + THREADS - 1) / THREADS;
   static_assert(WIDTH % VECTOR == 0, "rows are read 16 bytes at a time");

@@ -11,9 +11,9 @@ namespace vllm_compile {
 
 // x, residual, total, y [rows, WIDTH], weight [WIDTH]; block r does row r.  ADD: total = residual + x is normalised.
 template <int WIDTH, int THREADS, bool ADD, typename Weight>
-__device__ __forceinline__ void rms_norm(const void* __restrict__ x, const void* __restrict__ residual,
-                                         const void* __restrict__ weight, void* __restrict__ total,
-                                         void* __restrict__ y, float epsilon, void* shared) {
+__device__ __forceinline__ void rms_norm(const void* x, const void* residual,
+                                         const void* weight, void* total,
+                                         void* y, float epsilon, void* shared) {
   constexpr int VECTORS = WIDTH / VECTOR, OWN = (VECTORS + THREADS - 1) / THREADS;
   static_assert(WIDTH % VECTOR == 0, "rows are read 16 bytes at a time");
   const size_t row = (size_t)blockIdx.x * VECTORS;

@@ -59,7 +59,7 @@ struct CachedTokens {
 template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int STAGES, int SHORT_TILES, int WINDOW, uint32_t SOFT_CAP,
           class Tokens>
 __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& paged,
-                                       const int* __restrict__ query_start_loc, void* __restrict__ out, float scale,
+                                       const int* query_start_loc, void* out, float scale,
                                        void* shared) {
   constexpr int HEADS = KV_HEADS * GROUP, THREADS = 32 * WARPS;
   constexpr int CHUNKS = HEAD_DIM / 4;                     // 16 bytes each, of a token's K and V
@@ -355,9 +355,9 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
 // q, out [tokens, KV_HEADS * GROUP, HEAD_DIM]; the cache holds all tokens.
 template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int STAGES, int SHORT_TILES, int WINDOW = 0,
           uint32_t SOFT_CAP = 0>
-__device__ __forceinline__ void paged_attention(const void* __restrict__ q, const void* __restrict__ kv,
-                                                const int* __restrict__ block_table, const int* __restrict__ seq_lens,
-                                                const int* __restrict__ query_start_loc, void* __restrict__ out,
+__device__ __forceinline__ void paged_attention(const void* q, const void* kv,
+                                                const int* block_table, const int* seq_lens,
+                                                const int* query_start_loc, void* out,
                                                 float scale, int block_size, int table_width, int64_t block_stride,
                                                 int64_t head_stride, int64_t token_stride, void* shared) {
   attend<HEAD_DIM, GROUP, KV_HEADS, WARPS, STAGES, SHORT_TILES, WINDOW, SOFT_CAP>(

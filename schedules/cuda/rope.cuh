@@ -29,8 +29,8 @@ __device__ __forceinline__ uint4 turned_vector(const uint4& own, const uint4& ot
 // Vectors `part` of both halves of head `head` of a token, of qkv [tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM]: of
 // queries and keys they are turned by cos, sin [tokens, HEAD_DIM], values are as they were.
 template <int HEADS, int KV_HEADS, int HEAD_DIM>
-__device__ __forceinline__ void load_halves(uint4& low, uint4& high, const void* __restrict__ qkv,
-                                            const void* __restrict__ cos, const void* __restrict__ sin, size_t token,
+__device__ __forceinline__ void load_halves(uint4& low, uint4& high, const void* qkv,
+                                            const void* cos, const void* sin, size_t token,
                                             int head, int part) {
   constexpr int HALF = HEAD_DIM / 2 / VECTOR;  // vectors of half a head
   static_assert(HEAD_DIM % (2 * VECTOR) == 0, "half heads are read 16 bytes at a time");

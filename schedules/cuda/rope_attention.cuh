@@ -77,11 +77,11 @@ struct ProjectedTokens {
 // out [tokens, GROUP * KV_HEADS, HEAD_DIM]; a request's tokens have their slots where its block table says, or none.
 template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int STAGES, int SHORT_TILES, int WINDOW = 0,
           uint32_t SOFT_CAP = 0>
-__device__ __forceinline__ void rope_attention(const void* __restrict__ qkv, const void* __restrict__ cos,
-                                               const void* __restrict__ sin, void* kv,
-                                               const int64_t* __restrict__ slots, const int* __restrict__ block_table,
-                                               const int* __restrict__ seq_lens,
-                                               const int* __restrict__ query_start_loc, void* __restrict__ out,
+__device__ __forceinline__ void rope_attention(const void* qkv, const void* cos,
+                                               const void* sin, void* kv,
+                                               const int64_t* slots, const int* block_table,
+                                               const int* seq_lens,
+                                               const int* query_start_loc, void* out,
                                                float scale, int block_size, int table_width, int64_t block_stride,
                                                int64_t head_stride, int64_t token_stride, void* shared) {
   attend<HEAD_DIM, GROUP, KV_HEADS, WARPS, STAGES, SHORT_TILES, WINDOW, SOFT_CAP>(

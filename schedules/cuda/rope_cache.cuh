@@ -11,9 +11,9 @@ namespace vllm_compile {
 // qkv [tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM], cos, sin [tokens, HEAD_DIM], q [tokens, HEADS, HEAD_DIM];
 // kv [blocks, KV_HEADS, block_size, 2 * HEAD_DIM] with strides in elements; slots [tokens], -1: not cached.
 template <int HEADS, int KV_HEADS, int HEAD_DIM, int THREADS>
-__device__ __forceinline__ void rope_cache(const void* __restrict__ qkv, const void* __restrict__ cos,
-                                           const void* __restrict__ sin, void* __restrict__ kv,
-                                           const int64_t* __restrict__ slots, void* __restrict__ q, int64_t block_size,
+__device__ __forceinline__ void rope_cache(const void* qkv, const void* cos,
+                                           const void* sin, void* kv,
+                                           const int64_t* slots, void* q, int64_t block_size,
                                            int64_t block_stride, int64_t head_stride, int64_t token_stride) {
   constexpr int HALF = HEAD_DIM / 2 / VECTOR;  // vectors of half a head
   constexpr int ALL = HEADS + 2 * KV_HEADS;

@@ -33,8 +33,8 @@ __device__ __forceinline__ uint32_t peers_of(int expert) {
 
 // logits [tokens, EXPERTS]; experts, scores, order, ends [tokens, TOP_K].  `shared` holds (WARPS + 2) * EXPERTS integers.
 template <int EXPERTS, int TOP_K, bool NORMALISE, int WARPS, typename Logit>
-__device__ __forceinline__ void route(const Logit* __restrict__ logits, int* experts, float* __restrict__ scores,
-                                      int* __restrict__ order, int* __restrict__ ends, int tokens, void* shared) {
+__device__ __forceinline__ void route(const Logit* logits, int* experts, float* scores,
+                                      int* order, int* ends, int tokens, void* shared) {
   constexpr int OWN = (EXPERTS + 31) / 32, THREADS = 32 * WARPS;
   static_assert(TOP_K <= 32 && TOP_K <= EXPERTS, "a lane has one of the chosen");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -8,9 +8,9 @@ namespace vllm_compile {
 
 // x [tokens, K], weight [N, K], bias [N] and residual [tokens, N], which may be null, y [tokens, N]: of eight K at a time.
 template <int N, int K, int WARPS>
-__device__ __forceinline__ void row_linear(const void* __restrict__ x, const void* __restrict__ weight,
-                                           const void* __restrict__ bias_or_null,
-                                           const void* __restrict__ residual_or_null, __nv_bfloat16* __restrict__ y) {
+__device__ __forceinline__ void row_linear(const void* x, const void* weight,
+                                           const void* bias_or_null,
+                                           const void* residual_or_null, __nv_bfloat16* y) {
   const __nv_bfloat16* const bias = static_cast<const __nv_bfloat16*>(bias_or_null);
   const __nv_bfloat16* const residual = static_cast<const __nv_bfloat16*>(residual_or_null);
   constexpr int VECTORS = K / VECTOR;

@@ -57,8 +57,8 @@ struct Group {
 // Of the groups that `route` has made (experts, order, ends [slots]): number `number`, or that of the expert of this
 // number, where there are no fewer slots than experts.  None: count is 0.  Called by a whole warp.
 template <int EXPERTS>
-__device__ __forceinline__ Group find_group(const int* __restrict__ experts, const int* __restrict__ order,
-                                            const int* __restrict__ ends, int slots, int number) {
+__device__ __forceinline__ Group find_group(const int* experts, const int* order,
+                                            const int* ends, int slots, int number) {
   const int lane = threadIdx.x % 32;
   if (slots < EXPERTS) {  // a group begins where another ends
     for (int from = 0; from < slots; from += 32) {

@@ -29,10 +29,10 @@ namespace vllm_compile {
 // Rows says which of x and y those of the tokens are (rows.cuh): a dense layer's, or those of an expert's group.
 template <int TOKEN_TILES, int ROW_TILES, int WARPS, int STAGES, int PREFETCH, bool AHEAD, bool PACKED, bool GATED,
           class Rows = DenseRows>
-__device__ __forceinline__ void stream_linear(const __nv_bfloat16* __restrict__ x, const void* __restrict__ weight,
-                                              const void* __restrict__ bias_or_null,
-                                              const void* __restrict__ residual_or_null,
-                                              __nv_bfloat16* __restrict__ y, int tokens, int N, int K, void* shared,
+__device__ __forceinline__ void stream_linear(const __nv_bfloat16* x, const void* weight,
+                                              const void* bias_or_null,
+                                              const void* residual_or_null,
+                                              __nv_bfloat16* y, int tokens, int N, int K, void* shared,
                                               Rows which = Rows{}) {
   const __nv_bfloat16* const bias = static_cast<const __nv_bfloat16*>(bias_or_null);
   const __nv_bfloat16* residual = static_cast<const __nv_bfloat16*>(residual_or_null);

@@ -87,9 +87,9 @@ struct Side {
 // Rows says which of x and y those of the tokens are (rows.cuh): a dense layer's, or those of an expert's group.
 template <int TOKENS, int ROW_GROUPS, int K_GROUPS, int CLUSTER, int BLOCKS, int STAGES, int PREFETCH, bool PACKED, bool GATED,
           class Rows = DenseRows>
-__device__ __forceinline__ void wide_linear(const __nv_bfloat16* __restrict__ x, const void* __restrict__ weight,
-                                            const void* __restrict__ bias_or_null,
-                                            const void* __restrict__ residual_or_null, __nv_bfloat16* __restrict__ y,
+__device__ __forceinline__ void wide_linear(const __nv_bfloat16* x, const void* weight,
+                                            const void* bias_or_null,
+                                            const void* residual_or_null, __nv_bfloat16* y,
                                             int tokens, int N, int K, void* shared, Rows which = Rows{}) {
   constexpr int V = BLOCK_VECTORS<PACKED>;
   constexpr int TILES = 4 * ROW_GROUPS;      // of 16 rows, one a warp

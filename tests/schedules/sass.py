@@ -18,3 +18,10 @@ def sass_of(library: Path) -> dict[str, str]:
     text = subprocess.run([cuobjdump, "--dump-sass", str(library)], check=True, capture_output=True, text=True).stdout
     parts = re.split(r"Function : (\w+)_kernel\n", text)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def loads_before_waiting(code: str) -> list[str]:
+    """Loads to registers that come before the wait for the kernels before: of nothing that those may still write."""
+    early, wait, _ = code.partition("ACQBULK")
+    assert wait, "it does not wait at all"
+    return re.findall(r"LDG\.\S+", early)

@@ -13,7 +13,7 @@ from vllm_compile.schedules.select import choose
 from vllm_compile.targets import cuda
 
 from . import harness
-from .sass import sass_of
+from .sass import loads_before_waiting, sass_of
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 TARGET = cuda.for_chip()
@@ -58,6 +58,9 @@ def test_machine_code(built):
     for symbol, text in code.items():
         for instruction in ("HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS", "LDSM.16.M88.4", "LDSM.16.MT88.4", "PREEXIT"):
             assert instruction in text, f"{symbol} has no {instruction}"
+        # The program's arguments: of each request where its tokens and cached ones end.
+        early = loads_before_waiting(text)
+        assert len(early) <= 4 and set(early) <= {"LDG.E"}, (symbol, early)  # noqa: PT018
         # The cache is copied 16 bytes at a time.
         assert not re.search(r"LDGSTS(?!\.E\.BYPASS\S*\.128)", text), symbol
         assert not re.search(r"\b(LDL|STL)\b", text), f"{symbol} uses local memory"

@@ -19,7 +19,7 @@ from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets import cuda
 
 from . import harness
-from .sass import sass_of
+from .sass import loads_before_waiting, sass_of
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux")
 TARGET = cuda.for_chip()
@@ -247,6 +247,7 @@ def test_machine_code(tmp_path):
     assert resources.keys() == kernels.keys()
     assert not any(used.spilled_bytes or used.serialized for used in resources.values())
     code = sass_of(tmp_path / "kernels.so")
+    assert not any(loads_before_waiting(text) for text in code.values())
     products = {"gates_few": "HMMA.16816.F32.BF16", "gates_many": "HGMMA.64x64x16.F32.BF16"}
     products |= {name.replace("gates", "downs"): product for name, product in products.items()}
     for symbol, product in products.items():

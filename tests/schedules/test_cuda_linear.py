@@ -25,7 +25,7 @@ from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets import cuda, resolve
 
 from . import harness
-from .sass import sass_of
+from .sass import loads_before_waiting, sass_of
 
 TARGET = cuda.for_chip()
 N, K = 512, 576  # 9 blocks of 64: no multiple of the warps
@@ -112,6 +112,9 @@ def test_machine_code_has_what_the_kernels_are_about(machine_code, built):
         assert not re.search(r"\b(LDL|STL)\b", code), f"{symbol} uses local memory"
         # The weights of a lossless kernel are on their way before the kernel waits for the one before it.
         assert code.index("LDGSTS") < code.index("ACQBULK"), symbol
+        # Of a lossless weight's table of rows, words: of x, residual and bias nothing.
+        early = loads_before_waiting(code)
+        assert set(early) <= {"LDG.E"} if kind == "lossless" else not early, (symbol, early)
 
 
 def test_library_needs_the_ffi_abi_alone(built):
