@@ -106,9 +106,12 @@ class _ExpertFamily(KernelFamily):
         return {"weight": weight_layout(spec, target, self.gated, lossless=False)}
 
     def variants(self, spec: OpSpec, target: Target) -> Sequence[Variant]:
-        """One token's groups are single rows; with more tokens, the tile for many rows."""
-        of_linear = default_variants(spec, target, self.gated, lossless=False)
-        few, many = of_linear[0].config, {**of_linear[-1].config, "many": False}
+        """One token's groups are single rows; with more tokens, tiles for many rows.
+
+        They do not ask for the next block: the one after it may be another expert's.
+        """
+        of_linear = [variant.config for variant in default_variants(spec, target, self.gated, lossless=False)]
+        few, many = of_linear[0], next(c for c in of_linear if c["rows"] == of_linear[-1]["rows"])
         return (Variant(1, few), Variant(2, many)) if few != many else (Variant(1, few),)
 
 

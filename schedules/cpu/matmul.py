@@ -70,6 +70,7 @@ class Product:
         self.stored = stored_weight(spec, target, gated, config["lossless"])
         self.tile = Tile(words, self.K, config["rows"], config["panels"])
         self.panels, self._whole = panel_count(spec, target, gated), self.K // words.size
+        self._per_pass = max(1, min(config["words"], self._whole))
         assert self.tile.panels % self.group == 0, config
         assert self.tile.panels <= self.panels, (config, self.panels)
 
@@ -110,8 +111,8 @@ class Product:
         """
         tile, group, v = self.tile, self.group, self.tile.words.vectors
         rows, panels, many = tile.rows, tile.panels, self._config["many"]
-        per_pass = min(self._config["words"], self._whole)
-        passes = -(-self._whole // per_pass)
+        per_pass = self._per_pass
+        passes = max(1, -(-self._whole // per_pass))
         waiting = scratch((CHUNK if passes > 1 else 1) * rows * panels * v.lanes, "float32")
         with T.serial(0, T.int64(passes)) as n:
             begin, end = T.Bind(n * per_pass), T.Bind(T.min((n + 1) * per_pass, T.int64(self._whole)))
@@ -155,14 +156,16 @@ class Product:
         self, weights: Weights, w_panel: tirx.Expr, begin: tirx.Expr, end: tirx.Expr, tiles: tirx.Expr
     ) -> Callable[[tirx.Expr], Prefetch]:
         """How tile i of rows asks for what follows these words of K: all tiles but the first do, for the same share."""
-        per_pass = T.int64(self._config["words"])
         last = T.Bind(end == self._whole)
         panel = T.Bind(w_panel + T.Select(last, T.int64(self.tile.panels), T.int64(0)))
-        lines = weights.lines(panel, T.Bind(T.Select(last, T.int64(0), end)), self._config["words"])
+        lines = weights.lines(panel, T.Bind(T.Select(last, T.int64(0), end)), self._per_pass)
         share = T.Bind(T.ceildiv(T.int64(lines.count), T.max(tiles - 1, T.int64(1))))
 
         def of_tile(i: tirx.Expr) -> Prefetch:
-            return lambda word: lines.prefetch((i - 1) * share + T.truncdiv((word - begin) * share, per_pass))
+            def ask(word: tirx.Expr) -> None:
+                lines.prefetch((i - 1) * share + T.truncdiv((word - begin) * share, T.int64(self._per_pass)))
+
+            return ask
 
         return of_tile
 

@@ -44,7 +44,8 @@ def _shapes(spec: OpSpec, target: Target, gated: bool) -> list[tuple[int, int]]:
     step = 2 if gated else 1
 
     def fits(rows: int, panels: int) -> bool:
-        # A vector for each panel's weights and one for a row's x; widened, two for each and one for a mask.
+        # A vector for each panel's weights and one for a row's x; widened, two for each and one for a mask.  (Lossless
+        # weights come four vectors at a time: UNPACKED_PANELS.)
         operands = 2 * (panels + 1) + 1 if words.widened else panels + 1
         return rows * panels <= registers * 3 // 4 and rows * panels + operands <= registers
 

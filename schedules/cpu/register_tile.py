@@ -59,7 +59,8 @@ class Tile:
     def _step(self, sums: Sums, w: Block, first, load: Callable[[int, tirx.Expr], tirx.Expr]) -> None:
         """The products of words from `first` on with those of x, load(r, k).
 
-        Vectors of weights wait in registers, words of x are used up as they come: there are fewer panels than rows.
+        Vectors of weights wait in registers, words of x are used up as they come: the largest tiles have more rows than
+        panels.
         """
         v = self.words.vectors
         weights = [[T.Bind(weight) for weight in w.read(p, first)] for p in range(self.panels)]

@@ -71,10 +71,13 @@ def test_matches_reference_in_every_batch(target, dtype, K, N, bias, residual, g
     )
 
 
-@pytest.mark.parametrize(("N", "bias", "residual"), [(83, True, False), (96, False, True), (5, False, False)])
-def test_optional_inputs_and_few_outputs(N, bias, residual, generator, tmp_path):
+@pytest.mark.parametrize(
+    ("K", "N", "bias", "residual"),
+    [(64, 83, True, False), (64, 96, False, True), (64, 5, False, False), (1, 16, False, False)],
+)
+def test_optional_inputs_and_few_outputs(K, N, bias, residual, generator, tmp_path):
     target = HOST
-    inputs = sample(generator, torch.bfloat16, 9, 64, N, bias, residual)
+    inputs = sample(generator, torch.bfloat16, 9, K, N, bias, residual)
     spec = harness.op_spec(LINEAR, inputs, {})
     kernel = compile_family(FAMILY, spec, target, tmp_path, min_tokens=1)[1]
     harness.assert_matches(

@@ -1,5 +1,7 @@
 """Lossless panels: every bit is stored, and kernels that unpack them give what plain weights give, to the last bit."""
 
+import dataclasses
+
 import pytest
 import torch
 import tvm_ffi
@@ -17,7 +19,7 @@ from .levels import HOST, TARGETS
 
 LAYOUTS = [LosslessPanels(lanes, gated) for lanes in (8, 16) for gated in (False, True)]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-TOKENS = (1, 2, 5, 12, 40)
+TOKENS = (1, 2, 5, 12, 139)
 
 
 def restored(packed, layout, N, K):
@@ -184,6 +186,24 @@ def test_every_configuration_of_the_space(generator, tmp_path):
         expected = harness.results(LINEAR, inputs, {})
         for i in range(len(configs)):
             harness.assert_matches(LINEAR, harness.run(module[f"k{i}"], family, spec, HOST, inputs), expected)
+
+
+@pytest.mark.parametrize(("op", "family"), [(LINEAR, Linear), (GATE_UP_SILU, GateUpSilu)], ids=["linear", "gate_up"])
+def test_passes_over_a_long_k_keep_the_bits(op, family, generator, tmp_path):
+    """Of words that the first tile of rows keeps for the others, too."""
+    family, inputs = family(packed=True), sample(op, generator, 150, 2048, 96)
+    spec = harness.op_spec(op, inputs, {})
+    results = []
+    for l2_bytes in (1 << 30, 1 << 15):
+        sized = dataclasses.replace(HOST, l2_bytes=l2_bytes)
+        config = family.variants(spec, sized)[-1].config
+        assert config["many"]
+        build_library({"k": family.build(spec, config, sized)}, sized, tmp_path / f"{l2_bytes}.so")
+        kernel = tvm_ffi.load_module(str(tmp_path / f"{l2_bytes}.so"))["k"]
+        results.append(harness.run(kernel, family, spec, sized, inputs)[0])
+    assert config["words"] < 1024
+    harness.assert_matches(op, results[1:], harness.results(op, inputs, {}))
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(("N", "K", "dtype"), [(90, 64, "bfloat16"), (96, 60, "bfloat16"), (96, 64, "float32")])
