@@ -16,6 +16,7 @@ from vllm_compile.canonical import canonical, sha256
 from vllm_compile.errors import DatabaseError
 from vllm_compile.schedules.database import (
     How,
+    Schedule,
     State,
     Times,
     Verdict,
@@ -181,6 +182,14 @@ def test_what_is_no_record_is_refused_though_its_digest_is_right(database, capsy
     if table is records:
         with pytest.raises(ValueError, match=r"JSON|configuration|Expecting"):
             replace(made.schedule, text=text)
+
+
+@pytest.mark.parametrize("config", [{}, {"config": 5}])
+def test_a_trace_of_a_family_has_a_configuration(config):
+    content = {"trace": [], "target": {}, "arguments": []}
+    Schedule.trace(content)
+    with pytest.raises(ValueError, match="neither a kernel family's configuration nor a trace"):
+        Schedule.trace({**content, "family": "cpu.linear", **config})
 
 
 def test_migrations_make_the_schema(database):
