@@ -13,12 +13,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from tests.conftest import SEED
 from vllm_compile.errors import DatabaseError, LeaseLostError
 from vllm_compile.schedules.database import open_database, tasks
 from vllm_compile.schedules.database.bundle import all_records
+from vllm_compile.schedules.database.schema import targets
 from vllm_compile.schedules.database.schema import tasks as table
 from vllm_compile.schedules.database.tasks import (
     TaskState,
@@ -274,6 +275,19 @@ def test_a_machines_task_whose_worker_died_waits_for_such_a_machine(database):
     time.sleep(0.1)
     assert lease(database, "b", [KIND], 60, [CPU]) is None
     assert lease(database, "c", [KIND], 60, [CPU, H200]).attempt == 2
+
+
+def test_a_damaged_machine_keeps_nobody_from_others(database):
+    """Its own tasks wait; `db stats` says which row it is."""
+    for n, machine in enumerate((BOARD, CPU)):
+        submit(database, KIND, [n], machine=machine)
+    with database.engine.begin() as connection:
+        number = connection.scalar(select(targets.c.id).where(targets.c.text == BOARD.text))
+        connection.execute(update(targets).where(targets.c.id == number).values(text="{}"))
+    assert lease(database, "a", [KIND], 60, [BOARD, CPU]).payload == 1
+    assert lease(database, "a", [KIND], 60, [BOARD, CPU]) is None
+    with pytest.raises(DatabaseError, match=f"machine {number} is not what was committed"):
+        waiting_for(database)
 
 
 def test_who_waits_for_what(database):
