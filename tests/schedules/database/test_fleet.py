@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -293,7 +293,16 @@ def test_a_damaged_machine_keeps_nobody_from_others(database):
 def test_who_waits_for_what(database):
     submit(database, KIND, [1, 2])
     submit(database, KIND, [3], machine=BOARD)
-    submit(database, KIND, [4], machine=replace(BOARD, tvm="older"))
-    assert waiting_for(database) == {"any": 2, "cpu x86-64-v4 slate": 2}
+    submit(database, KIND, [4, 5], machine=replace(BOARD, tvm="older"))
+    board = "cpu x86-64-v4 slate, tvm"
+    waiting = {"any": 2, f"{board} {BOARD.tvm}, intrinsics 1": 1, f"{board} older, intrinsics 1": 2}
+    assert waiting_for(database) == waiting, "whoever has such a board sees what is different"
     lease(database, "a", [KIND], 60, [BOARD])
-    assert waiting_for(database) == {"any": 1, "cpu x86-64-v4 slate": 2}
+    assert waiting_for(database) == waiting | {"any": 1}
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(H200)])
+def test_what_is_said_of_a_machine_tells_it_from_others(field):
+    other = replace(H200, **{field: type(getattr(H200, field))(7)})
+    assert not H200.describes(other)
+    assert H200.summary() != other.summary()
