@@ -32,6 +32,7 @@ CUDA = [*NOTHING, "--target", "cuda"]
         ([*NOTHING, "--target", "cpu", "--build", "x"], "--target cpu and --build"),
         ([*NOTHING, "--submit", "--traces", "8"], "--submit and --traces"),
         ([*NOTHING, "--submit", "--budget", "10m"], "--submit and --budget contradict each other: workers go on"),
+        ([*NOTHING, "--submit", "--budget", "0"], "--submit and --budget"),
         ([*NOTHING, "--board", "slate"], "--board needs --submit: boards take tasks from the queue"),
         ([*NOTHING, "--target", "rocm", "--submit"], "--target rocm and --submit contradict each other: a model of"),
         ([*NOTHING, "--target", "gfx950", "--build", "x"], "--target gfx950 and --build"),

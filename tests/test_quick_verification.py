@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from vllm_compile import quick_verification
+from vllm_compile import quick_verification, verify
 
 TOLD = f"read line; echo {quick_verification.REFERENCES}"
 OUTCOMES = {
@@ -29,3 +31,15 @@ def test_what_ends_early(script, outcome, reason, tmp_path, monkeypatch):
         found = verdict()
     assert found["outcome"] == outcome
     assert re.search(reason, found["reason"])
+
+
+def test_references_that_print_are_known_to_have_run(monkeypatch, capfd):
+    """Part of a line, say: the crash of a kernel after them is told from their own."""
+    monkeypatch.setattr(verify, "run_references", lambda *_, **__: print("loading", end=""))
+    monkeypatch.setattr(verify, "compare", lambda *_: (_ for _ in ()).throw(ZeroDivisionError))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the artifact is whole\n"))
+    with pytest.raises(ZeroDivisionError):
+        quick_verification.main(["artifact", "model", "cpu"])
+    printed = capfd.readouterr().out
+    assert quick_verification._verdict(-11, printed, "")["outcome"] == "fail"
+    assert quick_verification._verdict(-11, "loading", "")["outcome"] == "not-run"

@@ -152,9 +152,9 @@ def _searched(
     signal.signal(signal.SIGINT, end)
     executor, trials, began = _executor(method), _trials(), time.monotonic()
 
-    def widen(task: Task, over: Callable[[], bool]) -> Task:
+    def widen(task: Task, over: Callable[[], bool]) -> tuple[Task, Callable[[], None]]:
         if not any(wanted.traces for wanted in task.ranges):
-            return task
+            return task, lambda: None
         from .schedules.tuning.evolve import evolved
 
         return evolved(task, database, trials, over)

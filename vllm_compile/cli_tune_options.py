@@ -87,7 +87,7 @@ def seconds_of(text: str) -> float:
 
 def check(options: argparse.Namespace, kind: str = "") -> None:
     """Raise VllmCompileError if some of the options contradict each other, or a target of this kind."""
-    given = {name for name, value in vars(options).items() if value not in (None, False, [])}
+    given = {name for name, value in vars(options).items() if not (value is None or value is False or value == [])}
     for name in (name for name in REFUSED if name in given or name == kind):
         what = f"--target {options.target or DEFAULTS['target']}" if name == kind else _option(name)
         for others, reason in REFUSED[name]:

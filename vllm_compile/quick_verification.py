@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
     references = run_references(Path(artifact), Path(model), target, int(seed[0]) if seed else None, quick=True)
     if not sys.stdin.readline():
         return 1  # whoever compiled is gone
-    print(REFERENCES, flush=True)
+    print("\n" + REFERENCES, flush=True)  # in a line of its own, whatever the references have printed
     print(json.dumps(asdict(compare(Path(artifact), references))))
     return 0
 

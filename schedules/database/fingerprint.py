@@ -57,8 +57,10 @@ class Fingerprint:
         return Fingerprint(**content)
 
     def summary(self) -> str:
-        """For people: `cuda sm_90a NVIDIA H200`."""
-        return " ".join(part for part in (self.kind, self.arch, self.device) if part)
+        """For people, all that is known: `cuda sm_90a NVIDIA H200, cores 132, driver 580.82, tvm 0.27.0`."""
+        name = [part for part in (self.kind, self.arch, self.device) if part]
+        rest = [field.name for field in fields(self) if field.name not in ("kind", "arch", "device")]
+        return ", ".join([" ".join(name), *(f"{each} {value}" for each in rest if (value := getattr(self, each)))])
 
     def describes(self, machine: Fingerprint) -> bool:
         """True if `machine` is this one, as far as this one is known."""

@@ -39,14 +39,24 @@ def first_visible() -> Gpu | None:
     Of different GPUs CUDA's device 0 is the fastest, unless CUDA_DEVICE_ORDER=PCI_BUS_ID: an index names none of them.
     https://docs.nvidia.com/cuda/cuda-c-programming-guide/index.html#cuda-environment-variables
     """
+    found = _first()
+    return found[0] if len(found) == 1 else None
+
+
+def is_ambiguous() -> bool:
+    """True where there are GPUs, any of which might be CUDA's device 0: `first_visible` gives none then."""
+    return len(_first()) > 1
+
+
+def _first() -> Sequence[Gpu]:
+    """Those that may be CUDA's device 0."""
     gpus = _gpus()
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
     if first.isdecimal():
         by_bus = len({gpu.name for gpu in gpus}) == 1 or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
-        named = [gpu for gpu in gpus if gpu.index == int(first) and by_bus]
-    else:
-        named = [gpu for gpu in gpus if first and gpu.uuid.startswith(first)]
-    return named[0] if len(named) == 1 else None
+        named = [gpu for gpu in gpus if gpu.index == int(first)]
+        return named if by_bus or not named else gpus
+    return [gpu for gpu in gpus if first and gpu.uuid.startswith(first)]
 
 
 def _gpus() -> Sequence[Gpu]:

@@ -56,7 +56,8 @@ def lookup(
 
     Machines: first exactly this one, then fresh records of the same kind and architecture, then stale ones; never
     another architecture.  Of those, promoted schedules come first, then verified ones, then candidates; of these the
-    fastest.  Estimates are given only if `hows` names them, after what it names before them.
+    fastest.  Estimates are given only if `hows` names them, after what it names before them.  `usable` is asked outside
+    of transactions: it may take its time.
 
     Raises:
         DatabaseError: the record found is damaged.
@@ -66,13 +67,13 @@ def lookup(
         if workload_id is None:
             return None
         exact, fresh, stale = _machines(connection, target, database.name)
-        for how in hows:
-            for machines in (exact, fresh, stale):
-                for row in _in_order(connection, workload_id, list(machines), how):
-                    record, state = record_of(row, database.name)
-                    if usable(record):
-                        match = Match.EXACT if machines is exact else Match.ARCHITECTURE
-                        return Answer(record, state, match, target.changed_since(record.target))
+    for how in hows:
+        for machines in (exact, fresh, stale):
+            for row in _in_order(database, workload_id, list(machines), how):
+                record, state = record_of(row, database.name)
+                if usable(record):
+                    match = Match.EXACT if machines is exact else Match.ARCHITECTURE
+                    return Answer(record, state, match, target.changed_since(record.target))
     return None
 
 
@@ -83,7 +84,7 @@ def _machines(connection: Connection, target: Fingerprint, name: str) -> tuple[s
     fresh: set[int] = set()
     stale: set[int] = set()
     for row in connection.execute(alike):
-        other = machine_of(row.text, name)
+        other = machine_of(row, name)
         group = exact if other == target else stale if target.changed_since(other) else fresh
         group.add(row.id)
     return exact, fresh, stale
@@ -112,11 +113,15 @@ def _preferred() -> Select[Any]:
 PREFERRED = _preferred()  # built once: that takes longer than to run it
 
 
-def _in_order(connection: Connection, workload_id: int, machines: Sequence[int], how: How) -> Iterator[Any]:
-    """Rows by preference: the first by an index; the others, which hardly anybody asks for, by looking through all."""
+def _in_order(database: Database, workload_id: int, machines: Sequence[int], how: How) -> Iterator[Any]:
+    """Rows by preference: the first by an index; the others, which hardly anybody asks for, by looking through all.
+
+    No transaction is open while the caller looks at one.
+    """
     if not machines:
         return
-    first = connection.execute(PREFERRED, {"workload": workload_id, "machines": machines, "how": how}).first()
+    with database.reading() as connection:
+        first = connection.execute(PREFERRED, {"workload": workload_id, "machines": machines, "how": how}).first()
     if first is None:
         return
     yield first
@@ -127,4 +132,6 @@ def _in_order(connection: Connection, workload_id: int, machines: Sequence[int],
         .where(records.c.state.in_(PREFERENCE), records.c.id != first.id)
         .order_by(rank, records.c.median_us, records.c.id)
     )
-    yield from connection.execute(others)
+    with database.reading() as connection:
+        rows = connection.execute(others).all()
+    yield from rows

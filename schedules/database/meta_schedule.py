@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tvm
 import tvm_ffi
-from sqlalchemy import Connection, Select, select
+from sqlalchemy import Select, select
 from tvm.ir.utils import derived_object
 from tvm.s_tir.meta_schedule.database import PyDatabase, TuningRecord
 from tvm.s_tir.meta_schedule.database import Workload as TvmWorkload
@@ -68,13 +68,11 @@ class MetaScheduleDatabase(PyDatabase):
         self._space = space
 
     def has_workload(self, mod: tvm.IRModule) -> bool:
-        with self._database.reading() as connection:
-            return bool(self._same(connection, mod))
+        return bool(self._same(mod))
 
     def commit_workload(self, mod: tvm.IRModule) -> TvmWorkload:
-        with self._database.reading() as connection:
-            for _, text in self._same(connection, mod):
-                return _to_tvm(text)
+        for _, text in self._same(mod):
+            return _to_tvm(text)
         workload = TvmWorkload(mod)
         if self._database.writable:  # TVM calls this for each query too
             new = _from_tvm(workload)
@@ -89,8 +87,7 @@ class MetaScheduleDatabase(PyDatabase):
             return
         trace, _, target, arguments = plain(record.as_json())
         p10, median, p90 = np.percentile(np.array(seconds) * 1e6, (10, 50, 90)).tolist()
-        with self._database.reading() as connection:
-            same = self._same(connection, record.workload.mod)
+        same = self._same(record.workload.mod)
         workload = Workload.from_text(same[0][1]) if same else _from_tvm(record.workload)
         new = Record(
             workload,
@@ -106,21 +103,22 @@ class MetaScheduleDatabase(PyDatabase):
         store.commit(self._database, [new])
 
     def get_top_k(self, workload: TvmWorkload, top_k: int) -> list[TuningRecord]:
-        with self._database.reading() as connection:
-            numbers = [number for number, _ in self._same(connection, workload.mod)]
-            return self._load(connection, records.c.workload_id.in_(numbers), limit=top_k)
+        numbers = [number for number, _ in self._same(workload.mod)]
+        return self._load(records.c.workload_id.in_(numbers), limit=top_k)
 
     def get_all_tuning_records(self) -> list[TuningRecord]:
-        with self._database.reading() as connection:
-            return self._load(connection)
+        return self._load()
 
     def __len__(self) -> int:
         return len(self.get_all_tuning_records())
 
-    def _same(self, connection: Connection, mod: tvm.IRModule) -> Sequence[tuple[int, str]]:
+    # TVM's part is done outside of transactions, which keep others from writing to a SQLite file.
+
+    def _same(self, mod: tvm.IRModule) -> Sequence[tuple[int, str]]:
         """Id and text of each workload stored that equals the module: several, where databases were merged."""
         key = Workload.of_module(_hash(mod), "").key
-        rows = connection.execute(select(workloads.c.id, workloads.c.text).where(workloads.c.digest == key))
+        with self._database.reading() as connection:
+            rows = connection.execute(select(workloads.c.id, workloads.c.text).where(workloads.c.digest == key)).all()
         return [(row.id, row.text) for row in rows if tvm_ffi.structural_equal(_to_tvm(row.text).mod, mod)]
 
     def _of_traces(self, *conditions: Any) -> Select[Any]:
@@ -132,9 +130,11 @@ class MetaScheduleDatabase(PyDatabase):
             .order_by(records.c.median_us, records.c.id)
         )
 
-    def _load(self, connection: Connection, *conditions: Any, limit: int | None = None) -> list[TuningRecord]:
+    def _load(self, *conditions: Any, limit: int | None = None) -> list[TuningRecord]:
+        with self._database.reading() as connection:
+            rows = connection.execute(self._of_traces(*conditions)).all()
         found: list[TuningRecord] = []
-        for row in connection.execute(self._of_traces(*conditions)):
+        for row in rows:
             if len(found) == limit:
                 break
             record, _ = record_of(row, self._database.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -51,9 +51,8 @@ class Schedule:
     def __post_init__(self) -> None:
         content = object_of(self.text)
         of_family = isinstance(content.get("family"), str) and isinstance(content.get("config"), dict)
-        if not of_family and not (
-            self.kind == ScheduleKind.TRACE and {"trace", "target", "arguments"} <= content.keys()
-        ):
+        of_module = self.kind == ScheduleKind.TRACE and {"trace", "target", "arguments"} <= content.keys()
+        if not of_family and ("family" in content or not of_module):
             raise ValueError("neither a kernel family's configuration nor a trace")
 
     @staticmethod
@@ -73,6 +72,13 @@ class Schedule:
 
     def content(self) -> Any:
         return json.loads(self.text)
+
+    def problem(self, family: str, default: Mapping[str, Any], of_config: Callable[[Any], str]) -> str:
+        """Why a family's call cannot be served so; empty if it can.  `of_config` is asked of all but the default."""
+        content = self.content()
+        if content.get("family") != family:
+            return "it is of another kernel family"
+        return "" if content["config"] == default else of_config(content["config"])
 
 
 @dataclass(frozen=True)

@@ -76,12 +76,12 @@ def record_of(row: Row[Any], name: str) -> tuple[Record, State]:
     return record, state
 
 
-def machine_of(text: str, name: str) -> Fingerprint:
-    """The machine that a row of the table of targets has; DatabaseError, as above, if it has none."""
+def machine_of(row: Any, name: str) -> Fingerprint:
+    """The machine that a row of the table of targets (`id`, `text`) has; DatabaseError, as above, if it has none."""
     try:
-        return Fingerprint.from_text(text)
+        return Fingerprint.from_text(row.text)
     except ValueError as error:
-        raise _damaged(name, text, str(error), "machine") from error
+        raise _damaged(name, row.id, str(error), "machine") from error
 
 
 def _damaged(name: str, row: object, reason: str, what: str = "record") -> DatabaseError:

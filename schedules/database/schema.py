@@ -139,5 +139,5 @@ tasks = Table(
     CheckConstraint("state IN ('queued', 'leased', 'done', 'failed')", "state"),
     CheckConstraint("attempts <= max_attempts", "attempts"),
     CheckConstraint("state <> 'leased' OR (worker IS NOT NULL AND lease_expires IS NOT NULL)", "lease"),
-    Index("ix_tasks_next", "machine_id", "state", "priority", "id"),
+    Index("ix_tasks_next", "state", "machine_id", "priority", "id"),  # state first: leases that ran out are of any
 )

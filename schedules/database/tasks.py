@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -120,9 +121,7 @@ def lease(
             .where(tasks.c.id.in_(lost.with_for_update(skip_locked=True)))
             .values(state=TaskState.FAILED, finished_at=now(), error="its worker's lease ran out, at the last attempt")
         )
-        here = or_(
-            tasks.c.machine_id.is_(None), tasks.c.machine_id.in_(_described(connection, machines, database.name))
-        )
+        here = or_(tasks.c.machine_id.is_(None), tasks.c.machine_id.in_(_described(connection, machines)))
         next_task = (
             select(tasks.c.id)
             .where(waiting, tasks.c.kind.in_(kinds), here)
@@ -212,24 +211,30 @@ def counts(database: Database) -> dict[str, int]:
 def waiting_for(database: Database) -> dict[str, int]:
     """How many tasks are queued for each machine, as people call it; `any` of those for none in particular."""
     counted = (
-        select(targets.c.text, func.count())
+        select(targets.c.id, targets.c.text, func.count().label("number"))
         .select_from(tasks.outerjoin(targets, tasks.c.machine_id == targets.c.id))
         .where(tasks.c.state == TaskState.QUEUED)
-        .group_by(targets.c.text)
+        .group_by(targets.c.id, targets.c.text)
     )
     found: dict[str, int] = {}
     with database.reading() as connection:
-        for text, number in connection.execute(counted):
-            name = "any" if text is None else machine_of(text, database.name).summary()
-            found[name] = found.get(name, 0) + int(number)
+        for row in connection.execute(counted):
+            name = "any" if row.id is None else machine_of(row, database.name).summary()
+            found[name] = found.get(name, 0) + int(row.number)
     return found
 
 
-def _described(connection: Connection, machines: Sequence[Fingerprint], name: str) -> Sequence[int]:
-    """Ids of what tasks may be for that is one of these machines."""
+def _described(connection: Connection, machines: Sequence[Fingerprint]) -> Sequence[int]:
+    """Ids of what tasks may be for that is one of these machines; nothing damaged is, whose tasks wait."""
     alike = or_(*(and_(targets.c.kind == m.kind, targets.c.arch == m.arch) for m in machines))
     rows = connection.execute(select(targets.c.id, targets.c.text).where(alike)) if machines else ()
-    return [row.id for row in rows if any(machine_of(row.text, name).describes(m) for m in machines)]
+    found = []
+    for row in rows:
+        with suppress(ValueError):
+            wanted = Fingerprint.from_text(row.text)
+            if any(wanted.describes(machine) for machine in machines):
+                found.append(row.id)
+    return found
 
 
 def _update(connection: Connection, held: Lease, **values: Any) -> None:

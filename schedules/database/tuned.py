@@ -45,9 +45,7 @@ class TunedKernels(Tuned):
         passed_over: list[Mapping[str, Any]] = []
 
         def usable(record: Record) -> bool:
-            schedule = record.schedule.content()
-            other = "" if schedule.get("family") == family.name else "it is of another kernel family"
-            reason = other or problem(schedule["config"])
+            reason = record.schedule.problem(family.name, default.config, problem)
             if reason:
                 passed_over.append(_source(record) | {"reason": reason})
             return not reason

@@ -59,23 +59,31 @@ FINALISTS = 3  # of a range's traces: they compete with its other configurations
 
 def evolved(
     task: Task, database: Database, executor: Executor, over: Callable[[], bool], seed: int | None = None
-) -> Task:
+) -> tuple[Task, Callable[[], None]]:
     """The task with the best traces found among the configurations of each range that asks for a search.
+
+    And what notes the searches that came to their end, to be called once their traces have competed with the others.
 
     Raises:
         TaskFailedError: the process that measures fails for no fault of a candidate, or the search itself does.
     """
-    ranges = []
+    ranges, searches = [], []
     for wanted in task.ranges:
         found: Sequence[Config] = ()
         if wanted.traces and not over():
             try:
-                found = _Search(task, wanted, database, executor, seed).run(over)
+                searches.append(search := _Search(task, wanted, database, executor, seed))
+                found = search.run(over)
             except (VllmCompileError, RuntimeError, ValueError) as error:  # of TVM, of XGBoost
                 raise TaskFailedError(f"MetaSchedule's search ended: {error}") from error
         new = [config for config in found if config not in wanted.configs]
         ranges.append(replace(wanted, configs=(*wanted.configs, *new), traces=0))
-    return replace(task, ranges=tuple(ranges))
+
+    def done() -> None:
+        for search in searches:
+            search.note_end()
+
+    return replace(task, ranges=tuple(ranges)), done
 
 
 def is_searched(task: Task, wanted: Range, database: Database, machine: Fingerprint) -> bool:
@@ -104,6 +112,7 @@ class _Search:
         self._seed = random.randrange(1, 2**31) if seed is None else seed
         self._trials: dict[str, dict[str, Any]] = {}  # by trace: what `trial` said of it
         self._known: dict[str, RunnerResult] = {}  # by a trace's digest: of this search and those before it
+        self._ended = False
 
     def run(self, over: Callable[[], bool]) -> list[Config]:
         """The best traces, of this search and those before it."""
@@ -131,10 +140,14 @@ class _Search:
                     self._records.commit_tuning_record(record)
             model.update(context, candidates, results)
         context.post_tuning()
-        if not stopped:
-            self._note(asked=self._wanted.traces)
+        self._ended = not stopped
         best = self._records.get_top_k(workload, FINALISTS)
         return self._admitted([self._design.config(record.trace) for record in best])
+
+    def note_end(self) -> None:
+        """That so many traces have been searched for, if it was not stopped."""
+        if self._ended:
+            self._note(asked=self._wanted.traces)
 
     def _recall(self, workload: TvmWorkload) -> None:
         """Fill `_known` with what searches before this one have left."""
@@ -146,8 +159,10 @@ class _Search:
             )
 
     def _learn(self, new: Sequence[Config]) -> None:
-        """Measure what is new, and know it."""
+        """Measure what is new, and know it; TaskFailedError where the default ends its process too."""
         trials = self._measured(new)
+        if len(trials) < len(new):
+            self._check_default()
         self._trials |= trials
         self._known |= {_key(config): self._result(trials.get(config[TRACE], {})) for config in new}
 
@@ -181,6 +196,13 @@ class _Search:
         except TaskCrashedError:
             half = len(configs) // 2
             return self._measured(configs[:half]) | self._measured(configs[half:]) if half else {}
+
+    def _check_default(self) -> None:
+        """Raise TaskFailedError if not even the default can be tried: then no candidate is to blame."""
+        try:
+            self._try(self._wanted.configs[:1])
+        except TaskCrashedError as error:
+            raise TaskFailedError(f"nothing can be measured here, the default neither: {error}") from error
 
     def _try(self, configs: Sequence[Config]) -> list[dict[str, Any]]:
         payload = replace(self._task, ranges=(replace(self._wanted, configs=tuple(configs)),)).payload()

@@ -150,6 +150,7 @@ class RpcExecutor(Executor):
                 tracker = rpc.connect_tracker(self.host, self.port)
                 self._await_board(tracker, lost)
                 build(held.payload | {"board": self.key}, folder)
+                self._await_board(tracker, lost)  # which took minutes: the board may have gone
                 session = tracker.request(self.key, session_timeout=self.timeout, max_retry=1)
                 board = Board(session, self.key, self.gb_per_s)
                 return measure_on(board, held.payload, folder)

@@ -82,10 +82,7 @@ def pending(
         return replace(wanted, configs=(default, *(config for config in known[:1] if config != default)))
 
     def fits(task: Task, wanted: Range, record: Record) -> bool:
-        schedule = record.schedule.content()
-        if schedule.get("family") != task.family:
-            return False
-        return schedule["config"] == wanted.configs[0] or not problem(task, wanted, schedule["config"])
+        return not record.schedule.problem(task.family, wanted.configs[0], partial(problem, task, wanted))
 
     found = []
     for task in tasks:
@@ -128,13 +125,13 @@ def tune(
     stop: Event,
     budget: float = float("inf"),
     report: Callable[[Progress], None] = lambda progress: None,
-    widen: Callable[[Task, Callable[[], bool]], Task] = lambda task, over: task,
+    widen: Callable[[Task, Callable[[], bool]], tuple[Task, Callable[[], None]]] = lambda task, over: (task, _nothing),
 ) -> None:
     """Measure (or estimate) what waits, in order, and commit the records of each task as soon as it is done.
 
-    Before that, `widen` may add configurations to it; its second argument says when time is up.  When `stop` is set, or
-    the budget (seconds) is spent, the task under way is the last.  A candidate that ends or hangs its process is left
-    out, and counted.
+    Before that, `widen` may add configurations to it (its second argument says when time is up); what it gives beside
+    the task is called after the commit.  When `stop` is set, or the budget (seconds) is spent, the task under way is
+    the last.  A candidate that ends or hangs its process is left out, and counted.
     """
     deadline = time.monotonic() + budget
 
@@ -149,12 +146,13 @@ def tune(
         progress.state = "running"
         report(progress)
         try:
-            progress.task = widen(progress.task, over)
+            progress.task, done = widen(progress.task, over)
             outcome = _measured(progress, executor, over)
         except TaskFailedError as error:
             progress.state, progress.reason = "failed", str(error)
         else:
             commit(database, outcome.records)
+            done()
             progress.state = "done"
             progress.tried = sum(summary["tried"] for summary in outcome.result)
             progress.wrong = sum(len(summary.get("wrong", ())) for summary in outcome.result)
@@ -164,6 +162,10 @@ def tune(
             progress.best_us, progress.gb_per_s = first.times.median, first.gb_per_s
             progress.roofline_share = first.roofline_share
         report(progress)
+
+
+def _nothing() -> None:
+    """What is done after the commit of a task that was not widened."""
 
 
 def _measured(progress: Progress, executor: Executor, over: Callable[[], bool]) -> Outcome:

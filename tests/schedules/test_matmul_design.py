@@ -14,7 +14,7 @@ from vllm_compile.ops import GATE_UP_SILU, LINEAR
 from vllm_compile.schedules.build import build_library
 from vllm_compile.schedules.cpu import matmul_design as designs
 from vllm_compile.schedules.cpu.dot_intrinsic import dot_intrinsic
-from vllm_compile.schedules.cpu.gate_up import GateUpSilu
+from vllm_compile.schedules.cpu.gate_up import GateUpSilu, activation, times_up
 from vllm_compile.schedules.cpu.linear import Linear, finish
 from vllm_compile.schedules.cpu.matmul_design import AHEAD, matmul_design
 from vllm_compile.schedules.design import TRACE
@@ -113,23 +113,31 @@ def test_gated_sums_take_two_registers(generator):
     assert GATED.design(spec, registers // 2 + 1, HOST) is None
 
 
-def test_a_space_is_known_by_what_it_makes(generator, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "parts"),
+    [(FAMILY, {"finish": finish}), (GATED, {"finish": times_up, "activation": activation})],
+    ids=["linear", "gated"],
+)
+def test_a_space_is_known_by_what_it_makes(family, parts, generator, monkeypatch):
     """The same in another process; another one with any change of definition, steps, intrinsic or lowering."""
-    spec = harness.op_spec(LINEAR, linear(generator, torch.bfloat16, 1), {})
+    inputs, _ = OPS[family].sample(generator, torch.bfloat16, 1, K, N)
+    spec = harness.op_spec(OPS[family], inputs, {})
     spec = replace(spec, inputs=tuple((name, t) for name, t in spec.inputs if name != "residual"))
 
-    def space(spec=spec, finish=finish):
-        return matmul_design.__wrapped__(spec, 2, HOST, finish).space
+    def space(**other):
+        return matmul_design.__wrapped__(spec, 2, HOST, **(parts | other)).space
 
+    made = type(family)
     code = (
-        "from vllm_compile.schedules.cpu.linear import Linear; from vllm_compile.targets import resolve;"
+        f"from {made.__module__} import {made.__name__} as Family; from vllm_compile.targets import resolve;"
         "from vllm_compile.spec import OpSpec, Sym, TensorSpec;"
-        f"print(Linear(False).design({spec!r}, 2, resolve('cpu')).space)".replace("<Sym.TOKENS: 'T'>", "Sym.TOKENS")
+        f"print(Family(False).design({spec!r}, 2, resolve('cpu')).space)".replace("<Sym.TOKENS: 'T'>", "Sym.TOKENS")
     )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert there.stdout.split()[-1] == space() == space()
     found, lowered = {space()}, designs._lowered
-    found.add(space(finish=lambda tensors, totals, row, column: lambda j: totals[0][j] * 2))
+    for part in parts:
+        found.add(space(**{part: lambda tensors, totals, row, column: lambda j: totals[0][j] * 2}))
     for name, changed in {
         "AHEAD": (0, 16),
         "MOST_WORDS": 4,
@@ -139,5 +147,5 @@ def test_a_space_is_known_by_what_it_makes(generator, monkeypatch):
         with monkeypatch.context() as changes:
             changes.setattr(designs, name, changed)
             found.add(space())
-    assert len(found) == 6
+    assert len(found) == 5 + len(parts)
     assert space() in found

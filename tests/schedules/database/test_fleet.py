@@ -8,17 +8,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from tests.conftest import SEED
 from vllm_compile.errors import DatabaseError, LeaseLostError
 from vllm_compile.schedules.database import open_database, tasks
 from vllm_compile.schedules.database.bundle import all_records
+from vllm_compile.schedules.database.schema import targets
 from vllm_compile.schedules.database.schema import tasks as table
 from vllm_compile.schedules.database.tasks import (
     TaskState,
@@ -276,10 +277,32 @@ def test_a_machines_task_whose_worker_died_waits_for_such_a_machine(database):
     assert lease(database, "c", [KIND], 60, [CPU, H200]).attempt == 2
 
 
+def test_a_damaged_machine_keeps_nobody_from_others(database):
+    """Its own tasks wait; `db stats` says which row it is."""
+    for n, machine in enumerate((BOARD, CPU)):
+        submit(database, KIND, [n], machine=machine)
+    with database.engine.begin() as connection:
+        number = connection.scalar(select(targets.c.id).where(targets.c.text == BOARD.text))
+        connection.execute(update(targets).where(targets.c.id == number).values(text="{}"))
+    assert lease(database, "a", [KIND], 60, [BOARD, CPU]).payload == 1
+    assert lease(database, "a", [KIND], 60, [BOARD, CPU]) is None
+    with pytest.raises(DatabaseError, match=f"machine {number} is not what was committed"):
+        waiting_for(database)
+
+
 def test_who_waits_for_what(database):
     submit(database, KIND, [1, 2])
     submit(database, KIND, [3], machine=BOARD)
-    submit(database, KIND, [4], machine=replace(BOARD, tvm="older"))
-    assert waiting_for(database) == {"any": 2, "cpu x86-64-v4 slate": 2}
+    submit(database, KIND, [4, 5], machine=replace(BOARD, tvm="older"))
+    board = "cpu x86-64-v4 slate, tvm"
+    waiting = {"any": 2, f"{board} {BOARD.tvm}, intrinsics 1": 1, f"{board} older, intrinsics 1": 2}
+    assert waiting_for(database) == waiting, "whoever has such a board sees what is different"
     lease(database, "a", [KIND], 60, [BOARD])
-    assert waiting_for(database) == {"any": 1, "cpu x86-64-v4 slate": 2}
+    assert waiting_for(database) == waiting | {"any": 1}
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(H200)])
+def test_what_is_said_of_a_machine_tells_it_from_others(field):
+    other = replace(H200, **{field: type(getattr(H200, field))(7)})
+    assert not H200.describes(other)
+    assert H200.summary() != other.summary()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from vllm_compile.cli import main
 from vllm_compile.errors import TargetError
 from vllm_compile.schedules.database import gpu
 from vllm_compile.schedules.database.executors import LocalExecutor
@@ -64,10 +65,23 @@ def test_different_gpus_are_not_told_apart_by_an_index(machine):
     """CUDA's first is the fastest, whichever bus it is on."""
     machine(OLDER.replace("1,", "0,"), SECOND)
     assert gpu.first_visible() is None
+    assert gpu.is_ambiguous()
+    machine(FIRST, OLDER, CUDA_VISIBLE_DEVICES="2")
+    assert not gpu.is_ambiguous(), "there is none"
     machine(FIRST, OLDER, CUDA_VISIBLE_DEVICES="GPU-44dd")
+    assert not gpu.is_ambiguous()
     assert (gpu.first_visible().name, gpu.first_visible().memory_mhz) == ("NVIDIA A100", 0)
     machine(FIRST, OLDER, CUDA_VISIBLE_DEVICES="1", CUDA_DEVICE_ORDER="PCI_BUS_ID")
     assert gpu.first_visible().name == "NVIDIA A100"
+    assert not gpu.is_ambiguous()
+
+
+@pytest.mark.parametrize(("rows", "said"), [((FIRST, OLDER), True), ((FIRST, SECOND), False), ((), False)])
+def test_a_worker_says_that_it_cannot_tell_its_gpus(machine, rows, said, tmp_path, capfd):
+    machine(*rows)
+    assert main(["worker", "--db", str(tmp_path / "tuning.db"), "--until-empty"]) == 0
+    words = " ".join(capfd.readouterr().err.split())
+    assert ("different GPUs, and which is CUDA's first cannot be told" in words) == said
 
 
 @pytest.mark.parametrize("rows", [(), ("NVIDIA-SMI has failed, because it cannot talk to the driver",)])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_compile.schedules.database import How, Match, State, Workload, commit, lookup, workload
+from vllm_compile.schedules.database import How, Match, State, Workload, commit, home, lookup, open_database, workload
 from vllm_compile.schedules.database.store import promote, retire
 
 from .samples import CPU, H200, linear, record
@@ -80,6 +80,22 @@ def test_what_is_not_usable_hides_nothing(database):
     assert without(3, 10, 12) == (11, Match.EXACT, ())
     assert without(3, 10, 11, 12) == (5, Match.ARCHITECTURE, ())
     assert without(3, 5, 10, 11, 12) is None
+
+
+def test_others_may_write_while_it_is_asked_what_is_usable(database, url, monkeypatch):
+    """That takes a while where TVM is asked; on SQLite a transaction would keep them out."""
+    commit(database, [record(us=us, config={"n": us}) for us in (10, 11)])
+    monkeypatch.setattr(home, "BUSY_SECONDS", 1)
+    asked = []
+
+    def usable(found):
+        asked.append(found.times.median)
+        with open_database(url) as other:
+            commit(other, [record(linear(N=64), us=len(asked))])
+        return False
+
+    assert best(database, usable=usable) is None
+    assert asked == [10, 11]
 
 
 def test_estimates_only_if_asked_for(database):

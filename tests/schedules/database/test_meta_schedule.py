@@ -8,10 +8,10 @@ from tvm import te
 from tvm.s_tir import Schedule
 from tvm.s_tir.meta_schedule.database import TuningRecord, Workload
 
-from vllm_compile.schedules.database import Provenance, Verdict, open_database
+from vllm_compile.schedules.database import Provenance, Verdict, commit, home, open_database
 from vllm_compile.schedules.database.meta_schedule import Assessment, MetaScheduleDatabase
 
-from .samples import CPU, H200
+from .samples import CPU, H200, record
 
 TARGET = tvm.target.Target({"kind": "llvm", "num-cores": 2})
 
@@ -82,6 +82,23 @@ def test_top_k_is_in_order(adapter):
         adapter.commit_tuning_record(measured(adapter, add_one(16), factor, [second]))
     best = adapter.get_top_k(Workload(add_one(16)), 2)
     assert [float(record.run_secs[0]) for record in best] == pytest.approx([1e-6, 2e-6])
+
+
+def test_others_may_write_while_traces_are_looked_at(adapter, database, url, monkeypatch):
+    """To replay them takes seconds; on SQLite a transaction would keep them out."""
+    monkeypatch.setattr(home, "BUSY_SECONDS", 1)
+    adapter.commit_tuning_record(measured(adapter, add_one(16), 2, [1e-6]))
+    numbers = iter(range(100, 200))
+
+    def admits(trace):
+        with open_database(url) as other:
+            commit(other, [record(us=next(numbers))])
+        return True
+
+    reader = MetaScheduleDatabase(database, CPU, assess, admits)
+    assert len(reader) == 1
+    assert len(reader.get_top_k(reader.commit_workload(add_one(16)), 5)) == 1
+    assert next(numbers) == 102
 
 
 def test_collision_of_structural_hashes(adapter, monkeypatch):

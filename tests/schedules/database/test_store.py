@@ -16,6 +16,7 @@ from vllm_compile.canonical import canonical, sha256
 from vllm_compile.errors import DatabaseError
 from vllm_compile.schedules.database import (
     How,
+    Schedule,
     State,
     Times,
     Verdict,
@@ -183,6 +184,14 @@ def test_what_is_no_record_is_refused_though_its_digest_is_right(database, capsy
             replace(made.schedule, text=text)
 
 
+@pytest.mark.parametrize("config", [{}, {"config": 5}])
+def test_a_trace_of_a_family_has_a_configuration(config):
+    content = {"trace": [], "target": {}, "arguments": []}
+    Schedule.trace(content)
+    with pytest.raises(ValueError, match="neither a kernel family's configuration nor a trace"):
+        Schedule.trace({**content, "family": "cpu.linear", **config})
+
+
 def test_migrations_make_the_schema(database):
     with database.engine.connect() as connection:
         context = MigrationContext.configure(connection)
@@ -223,7 +232,10 @@ def test_migrating_keeps_what_is_there(database, url):
 
 
 def test_migrating_keeps_whom_tasks_are_for(database, url):
-    """Until the third schema only a task's payload said which machine it is for."""
+    """Until the third schema only a task's payload said which machine it is for, if it was to be measured."""
+    odd = {"machine": "gpu-box-7"}, {"machine": canonical({"kind": "cpu", "arch": "x"})}, {"machine": 7}
+    given = [("measure", payload) for payload in ({"machine": CPU.text}, {"machine": H200.text}, {}, 5, *odd)]
+    given += [("other", {"machine": "gpu-box-7"}), ("other", {"machine": H200.text})]
     with database.engine.begin() as connection:
         metadata.drop_all(connection)
         connection.exec_driver_sql("DROP TABLE alembic_version")
@@ -232,9 +244,9 @@ def test_migrating_keeps_whom_tasks_are_for(database, url):
         command.upgrade(config, "0002")
         columns = ("kind", "payload", "digest", "state", "fence", "priority", "attempts", "max_attempts", "created_at")
         table = sqlalchemy.table("tasks", *map(sqlalchemy.column, columns))
-        for payload in ({"machine": CPU.text}, {"machine": H200.text}, {}, 5):
+        for kind, payload in given:
             text = canonical(payload)
-            row = {"kind": "measure", "payload": text, "digest": sha256(canonical(["measure", text])), "created_at": 1}
+            row = {"kind": kind, "payload": text, "digest": sha256(canonical([kind, text])), "created_at": 1}
             rest = {"state": "queued", "fence": 0, "priority": 1, "attempts": 0, "max_attempts": 3}
             connection.execute(insert(table).values(**row, **rest))
     assert migrate_database(url) == HEAD
@@ -242,9 +254,14 @@ def test_migrating_keeps_whom_tasks_are_for(database, url):
         assert tasks.submit(migrated, "measure", [{"machine": CPU.text}], machine=CPU) == 0
         assert tasks.submit(migrated, "measure", [5]) == 0
         assert tasks.lease(migrated, "a", ["measure"], 60, [H200]).payload == {"machine": H200.text}
-        assert [tasks.lease(migrated, "a", ["measure"], 60, [H200]).payload for _ in range(2)] == [{}, 5]
+        free = [tasks.lease(migrated, "a", ["measure"], 60, [H200]).payload for _ in range(2 + len(odd))]
+        assert free == [{}, 5, *odd]
         assert tasks.lease(migrated, "a", ["measure"], 60, [H200]) is None
         assert tasks.lease(migrated, "a", ["measure"], 60, [CPU]).payload == {"machine": CPU.text}
+        assert tasks.submit(migrated, "other", [odd[0]]) == 0
+        assert [tasks.lease(migrated, "a", ["other"], 60).payload for _ in range(2)] == [odd[0], {"machine": H200.text}]
+        with migrated.reading() as connection:
+            assert set(connection.scalars(sqlalchemy.select(targets.c.text))) == {CPU.text, H200.text}
 
 
 def test_a_newer_schema_is_refused(database, url):

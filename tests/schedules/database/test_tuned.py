@@ -15,6 +15,8 @@ from vllm_compile.schedules.database import How, Schedule, Verdict, commit, open
 from vllm_compile.schedules.database.machine import fingerprint
 from vllm_compile.schedules.database.tuned import TunedKernels, workload_of
 from vllm_compile.schedules.select import choose, token_ranges
+from vllm_compile.schedules.tuning.search import pending
+from vllm_compile.schedules.tuning.task import Range, Task
 from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets import resolve
 
@@ -89,6 +91,25 @@ class TestChoice:
         good = tune(database, CALL, target, 0, other, us=9)
         first = self.chosen(database, target)[0]
         assert (first.config, first.record["id"], first.passed_over["id"]) == (other, good, odd)
+
+
+def test_a_default_that_its_family_does_not_list_is_known(database):
+    """To `compile` as to `tune`: whoever has measured it knows it."""
+    target = resolve("cpu")
+    choice = choose(CALL, target)
+    tokens, (default, *_) = token_ranges(choice.variants, choice.vendor)[0], choice.variants
+    key = tune(database, CALL, target, 0, default.config)
+    tuned = TunedKernels(database, fingerprint(target))
+    asked = choice.family, CALL, choice.layouts, tokens
+    found = tuned.find(*asked, default, lambda config: "no")
+    assert (found.record["id"], found.passed_over) == (key, None)
+    found = tuned.find(*asked, replace(default, config={"another": 1}), lambda config: "no")
+    assert (found.record, found.passed_over["id"]) == (None, key)
+    task = Task("measure", choice.family.name, "cpu", (), 1, 1, ())
+    for first, state in ((default.config, "known"), ({"another": 1}, "waiting")):
+        one = replace(task, ranges=(Range(workload_of(CALL, choice.layouts, tokens), 1, (first,)),))
+        (progress,) = pending(database, [one], fingerprint(target), problem=lambda task, wanted, config: "no")
+        assert progress.state == state
 
 
 def test_more_rows_than_tokens_are_passed_over(database):

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 import tvm
@@ -14,16 +15,17 @@ from tests.conftest import SEED
 from tests.schedules.database.samples import record
 from vllm_compile.cli import main
 from vllm_compile.driver import CompileOptions, compile_model, lower_model
-from vllm_compile.schedules.database import Provenance, Schedule, Times, Verdict, commit, open_database
-from vllm_compile.schedules.database.executors import LocalExecutor, Outcome, TaskCrashedError
+from vllm_compile.schedules.database import Provenance, Schedule, Times, Verdict, Workload, commit, open_database
+from vllm_compile.schedules.database.executors import LocalExecutor, Outcome, TaskCrashedError, TaskFailedError
 from vllm_compile.schedules.database.machine import fingerprint
 from vllm_compile.schedules.database.meta_schedule import Assessment, MetaScheduleDatabase
+from vllm_compile.schedules.database.searches import search_of
 from vllm_compile.schedules.database.store import select_where
 from vllm_compile.schedules.design import SPACE, TRACE, Design, text_of
 from vllm_compile.schedules.tuning import evolve
 from vllm_compile.schedules.tuning.extract import problem_of, tasks_of
 from vllm_compile.schedules.tuning.measure import TRIAL, trial
-from vllm_compile.schedules.tuning.search import pending
+from vllm_compile.schedules.tuning.search import pending, tune
 from vllm_compile.targets import resolve
 
 CPU = resolve("cpu")
@@ -66,7 +68,7 @@ def test_from_a_search_to_an_artifact(tasks, task, model, tmp_path, capsys):
         try:
             for each in (gates, task):
                 one = replace(each, ranges=(replace(each.ranges[0], traces=evolve.ROUND),))
-                found = evolve.evolved(one, database, executor, lambda: False)
+                found, _ = evolve.evolved(one, database, executor, lambda: False)
                 kept = [record for record, _ in select_where(database) if "module" in record.workload.text]
                 (wanted,) = found.ranges
                 assert wanted.configs[0] == one.ranges[0].configs[0]
@@ -106,9 +108,13 @@ def test_from_a_search_to_an_artifact(tasks, task, model, tmp_path, capsys):
 
 
 class FakeExecutor:
-    """Answers as `trial` would; the first candidates that it meets end its process, the next are wrong."""
+    """Answers as `trial` would; the first candidates that it meets end its process, the next are wrong.
 
-    def __init__(self, deadly=0, wrong=0):
+    `broken`: as the machine breaks down, everything from so many candidates on ends it, the default too.
+    """
+
+    def __init__(self, deadly=0, wrong=0, broken=10**9):
+        self.broken = broken
         self.fates = [TaskCrashedError] * deadly + [2.0] * wrong
         self.met: dict[str, object] = {}  # by trace: its fate, 0.5 of those that are right
         self.deaths = 0
@@ -116,10 +122,10 @@ class FakeExecutor:
     def run(self, held, lost):
         configs = json.loads((Path(held.payload["folder"]) / "configs.json").read_text())
         for config in configs:
-            if config[TRACE] not in self.met:
+            if TRACE in config and config[TRACE] not in self.met:
                 self.met[config[TRACE]] = self.fates.pop(0) if self.fates else 0.5
-        fates = [self.met[config[TRACE]] for config in configs]
-        if TaskCrashedError in fates:
+        fates = [self.met.get(config.get(TRACE), 0.5) for config in configs]
+        if TaskCrashedError in fates or len(self.met) >= self.broken:
             self.deaths += 1
             raise TaskCrashedError("its process ended with exit code -11")
         about = {"moved_bytes": 1000, "bandwidth": 1e9, "executed_on": "nothing"}
@@ -128,6 +134,21 @@ class FakeExecutor:
     @property
     def right(self):
         return {trace for trace, fate in self.met.items() if fate == 0.5}
+
+
+class FakeMeasure:
+    """Answers as `measure` would, with the last configuration as the best; or nothing can be measured."""
+
+    def __init__(self, failing):
+        self.failing = failing
+
+    def run(self, held, lost):
+        if self.failing:
+            raise TaskFailedError("no memory")
+        ranges = held.payload["ranges"]
+        summaries = [{"tried": len(configs), "wrong": [], "default_us": 2.0, "best_us": 1.0} for *_, configs in ranges]
+        about = {"target": fingerprint(CPU), "family": held.payload["family"]}
+        return Outcome(summaries, [record(Workload.from_text(t), config=c[-1], us=1, **about) for t, _, c in ranges])
 
 
 @pytest.fixture
@@ -145,32 +166,54 @@ def test_what_is_wrong_or_deadly_is_not_kept(task, database, unbuilt):
     executor = FakeExecutor(deadly=2, wrong=2)
     task = replace(task, ranges=task.ranges[:1])
     assert searched(task, database) == [False]
-    found = evolve.evolved(task, database, executor, lambda: False)
+    found, done = evolve.evolved(task, database, executor, lambda: False)
     assert executor.deaths > 2, "together, then alone"
     assert executor.right
     assert len(select_where(database)) == len(executor.right)
     assert {config[TRACE] for config in found.ranges[0].configs[1:]} <= executor.right
+    assert searched(task, database) == [False], "its traces have not competed yet"
+    done()
     assert searched(task, database) == [True]
     record, _ = select_where(database)[0]
     assert (record.times.median, record.gb_per_s, record.roofline_share) == (2.0, 0.5, 0.5)
 
 
+@pytest.mark.parametrize("broken", [1, evolve.ROUND + 1])
+def test_a_machine_that_breaks_down_is_no_candidates_fault(task, database, unbuilt, broken):
+    """In the first round or later: nothing of that round counts as failed, and all is tried again."""
+    one = replace(task, ranges=task.ranges[:1])
+    executor = FakeExecutor(broken=broken)
+    with pytest.raises(TaskFailedError, match=r"the default neither: .* exit code -11"):
+        evolve.evolved(one, database, executor, lambda: False)
+    design = evolve._design(one, one.ranges[0])
+    known = search_of(database, one.ranges[0].workload, fingerprint(CPU), design.space)
+    assert (known.failed, known.asked) == (frozenset(), 0)
+    kept = len(select_where(database))
+    assert kept < broken
+    again = FakeExecutor(deadly=1)
+    evolve.evolved(one, database, again, lambda: False)
+    assert len(again.met) == 12 - kept
+    assert len(search_of(database, one.ranges[0].workload, fingerprint(CPU), design.space).failed) == 1
+
+
 def test_a_search_that_was_stopped_goes_on(task, database, unbuilt):
     """With what was measured, right or wrong: nothing of it is lost, nor tried again."""
     first = FakeExecutor(deadly=1, wrong=2)
-    stopped = evolve.evolved(task, database, first, lambda: bool(first.met))
+    stopped, done = evolve.evolved(task, database, first, lambda: bool(first.met))
+    done()
     assert 3 < len(first.met) <= evolve.ROUND
     assert len(stopped.ranges[1].configs) == 1, "there was no time left for it"
     assert searched(task, database) == [False, False]
     one = replace(task, ranges=task.ranges[:1])
     again = FakeExecutor(wrong=10**3)
-    found = evolve.evolved(one, database, again, lambda: False)
+    found, done = evolve.evolved(one, database, again, lambda: False)
+    done()
     assert again.met.keys().isdisjoint(first.met)
     assert len(again.met) + len(first.met) == 12
     assert {config[TRACE] for config in found.ranges[0].configs[1:]} <= first.right
     assert searched(task, database) == [True, False]
     third = FakeExecutor()
-    assert evolve.evolved(one, database, third, lambda: False) == found
+    assert evolve.evolved(one, database, third, lambda: False)[0] == found
     more = replace(one, ranges=(replace(one.ranges[0], traces=15),))
     assert third.met == {}
     assert searched(more, database) == [False]
@@ -188,7 +231,8 @@ def test_a_search_for_more_than_there_is_ends(task, database, unbuilt, monkeypat
         monkeypatch.setattr(evolve, name, value)
     all_of_it = replace(task, ranges=(replace(task.ranges[0], traces=10**4),))
     executor = FakeExecutor()
-    evolve.evolved(all_of_it, database, executor, lambda: False)
+    _, done = evolve.evolved(all_of_it, database, executor, lambda: False)
+    done()
     assert 4 < len(executor.met) < 10**4
     assert searched(all_of_it, database) == [True]
 
@@ -197,12 +241,13 @@ def test_a_space_that_has_changed_is_searched_anew(task, database, unbuilt, monk
     """Its traces make other kernels: what was measured under the old ones is not read."""
     one = replace(task, ranges=task.ranges[:1])
     first = FakeExecutor()
-    evolve.evolved(one, database, first, lambda: False)
+    _, done = evolve.evolved(one, database, first, lambda: False)
+    done()
     assert searched(one, database) == [True]
     monkeypatch.setattr(Design, "space", property(lambda design: "1" * 64))
     assert searched(one, database) == [False]
     again = FakeExecutor()
-    found = evolve.evolved(one, database, again, lambda: False)
+    found, _ = evolve.evolved(one, database, again, lambda: False)
     assert len(again.met) == 12
     assert {c[TRACE] for c in found.ranges[0].configs[1:]} <= again.met.keys()
     assert {c[SPACE] for c in found.ranges[0].configs[1:]} == {"1" * 64}
@@ -222,7 +267,7 @@ def test_a_trace_of_another_version_is_passed_over(task, database, unbuilt):
     for seconds in (1e-9, 2e-9, 3e-9, 4e-9):  # more than there are finalists
         records.commit_tuning_record(TuningRecord(schedule.trace, workload, [seconds], target, []))
     executor = FakeExecutor()
-    found = evolve.evolved(task, database, executor, lambda: False)
+    found, _ = evolve.evolved(task, database, executor, lambda: False)
     foreign = text_of(schedule.trace)
     assert foreign not in executor.met
     assert len(found.ranges[0].configs) == 1 + evolve.FINALISTS
@@ -251,7 +296,15 @@ def test_a_measured_range_waits_for_its_search(task, database, unbuilt):
     assert left().state == "waiting"
     assert [r.configs for r in left().task.ranges] == [(r.configs[0], listed) for r in task.ranges]
     best = left().task
-    evolve.evolved(best, database, FakeExecutor(), lambda: False)
+
+    def widen(task, over):
+        return evolve.evolved(task, database, FakeExecutor(), over)
+
+    for failing, state in ((True, "failed"), (False, "done")):
+        progress = left()
+        assert (progress.state, progress.task) == ("waiting", best), "the traces have not competed yet"
+        tune(database, [progress], FakeMeasure(failing), Event(), widen=widen)
+        assert progress.state == state
     assert left().state == "known"
 
 

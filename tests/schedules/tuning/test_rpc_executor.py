@@ -156,6 +156,25 @@ def test_a_board_that_is_started_again_is_waited_for(tracker, task, built):
         servers[0].terminate()
 
 
+def test_a_board_that_goes_while_candidates_are_built(tracker, task, built, monkeypatch):
+    """The tracker would let us wait for ever."""
+    session, server = rpc.connect_tracker(HERE, tracker), serve(tracker, "chalk")
+
+    def wait_until(there):
+        while ("chalk" in rpc_executor._boards(session)) != there:
+            time.sleep(0.05)
+
+    def go(folder):
+        server.terminate()
+        wait_until(False)
+
+    wait_until(True)
+    built.append(go)
+    monkeypatch.setattr(rpc_executor, "PATIENCE_SECONDS", 0.1)
+    with pytest.raises(TaskFailedError, match="no board chalk"):
+        on_board(tracker, task, "chalk")
+
+
 def test_a_board_that_nobody_has(tracker, task, monkeypatch):
     while "slate" not in rpc_executor._boards(rpc.connect_tracker(HERE, tracker)):
         time.sleep(0.05)
