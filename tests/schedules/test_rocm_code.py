@@ -143,6 +143,28 @@ def test_loads_of_weights_are_under_way_together(disassembly):
     assert words[:first].count("global_load_dwordx4") >= 16
 
 
+def unawaited(words):
+    """Barriers that a wave may come to before its accesses to LDS are done: S_BARRIER itself waits for none."""
+    found, since = 0, []
+    for word in words:
+        if word == "s_barrier":
+            found += "lgkmcnt(0)" not in since
+        if word.startswith(("ds_", "s_cbranch", "s_branch", "s_barrier")):
+            since = []
+        since.append(word)
+    return found
+
+
+def test_barriers_wait_for_lds(disassembly):
+    """Another wave reads behind a barrier what this one writes before it."""
+    barriers = {name: words.count("s_barrier") for name, words in disassembly.items() if "s_barrier" in words}
+    assert {"rms_norm", "linear", "experts", "paged_attention", "paged_attention_1", "route_1"} <= set(barriers)
+    for name, count in barriers.items():
+        words = disassembly[name]
+        assert unawaited(words) == 0, name
+        assert unawaited([word for word in words if word != "lgkmcnt(0)"]) == count
+
+
 def test_a_second_buffer_of_lds_is_an_error():
     """Where its uses are apart from the first's, TVM would have it share that one's memory, as global memory."""
 
