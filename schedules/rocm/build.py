@@ -39,6 +39,9 @@ ARGUMENT_BYTES = 8  # of every argument of a kernel: runtime/hip.c lays them out
 GRID = ("blockIdx.x", "blockIdx.y", "blockIdx.z", "threadIdx.x")
 WORKSPACE = "vllm_compile_workspace"  # of runtime/hip.c: memory of the device that kernels leave each other
 WORKSPACE_BYTES = "workspace_bytes"  # an attribute of a PrimFunc: how much of it
+# S_WAITCNT's counters on gfx9 (CDNA3 ISA, SOPP instructions): lgkmcnt 0 (bits 8 to 11); vmcnt 63 (0 to 3, 14, 15) and
+# expcnt 7 (4 to 6), their largest, wait for nothing.
+LDS_DONE = 0xC07F
 LDS_AS_GLOBAL = "addrspacecast (ptr addrspace(3)"
 METADATA = re.compile(r"\.amdgpu_metadata\n(.*?)\s*\.end_amdgpu_metadata", re.DOTALL)
 
@@ -96,6 +99,7 @@ def compile_kernels(kernels: Mapping[str, tirx.PrimFunc], target: RocmTarget) ->
     host, devices = split_host_device_mods(lowered)
     ((device_target, device),) = devices.items()
     with _unlinked() as objects:
+        device = tvm_ffi.structural_map(device, (tirx.Evaluate, _waiting))
         module = codegen_build(finish_device()(device), device_target)
     # TVM lets buffers whose uses are apart share memory, and takes a second one of LDS for memory of the device.
     assert LDS_AS_GLOBAL not in module.inspect_source("llvm"), "a kernel has one buffer of LDS"
@@ -159,6 +163,19 @@ def _link(code: bytes, linker: Sequence[str]) -> bytes:
         if done.returncode:
             raise TargetError(f"{linker[-1]} failed: {done.stderr.strip()}")
         return out.read_bytes()
+
+
+def _waiting(statement: tirx.Evaluate) -> tirx.Stmt:
+    """A barrier after a wait for the wave's own accesses to LDS.
+
+    S_BARRIER does not wait for them.  TVM emits it without the fences that would have LLVM wait, and from gfx90a on
+    LLVM puts no wait of its own there.  Stores to global memory are not waited for: no kernel exchanges any there.
+    """
+    call = statement.value
+    if not (isinstance(call, Call) and call.op.same_as(Op.get("tirx.tvm_storage_sync"))):
+        return statement
+    wait = T.call_llvm_intrin("void", "llvm.amdgcn.s.waitcnt", T.int32(LDS_DONE))
+    return tirx.SeqStmt([tirx.Evaluate(wait), statement])
 
 
 def _launching(function: tirx.PrimFunc) -> tirx.PrimFunc:

@@ -12,9 +12,9 @@ the longest of (Williams et al. 2009, a roofline of the compute unit):
 - the waves' instructions on the SIMDs, matrix cores beside vectors.
 
 The compute unit with most blocks sets the time (tail quantisation).  Beside that stands what all share: the bytes from
-memory once, and all loads from L2, the longer of the two.  A second launch adds its start and its loads' latency.
-Neither hides behind the other entirely: the root of their
-squares stands for something between maximum and sum, as in `analysis/roofline.py`.
+memory once, and all loads from L2, the longer of the two.  Neither hides behind the other entirely: the root of their
+squares stands for something between maximum and sum, as in `analysis/roofline.py`.  A second launch adds its start and
+its loads' latency.
 """
 
 from __future__ import annotations

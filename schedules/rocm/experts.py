@@ -119,6 +119,8 @@ def expert_matmul(spec: OpSpec, config: Config, gated: bool) -> tirx.PrimFunc:
 
 def _windows(slots: int, E: int, shape: Shape) -> int:
     """Of so many places, as the kernel computes it."""
+    if not slots:
+        return 0
     tiles = min(slots, E + slots // (TILE * shape.token_tiles))
     return -(-slots // -(-slots // tiles))
 

@@ -52,7 +52,7 @@ class _Product(KernelFamily):
 
 @dataclass(frozen=True)
 class Linear(_Product):
-    """`linear` with bf16 weights [16 * a, 64 * b] ([32 * a, 64 * b] lossless); bias and residual in the epilogue."""
+    """`linear` with bf16 weights [4 * a, 64 * b] ([32 * a, 64 * b] lossless); bias and residual in the epilogue."""
 
     packed: bool = False
     op: str = "linear"

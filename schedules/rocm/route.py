@@ -174,7 +174,10 @@ def _sort(flat: Any, slots: Any, E: int) -> None:
 
 @dataclass(frozen=True)
 class Route(KernelFamily):
-    """`route` by the softmax of bf16 or float32 logits of up to 1,024 experts."""
+    """`route` by the softmax of bf16 or float32 logits of up to 1,024 experts.
+
+    Entries are counted in float32, so that a batch may have 2 ** 24 (T * k) at most; that is not checked.
+    """
 
     name: str = "rocm.route"
     op: str = "route"

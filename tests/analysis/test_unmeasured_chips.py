@@ -106,6 +106,15 @@ def test_launches_of_a_split_cache_and_of_a_router():
     assert launches(route, 1) == 2
 
 
+def test_packing_saves_bytes_and_no_launches(analyse):
+    """On ROCm attention of a request is two launches, packed or not; the weights of the logits are read packed."""
+    step = next(s for s in analyse("rocm").steps if (s.phase, s.batch) == ("decode", 1))
+    (saving,) = (saving for saving in step.savings if saving.what == "lossless packing")
+    assert saving.kernels == 0
+    assert saving.bytes > 0
+    assert saving.seconds > 0
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_prediction_beats_the_peaks(target):
     machine = resolve(target)

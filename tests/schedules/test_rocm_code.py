@@ -83,6 +83,7 @@ KERNELS = {
     "route": (route(8, 2, True, "bfloat16"), 0, 0, 8, ("v_add_f32_dpp", "v_mov_b32_dpp", "ds_bpermute_b32")),
     "route_1": (None, 0, 0, 8, ("s_barrier", "ds_bpermute_b32")),
     "experts": (experts(EXPERT_GATE_UP_SILU, 28672, 4096, (), 1), None, 0, 3, (MFMA, "ds_read_b128", "v_exp_f32")),
+    "experts_of_some": (experts(EXPERT_GATE_UP_SILU, 28672, 4096, (), 64), None, 0, 2, (MFMA, "ds_read_b128")),
     "experts_of_many": (experts(EXPERT_LINEAR, 4096, 14336, (2,), 512), None, 0, 3, (MFMA,)),
     "elementwise": (elementwise(spec_of(weighted_sum(4096))), 3, 1, 8, ()),
     "rope_cache": (qkv_rope_cache(32, 8, 128), 14, 6, 8, ("v_pk_mul_f32",)),
@@ -132,7 +133,7 @@ def test_instructions(name, disassembly):
     for instruction in wanted:
         assert any(re.match(instruction, word) for word in words), instruction
     # Narrow loads are of ids and slots, which are scalars of a block, of logits, and of x where a weight is listed.
-    narrow = () if name.startswith(("lossless", "route")) else ("global_load_ushort",)
+    narrow = () if name.startswith("lossless") or name in ("route", "route_1") else ("global_load_ushort",)
     assert not {word for word in words if word.startswith(("scratch_", "flat_", "buffer_", *narrow))}
 
 
@@ -141,6 +142,34 @@ def test_loads_of_weights_are_under_way_together(disassembly):
     words = disassembly["linear"]
     first = next(i for i, word in enumerate(words) if re.match(MFMA, word))
     assert words[:first].count("global_load_dwordx4") >= 16
+
+
+def unawaited(words):
+    """Barriers that a wave may come to before its accesses to LDS are done: S_BARRIER itself waits for none."""
+    found, since = 0, []
+    for word in words:
+        if word == "s_barrier":
+            found += "lgkmcnt(0)" not in since
+        if word.startswith(("ds_", "s_cbranch", "s_branch", "s_barrier")):
+            since = []
+        since.append(word)
+    return found
+
+
+def test_barriers_wait_for_lds(disassembly):
+    """Another wave reads behind a barrier what this one writes before it."""
+    barriers = {name: words.count("s_barrier") for name, words in disassembly.items() if "s_barrier" in words}
+    assert {"rms_norm", "linear", "experts", "paged_attention", "paged_attention_1", "route_1"} <= set(barriers)
+    for name, count in barriers.items():
+        words = disassembly[name]
+        assert unawaited(words) == 0, name
+        assert unawaited([word for word in words if word != "lgkmcnt(0)"]) == count
+
+
+@pytest.mark.parametrize("name", ["experts", "experts_of_some"])
+def test_a_block_reads_a_tile_before_it_writes_the_next(name, disassembly):
+    """A barrier before sums are read, and one before those of the next tile are written over them."""
+    assert disassembly[name].count("s_barrier") >= 2
 
 
 def test_a_second_buffer_of_lds_is_an_error():

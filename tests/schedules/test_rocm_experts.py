@@ -87,6 +87,8 @@ def test_as_many_windows_as_there_can_be_tiles(case, generator):
     for tokens, windows in ((0, []), (1, [TOP_K]), (9, [6])):  # 27 places are at most 5 groups and a cut
         case.run(case.inputs(generator, torch.randn(tokens, EXPERTS, generator=generator)), "from_1")
         assert [launch.grid[0] for launch in case.launches] == windows
+    config = case.family.variants(case.spec, TARGET)[0].config
+    assert case.family.footprint(case.spec, config, 0, TARGET).blocks == 0
 
 
 def test_what_tuning_may_choose(case, generator, tmp_path):

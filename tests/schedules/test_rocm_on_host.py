@@ -118,8 +118,8 @@ def test_matches_reference(name, generator, tmp_path):
     elif (
         case.op is not PAGED_ATTENTION
     ):  # an exponential, a sum in another order: a value moves across a rounding boundary once in hundreds
-        moved = [(ours != theirs).float().mean() for ours, theirs in zip(actual, expected, strict=True)]
-        assert max(moved) < 1e-2
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert (ours != theirs).sum() <= max(1, ours.numel() // 100)
     changed = case.inputs[case.changed].clone()
     changed[len(changed) // 2 :] += 1
     with pytest.raises(AssertionError):

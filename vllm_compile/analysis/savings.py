@@ -108,9 +108,13 @@ def fusion_savings(stages: Sequence[Stage], step: Step) -> list[Saving]:
 
 
 def packing_saving(calls: Sequence[Call], step: Step, compiled: Execution) -> Saving:
-    """Reading weights as they are stored instead of plain; where a library takes over, it reads them plain."""
+    """Reading weights as they are stored instead of plain; where a library takes over, it reads them plain.
+
+    Of calls whose bytes are the same either way nothing counts: how many launches their kernels take is not of packing.
+    """
     ours = [call for call in calls if not any(kernel.library for kernel in compiled(call, step.workload))]
-    saving = step.total(ours).without(step.total(ours, compiled), "lossless packing")
+    packed = [call for call in ours if step.of(call, compiled).cost.bytes != step.of(call).cost.bytes]
+    saving = step.total(packed).without(step.total(packed, compiled), "lossless packing")
     return saving if saving.bytes else Saving(saving.what, 0, 0, 0.0, "weights are read plain here")
 
 
