@@ -311,7 +311,7 @@ def _events(response: Any) -> Iterator[dict[str, Any]]:
 
 def free_port() -> int:
     """A port that nobody has, and that the system, which gives out higher ones, will not give to others meanwhile."""
-    for port in random.sample(PORTS, len(PORTS)):
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):  # whoever has seeded the other one alike: other ports
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

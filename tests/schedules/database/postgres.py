@@ -14,6 +14,7 @@ from examples.demo import free_port
 
 ACCOUNT = "postgres"  # Debian's package makes it; the server refuses to run as root
 PASSWORD = secrets.token_hex(8)
+ATTEMPTS = 5
 LIMIT = "600"  # seconds to start or to stop in; a slow disk may need some
 
 
@@ -31,14 +32,20 @@ class Server:
 
     def __init__(self, directory: Path, commands: Path) -> None:
         self.directory, self._commands = directory, commands
-        self.port = free_port()
         password = directory / "password"
         password.write_text(PASSWORD)
         if os.geteuid() == 0:
             for path in (directory, password):
                 shutil.chown(path, ACCOUNT)
         self._run("initdb", "-D", str(self.data), "-U", "owner", "-A", "scram-sha-256", "--pwfile", str(password), "-N")
-        self.start()
+        for attempt in range(ATTEMPTS):
+            self.port = free_port()
+            try:
+                return self.start()
+            except AssertionError as error:
+                # Somebody may have taken the port since.
+                if attempt == ATTEMPTS - 1:
+                    raise AssertionError(f"{error}\n{(directory / 'log').read_text()}") from None
 
     @property
     def data(self) -> Path:
