@@ -1,8 +1,8 @@
 """The matrix product of `linear` and `gate_up_silu` for few tokens: y[T, N] = x[T, K] @ w[N, K].T, weights read once.
 
-There are two kinds of kernels: `stream` (stream.py) up to 16 tokens, and `wide` (wide.py) from 9 to 64: where a record
-says so, else where the weight has rows enough to fill the chip with large thread blocks.  Beyond, cuBLASLt is faster
-(benchmarks/baseline.md).
+There are three kinds of kernels: `stream` (stream.py) up to 16 tokens, `wide` (wide.py) from 9 to 64: where a record
+says so, else where the weight has rows enough to fill the chip with large thread blocks; and `fed` (fed.py), where a
+record says so.  Beyond, cuBLASLt is faster (benchmarks/baseline.md).
 
 Roofline.  N * K * 2 bytes of weights (1.5 if lossless), 2 * T * N * K operations: up to some hundred tokens an H200's
 bound is memory, 4.8 TB/s.  Gates and ups of Llama-3.1-8B (28672 x 4096): 235 MB, 49 us; lossless 176 MB, 37 us.
@@ -21,10 +21,10 @@ from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets.cuda import CudaTarget
 
 from ..family import Config, Variant
-from . import records, stream, wide
+from . import fed, records, stream, wide
 from .launch import Call, kernel
 
-KINDS: dict[str, Any] = {"stream": stream, "wide": wide}
+KINDS: dict[str, Any] = {"stream": stream, "wide": wide, "fed": fed}
 STREAM_TOKENS = 16  # beyond, x is read from L2 too often
 BUCKETS = {1: 8, 9: 16, 17: 32, 33: 64}  # least and most tokens of a variant
 
@@ -47,7 +47,7 @@ def serves(spec: OpSpec) -> bool:
 
 def space(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool = False) -> Sequence[Config]:
     """Every configuration that can be built, without prefetching."""
-    configs = [*stream.space(packed), *wide.space(packed)]
+    configs = [*stream.space(packed), *wide.space(packed), *fed.space(packed)]
     return [config for config in configs if fits(spec, config, target, gated)]
 
 
@@ -57,6 +57,7 @@ def promising(spec: OpSpec, target: CudaTarget, packed: bool, min_tokens: int, g
     configs = [*stream.promising(spec, target, packed, gated, tokens)] if tokens <= STREAM_TOKENS else []
     if tokens > stream.TOKENS:
         configs += wide.promising(spec, target, packed, gated, tokens)
+        configs += fed.promising(spec, target, packed, gated, tokens)
     # Blocks of every tile, counted as plain weights, that half of L2 holds.
     fit = target.l2_bytes // 2 // (spec.input("weight").size(0) * lossless.BLOCK * 2)
     found = []

@@ -78,6 +78,28 @@ __device__ __forceinline__ void sync_threads(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(COUNT) : "memory");
 }
 
+// A barrier in shared memory that is passed again and again: phase p ends when `count` threads have arrived in it.
+__device__ __forceinline__ void phase_init(uint32_t barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// Arrives; what this thread did before is seen by those who wait.
+__device__ __forceinline__ void phase_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Waits until the phase of this parity is over.
+__device__ __forceinline__ void phase_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
+      "@!over bra again;\n"
+      "}" ::"r"(barrier), "r"(parity)
+      : "memory");
+}
+
 // This thread block's number within its cluster.
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;

@@ -21,64 +21,11 @@
 #define VLLM_COMPILE_WIDE_LINEAR
 
 #include "rows.cuh"
-#include "vectors.cuh"
-#include "weights.cuh"
+#include "side.cuh"
 #include "wgmma.cuh"
+#include "wide_results.cuh"
 
 namespace vllm_compile {
-
-// The side list of a tile of 16 rows, from column `begin` on: lane r < 16 is at the next entry of row r.
-struct Side {
-  const Entry* entries;
-  uint32_t next, last;   // of the row
-  Entry now, ahead;      // now: its value over the scale; ahead: loaded long before it is needed
-  float scale, inverse;  // powers of two
-  uint32_t nearest;      // column of the next entry of all rows: one comparison says that a block has none
-
-  __device__ __forceinline__ Entry entry(uint32_t at) const {
-    return at < last ? entries[at] : Entry{0xffffffffu, 0.f};
-  }
-
-  __device__ __forceinline__ void start(const Entry* list, const Row* row, bool mine, uint32_t begin) {
-    entries = list;
-    next = last = 0, scale = 1.f;
-    if (mine) next = row[0].first, last = row[1].first, scale = row[0].scale;
-    inverse = 1.f / scale;
-    if (begin > 0) {
-      uint32_t before = 0;
-#pragma unroll 1
-      for (uint32_t at = next; at < last; at += 4)
-#pragma unroll
-        for (int i = 0; i < 4; i++) before += entry(at + i).k < begin;
-      next += before;
-    }
-    ahead = entry(next++);
-    advance();
-    nearest = __reduce_min_sync(0xffffffff, now.k);
-  }
-
-  __device__ __forceinline__ void advance() {
-    now = Entry{ahead.k, ahead.value * inverse};
-    ahead = entry(next++);
-  }
-
-  // Puts the entries of columns up to `end` into the fragments of the block before it.
-  __device__ __forceinline__ void put(uint32_t (&a)[4][4], uint32_t end, int lane) {
-#pragma unroll 1
-    while (nearest < end) {
-      const int row = __ffs(__ballot_sync(0xffffffff, now.k == nearest)) - 1;
-      const float value = __shfl_sync(0xffffffff, now.value, row);
-      if (lane == row % 8 * 4 + nearest / 8 % 4) {
-        const int place = nearest / 2 % 4 * 4 + nearest / 32 % 2 * 2 + row / 8;
-        const uint32_t bits = word_of(nearest % 2 ? 0.f : value, nearest % 2 ? value : 0.f);
-#pragma unroll
-        for (int i = 0; i < 16; i++) a[i / 4][i % 4] |= i == place ? bits : 0;  // the code is a zero of the same sign
-      }
-      if (lane == row) advance();
-      nearest = __reduce_min_sync(0xffffffff, now.k);
-    }
-  }
-};
 
 // PREFETCH: blocks of a part of K, behind those of the stages, that go to the L2 cache while the kernels before still run.
 // GATED: the weight's first N / 2 rows are gates, the others ups; y[tokens, N / 2] = silu(gate) * up.
@@ -102,13 +49,14 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* x, const void* 
   static_assert(BLOCKS == 1 || BLOCKS == 2, "fragments of a step that registers hold");
 
   const int token0 = blockIdx.y * TOKENS;  // more tokens than TOKENS: each part reads the weight again
-  const int width = GATED ? N / 2 : N;
+  const __nv_bfloat16* residual = static_cast<const __nv_bfloat16*>(residual_or_null);
   tokens -= token0;
   if constexpr (Rows::ROUTED) {
     which.order += token0;
   } else {
     x += (size_t)token0 * K;
-    y += (size_t)token0 * width;
+    y += (size_t)token0 * (GATED ? N / 2 : N);
+    if (residual) residual += (size_t)token0 * N;
   }
 
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -246,105 +194,9 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* x, const void* 
   wgmma_wait<0>();
   wgmma_results(sums);
 
-  // What this thread finishes: 4 neighbouring rows of a token at a time.  The thread blocks of a cluster share the tokens.
-  constexpr int QUADS = (GATED ? ROWS / 2 : ROWS) / 4;
-  constexpr int ITEMS = TOKENS / CLUSTER * QUADS, OWN = (ITEMS + THREADS - 1) / THREADS;
-  auto place = [&](int own, int& token, int& quad) {
-    const int i = own * THREADS + threadIdx.x;
-    token = rank * (TOKENS / CLUSTER) + i / QUADS;
-    quad = i % QUADS;
-    return i < ITEMS && token < tokens;
-  };
-  const int first_result = GATED ? rows_before / 2 : rows_before;
-  const __nv_bfloat16* const bias = static_cast<const __nv_bfloat16*>(bias_or_null);
-  const __nv_bfloat16* const residual = static_cast<const __nv_bfloat16*>(residual_or_null);
-  uint2 add[OWN], biases[OWN];  // on their way while the sums are exchanged
-#pragma unroll
-  for (int own = 0; own < OWN; own++) {
-    int token, quad;
-    add[own] = biases[own] = make_uint2(0, 0);
-    if (!GATED && place(own, token, quad)) {
-      const int n = first_result + quad * 4;
-      if (residual) add[own] = *reinterpret_cast<const uint2*>(residual + (size_t)(token0 + token) * N + n);
-      if (bias) biases[own] = *reinterpret_cast<const uint2*>(bias + n);
-    }
-  }
-
-  // [k_group][token][row], rows padded against bank conflicts.
-  constexpr int STRIDE = ROWS + 4;
-  float low = 1.f, high = 1.f;
-  if constexpr (PACKED) {
-    low = __shfl_sync(0xffffffff, side.scale, g);
-    high = __shfl_sync(0xffffffff, side.scale, g + 8);
-  }
-  wait_copies<0>();
-  __syncthreads();
-  float* const shared_sums = static_cast<float*>(shared);
-  float* const to = shared_sums + k_group * (TOKENS * STRIDE) + tile * 16 + g;
-#pragma unroll
-  for (int m = 0; m < TOKENS / 8; m++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int token = m * 8 + t * 2 + i % 2;
-      to[token * STRIDE + i / 2 * 8] = sums[m][i] * (i < 2 ? low : high);
-    }
-  if constexpr (CLUSTER > 1) {
-    cluster_arrive_and_wait();
-  } else {
-    __syncthreads();
-  }
-
-  // Of one row group of four: all parts of K, in order.
-  auto total = [&](float(&sum)[4], int token, int row) {
-#pragma unroll
-    for (int r = 0; r < CLUSTER; r++)
-#pragma unroll
-      for (int k = 0; k < K_GROUPS; k++) {
-        const float* from = shared_sums + (k * TOKENS + token) * STRIDE + row;
-        float4 part;
-        if constexpr (CLUSTER > 1) {
-          part = load_cluster(shared_address(from), r);
-        } else {
-          part = *reinterpret_cast<const float4*>(from);
-        }
-        if (r == 0 && k == 0) {
-          sum[0] = part.x, sum[1] = part.y, sum[2] = part.z, sum[3] = part.w;
-        } else {
-          sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
-        }
-      }
-  };
-  auto half = [](const uint2& words, int i) {
-    const uint32_t word = i < 2 ? words.x : words.y;
-    return __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
-  };
-#pragma unroll
-  for (int own = 0; own < OWN; own++) {
-    int token, quad;
-    if (place(own, token, quad)) {
-      float sum[4];
-      if constexpr (GATED) {
-        float up[4];
-        total(sum, token, quad / 4 * 32 + quad % 4 * 4);
-        total(up, token, quad / 4 * 32 + quad % 4 * 4 + 16);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const float gate = rounded(sum[i]);
-          sum[i] = rounded(gate / (1.f + __expf(-gate))) * rounded(up[i]);
-        }
-      } else {
-        total(sum, token, quad * 4);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          if (bias) sum[i] += half(biases[own], i);
-          if (residual) sum[i] = half(add[own], i) + rounded(sum[i]);
-        }
-      }
-      *reinterpret_cast<uint2*>(y + (size_t)which.y(token) * width + first_result + quad * 4) =
-          make_uint2(word_of(sum[0], sum[1]), word_of(sum[2], sum[3]));
-    }
-  }
-  if constexpr (CLUSTER > 1) cluster_arrive_and_wait();  // others may still read our sums
+  write_results<TOKENS, ROWS, K_GROUPS, CLUSTER, THREADS, GATED>(sums, PACKED ? side.scale : 1.f, true, k_group, tile,
+                                                                 rows_before, tokens, N, bias_or_null, residual, y, shared,
+                                                                 which);
 }
 
 }  // namespace vllm_compile

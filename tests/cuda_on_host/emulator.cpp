@@ -237,6 +237,7 @@ void set_up(Block& block, unsigned number, unsigned linear, unsigned threads, ch
   block.returned = 0;
   for (Barrier& b : block.barriers) b = {};
   for (bool& any : block.any) any = false;
+  block.phases.clear();
   block.warps.assign(warps, {});
   for (unsigned w = 0; w < warps; w++) {
     Warp& warp = block.warps[w];
@@ -416,6 +417,46 @@ void cluster_barrier(Site site) {
 }
 
 uint32_t rank_in_cluster() { return running->block->number % current->cluster; }
+
+void phase_init(uint32_t address, uint32_t count, Site site) {
+  if (!count) fail(site, "a barrier of no threads");
+  access(shared_at(address, 8, "mbarrier.init", site), 8, true, site);
+  running->block->phases[address] = {count};
+}
+
+static Phases& phases_at(uint32_t address, const char* instruction, Site site) {
+  access(shared_at(address, 8, instruction, site), 8, false, site);  // its initialisation is ordered before
+  auto found = running->block->phases.find(address);
+  if (found == running->block->phases.end()) fail(site, "%s where there is no barrier", instruction);
+  return found->second;
+}
+
+static void join(Clock& to, const Clock& from) {
+  to.resize(from.size());
+  for (size_t i = 0; i < from.size(); i++) to[i] = std::max(to[i], from[i]);
+}
+
+void phase_arrive(uint32_t address, Site site) {
+  Phases& p = phases_at(address, "mbarrier.arrive", site);
+  running_warp->clock[running_warp->number]++;
+  join(p.arrived, running_warp->clock);
+  if (++p.come < p.count) return;
+  p.come = 0, p.over++;
+  join(p.known, p.arrived);
+  for (Thread* thread : p.waiting) wake(*thread);
+  p.waiting.clear();
+}
+
+void phase_wait(uint32_t address, uint32_t parity, Site site) {
+  Phases& p = phases_at(address, "mbarrier.try_wait", site);
+  if (parity > 1) fail(site, "a parity of %u", parity);
+  while (p.over % 2 == parity) {
+    wait_at("phase_wait", site);
+    p.waiting.push_back(running);
+    leave();
+  }
+  if (!p.known.empty()) join(running_warp->clock, p.known);
+}
 
 void take_turns(Site site) {
   if (++turns > MOST_TURNS) fail(site, "waits in a loop for what does not happen");

@@ -41,6 +41,11 @@ bool barrier_or(bool predicate, Site site);  // barrier 0; true for all if it is
 void cluster_barrier(Site site);
 uint32_t rank_in_cluster();
 
+// An mbarrier at an address of shared memory, complete when `count` threads have arrived, again and again.
+void phase_init(uint32_t address, uint32_t count, Site site);
+void phase_arrive(uint32_t address, Site site);
+void phase_wait(uint32_t address, uint32_t parity, Site site);  // for the phase of this parity
+
 // Lets other threads run.
 void take_turns(Site site);
 

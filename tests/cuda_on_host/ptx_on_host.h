@@ -83,6 +83,15 @@ inline void sync_threads(int id, Site site = Site::current()) {
   cuda_on_host::barrier(id, COUNT, site);
 }
 
+// mbarriers.
+inline void phase_init(uint32_t barrier, uint32_t count, Site site = Site::current()) {
+  cuda_on_host::phase_init(barrier, count, site);
+}
+inline void phase_arrive(uint32_t barrier, Site site = Site::current()) { cuda_on_host::phase_arrive(barrier, site); }
+inline void phase_wait(uint32_t barrier, uint32_t parity, Site site = Site::current()) {
+  cuda_on_host::phase_wait(barrier, parity, site);
+}
+
 // Clusters.
 inline uint32_t cluster_rank() { return cuda_on_host::rank_in_cluster(); }
 inline void cluster_arrive_and_wait(Site site = Site::current()) { cuda_on_host::cluster_barrier(site); }

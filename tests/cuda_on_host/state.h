@@ -2,6 +2,7 @@
 #ifndef CUDA_ON_HOST_STATE
 #define CUDA_ON_HOST_STATE
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -49,6 +50,13 @@ struct Barrier {
   std::vector<Thread*> waiting;
 };
 
+// An mbarrier.
+struct Phases {
+  uint32_t count = 0, come = 0, over = 0;  // threads of a phase, that have arrived in this one; phases that are over
+  Clock arrived, known;                    // of those in this phase; of all in those that are over
+  std::vector<Thread*> waiting;
+};
+
 // Who touched two bytes of shared memory last (thread number + 1), and when by its warp's clock.
 struct Touched {
   uint16_t writer, reader;
@@ -62,6 +70,7 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barriers[16];
+  std::map<uint32_t, Phases> phases;  // by address
   bool any[3];  // of the last vote, of this one, of the next: nobody is further ahead
   unsigned returned = 0;
   char* shared = nullptr;

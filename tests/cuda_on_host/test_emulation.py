@@ -304,6 +304,58 @@ def test_wrong_kernels_are_reported(kind):
         )
 
 
+PHASES = """
+  const uint32_t filled = shared_address(shared), emptied = filled + 16;
+  float* const places = static_cast<float*>(shared) + 16;
+  if (threadIdx.x == 0)
+    for (int i = 0; i < 2; i++) phase_init(filled + i * 8, 32), phase_init(emptied + i * 8, 1);
+  __syncthreads();
+  for (int round = 0; round < 5; round++) {
+    const int place = round % 2, parity = round / 2 % 2;
+    if (threadIdx.x < 32) {
+      if (round >= 2) phase_wait(emptied + place * 8, 1 - parity);
+      places[place * 32 + lane] = x[round * 32 + lane];
+      phase_arrive(filled + place * 8);
+    } else {
+      phase_wait(filled + place * 8, parity);
+      y[round * 32 + lane] = places[place * 32 + 31 - lane];
+      __syncwarp();
+      if (lane == 0) phase_arrive(emptied + place * 8);
+    }
+  }
+"""
+
+
+def phases(changed, x):
+    y = torch.full_like(x, float("nan"))
+    launch(PHASES.replace(*changed), block=64, shared_bytes=64 + 2 * 128, arguments={"x": x, "y": y})
+    return y
+
+
+def test_phases_pass_on_what_was_written(generator):
+    x = torch.randn(5, 32, generator=generator)
+    assert torch.equal(phases(("", ""), x), x.flip(1))
+
+
+WRONG_PHASES = {
+    "x is not waited for": ("phase_wait(filled + place * 8, parity);", "", "a race"),
+    "places are not waited for": ("if (round >= 2)", "if (false)", "a race"),
+    "one does not arrive": ("phase_arrive(filled", "if (lane > 0) phase_arrive(filled", "deadlock"),
+    "the wrong phase": ("emptied + place * 8, 1 - parity", "emptied + place * 8, parity", "deadlock"),
+    "more rounds than places": ("round >= 2", "round >= 1", "deadlock"),
+    "no barrier there": ("phase_arrive(filled + place * 8)", "phase_arrive(filled + 64)", "no barrier"),
+    "no threads": ("emptied + i * 8, 1", "emptied + i * 8, 0", "a barrier of no threads"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_PHASES)
+def test_wrong_phases_are_reported(kind, generator):
+    before, after, message = WRONG_PHASES[kind]
+    assert before in PHASES
+    with pytest.raises(EmulationError, match=message):
+        phases((before, after), torch.randn(5, 32, generator=generator))
+
+
 WRONG_WGMMA = {
     "no fence of stores": ("proxy_fence();", "", "reads what has no fence"),
     "no barrier": ("__syncthreads();", "", "a race"),

@@ -1,7 +1,7 @@
-"""`wide_linear` on the CPU, thread by thread (tests/cuda_on_host): each way to share the work, no GPU needed.
+"""`wide_linear` and `fed_linear` on the CPU, thread by thread (tests/cuda_on_host): each way to share the work, no GPU.
 
-test_cuda_linear_on_host.py has what holds for every kernel of `linear`; this is what only wide ones have: warpgroups,
-parts of K in a thread block and in a cluster, odd numbers of blocks, and side lists.
+test_cuda_linear_on_host.py has what holds for every kernel of `linear`; this is what only these have: warpgroups, parts
+of K in a thread block and in a cluster, odd numbers of blocks, warps that bring x to others, and side lists.
 """
 
 import dataclasses
@@ -28,21 +28,19 @@ TARGET = cuda.for_chip()
 class Case:
     """A configuration, and a call that is awkward for it."""
 
-    tokens: int
-    row_groups: int
-    k_groups: int
-    cluster: int
-    blocks: int
-    stages: int
+    how: tuple[tuple[str, int | str], ...]
     packed: bool
     N: int
     K: int  # in blocks of 64 columns
     gated: bool = False
     optional: tuple[str, ...] = ()
 
+    @property
+    def tokens(self):
+        return dict(self.how)["tokens"]
+
     def config(self):
-        names = ("tokens", "row_groups", "k_groups", "cluster", "blocks", "stages")
-        return {"kind": "wide", "lossless": self.packed, "prefetch": 2, **{name: getattr(self, name) for name in names}}
+        return {"lossless": self.packed, "prefetch": 2, **dict(self.how)}
 
     def sample(self, generator, tokens):
         op = GATE_UP_SILU if self.gated else LINEAR
@@ -51,23 +49,37 @@ class Case:
         return op, {name: inputs[name] for name in ("x", "weight", *self.optional)}
 
 
+def wide(tokens, row_groups, k_groups, cluster, blocks, stages):
+    names = ("tokens", "row_groups", "k_groups", "cluster", "blocks", "stages")
+    return (("kind", "wide"), *zip(names, (tokens, row_groups, k_groups, cluster, blocks, stages), strict=True))
+
+
+def fed(tokens, stages):
+    return ("kind", "fed"), ("tokens", tokens), ("stages", stages)
+
+
 ALL = ("bias", "residual")
 CASES = {
     # One warpgroup; one block of columns, and fewer blocks than stages.
-    "smallest": Case(16, 1, 1, 1, 1, 2, False, 64, 1),
-    "few_blocks": Case(16, 1, 1, 1, 2, 4, True, 64, 3, optional=("bias",)),
+    "smallest": Case(wide(16, 1, 1, 1, 1, 2), False, 64, 1),
+    "few_blocks": Case(wide(16, 1, 1, 1, 2, 4), True, 64, 3, optional=("bias",)),
     # Warpgroups that share x.
-    "rows": Case(32, 2, 1, 1, 2, 3, True, 256, 9, optional=ALL),
-    "rows_gated": Case(64, 2, 1, 1, 2, 2, True, 256, 9, gated=True),
-    "all_rows": Case(64, 4, 1, 1, 1, 3, True, 256, 5, optional=("residual",)),
-    "all_rows_plain": Case(64, 4, 1, 1, 1, 3, False, 256, 6, optional=("bias",)),
+    "rows": Case(wide(32, 2, 1, 1, 2, 3), True, 256, 9, optional=ALL),
+    "rows_gated": Case(wide(64, 2, 1, 1, 2, 2), True, 256, 9, gated=True),
+    "all_rows": Case(wide(64, 4, 1, 1, 1, 3), True, 256, 5, optional=("residual",)),
+    "all_rows_plain": Case(wide(64, 4, 1, 1, 1, 3), False, 256, 6, optional=("bias",)),
     # Parts of K: within a block, in a cluster, both; unequal ones, and some with none.
-    "parts": Case(32, 1, 2, 1, 1, 3, True, 64, 5, optional=ALL),
-    "four_parts": Case(16, 1, 4, 1, 2, 2, False, 64, 11),
-    "cluster": Case(64, 2, 1, 4, 2, 3, True, 128, 9, optional=ALL),
-    "cluster_gated": Case(16, 1, 1, 2, 2, 2, False, 128, 7, gated=True),
-    "both": Case(32, 1, 2, 4, 1, 3, True, 64, 13, gated=True),
-    "empty_parts": Case(64, 1, 2, 4, 2, 2, True, 64, 5, optional=("residual",)),
+    "parts": Case(wide(32, 1, 2, 1, 1, 3), True, 64, 5, optional=ALL),
+    "four_parts": Case(wide(16, 1, 4, 1, 2, 2), False, 64, 11),
+    "cluster": Case(wide(64, 2, 1, 4, 2, 3), True, 128, 9, optional=ALL),
+    "cluster_gated": Case(wide(16, 1, 1, 2, 2, 2), False, 128, 7, gated=True),
+    "both": Case(wide(32, 1, 2, 4, 1, 3), True, 64, 13, gated=True),
+    "empty_parts": Case(wide(64, 1, 2, 4, 2, 2), True, 64, 5, optional=("residual",)),
+    # Warps that bring x: one round of places, several, two thread blocks.
+    "fed_once": Case(fed(64, 4), True, 256, 4, optional=ALL),
+    "fed_gated": Case(fed(64, 4), True, 512, 12, gated=True),
+    "fed_plain": Case(fed(32, 2), False, 256, 6, optional=("bias",)),
+    "fed_narrow": Case(fed(16, 2), True, 256, 10),
 }
 
 
