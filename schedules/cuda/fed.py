@@ -1,10 +1,10 @@
-"""Configurations of `fed_linear` (fed_linear.cuh): thread blocks of 256 rows and all of K, x brought by warps of its own.
+"""Configurations of `fed_linear` (fed_linear.cuh): thread blocks of 256 rows and all of K, x brought by warps apart.
 
 Where the weight has rows for them, 256 rows keep x's share of what a multiprocessor reads low: 64 tokens are a third of
 the lossless weights' bytes.  At 4.8 TB/s a multiprocessor gets a block of 256 x 64 lossless weights every 680 ns, 1,200
-cycles, of which the tensor cores take 512 and unpacking 140 instructions of each of 4 warps of a scheduler: what was
-left in wide kernels was waiting, for x and at a barrier a step (profile of gates and ups of Llama-3.1-8B at 64 tokens on
-an H200: 0.40 of a scheduler's issue slots used, 0.49 here; 65 us, 59 here).
+cycles.  Of these the tensor cores take 512; each scheduler has 4 warps that unpack, 80 instructions each (the machine
+code, without the side list), and one that brings x.  In a wide kernel it is 140 instructions, and all warps wait for
+each other once a step.
 
 In flight: each stage holds 24 KB of lossless weights, of the 29 KB a multiprocessor that 4.8 TB/s * 800 ns are.
 """
