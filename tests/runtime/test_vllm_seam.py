@@ -132,6 +132,10 @@ class TestOneEngine:
         assert config.cache_config.kv_cache_layout == "LBHNC"
         assert program_of(llm).limits == (64, 8)
 
+    def test_imports_are_no_garbage_to_collect_while_loading(self, llm):
+        """Before vLLM freezes them itself, which it does once all is loaded."""
+        assert program_of(llm).frozen > 100_000
+
     def test_batches_and_chunks_equal_hugging_face(self, llm, prompts, expected):
         assert greedy_by_vllm(llm, prompts) == expected
         steps = program_of(llm).steps
