@@ -32,11 +32,10 @@ def torch_stream(device: torch.device) -> AbstractContextManager[Any]:
     """While it is open, kernels run on torch's current stream."""
     if device.type == "cpu":
         return nullcontext()
-    if torch.version.hip is None:
-        return tvm_ffi.use_torch_stream()
-    # That would set the stream of the CUDA device of the same number.
+    # Not use_torch_stream, which for a HIP device would set the stream of the CUDA device of the same number.
     stream = torch.cuda.current_stream(device)
-    return tvm_ffi.use_raw_stream(tvm_ffi.device("rocm", stream.device_index), stream.cuda_stream)
+    kind = "cuda" if torch.version.hip is None else "rocm"
+    return tvm_ffi.use_raw_stream(tvm_ffi.device(kind, stream.device_index), stream.cuda_stream)
 
 
 class Executor:

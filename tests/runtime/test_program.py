@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import tvm_ffi
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -249,6 +251,18 @@ def test_what_was_bound_last_is_kept(tiny_fp32, generator, monkeypatch):
         logits_SV = program.logits(hidden_SD[:rows])
         assert relative_error(logits_SV[:3], expected_SV[:rows]) < CLOSE
     assert bound == [3, 1, 2, 4, 2]
+
+
+@pytest.mark.parametrize(("hip", "kind", "other"), [(None, "cuda", "rocm"), ("7.0", "rocm", "cuda")])
+def test_kernels_run_on_torchs_stream(hip, kind, other, monkeypatch):
+    stream = SimpleNamespace(device_index=1, cuda_stream=0x1230)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    with executor.torch_stream(torch.device("cuda")):
+        assert tvm_ffi.get_raw_stream(tvm_ffi.device(kind, 1)) == 0x1230
+        assert not tvm_ffi.get_raw_stream(tvm_ffi.device(kind, 0))
+        assert not tvm_ffi.get_raw_stream(tvm_ffi.device(other, 1))
+    assert not tvm_ffi.get_raw_stream(tvm_ffi.device(kind, 1))
 
 
 class TestWeights:
