@@ -30,6 +30,9 @@ logger = init_logger("vllm.compiled_artifact")  # below vLLM's own, which says w
 LOAD_FORMAT, DUMMY_FORMAT = "vllm_compile", "vllm_compile_dummy"
 UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 SERVED_BY = ">=0.26,<0.34"  # 0.26 (CUDA) and 0.32 (CPU) are tested, the rest has the same interfaces by its source
+# Decode batches that graphs are captured of: vLLM's own up to 64, where kernels change with every 8 or 16 rows; above,
+# half as many.
+GRAPH_SIZES = (1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, 513, 32))
 SPARE_TOKENS = 1024  # room for the null block and a part-filled one, at any block size
 
 
@@ -80,6 +83,26 @@ class ServingConfig(VerifyAndUpdateConfig):
         if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_piecewise_cudagraphs():
             # Said aloud: vLLM 0.26 drops graphs without a word where torch compiles nothing.
             compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+            choose_graph_sizes(vllm_config)
+
+
+def choose_graph_sizes(vllm_config: Any) -> None:
+    """Has graphs captured of 31 sizes at most, where vLLM would of 51, each of which takes a server's start longer.
+
+    A batch between two sizes runs as the larger.  No size is above vLLM's largest; the largest batch that is served has
+    one of its own.  Whoever chose sizes, a performance mode that does or speculation, whose batches are
+    multiples of its drafts, gets vLLM's.
+    """
+    compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
+    if (
+        compilation.cudagraph_capture_sizes is not None
+        or compilation.max_cudagraph_capture_size is not None
+        or vllm_config.performance_mode == "interactivity"
+        or vllm_config.speculative_config is not None
+    ):
+        return
+    largest = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, GRAPH_SIZES[-1])
+    compilation.cudagraph_capture_sizes = [*(size for size in GRAPH_SIZES if size < largest), largest]
 
 
 def refuse_unknown_version(version: str) -> None:

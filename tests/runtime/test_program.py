@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import tvm_ffi
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +19,7 @@ from vllm_compile import file_digests
 from vllm_compile.accuracy import relative_error
 from vllm_compile.errors import ArtifactError, TargetError
 from vllm_compile.paged_batch import PagedBatch
+from vllm_compile.runtime import executor
 from vllm_compile.runtime.manifest import content_digest, sha256
 from vllm_compile.runtime.program import Program, device_of, load, read_weights
 from vllm_compile.targets import DETECT
@@ -227,6 +230,39 @@ def test_wrong_arguments(program, spoil, generator):
 def test_wrong_hidden_states(program, hidden):
     with pytest.raises((ValueError, TypeError), match=r"Mismatched|Invalid"):
         program.logits(hidden)
+
+
+def test_what_was_bound_last_is_kept(tiny_fp32, generator, monkeypatch):
+    """Of three batches: 2 goes when 4 comes, as 1 has been used since."""
+    bound = []
+
+    class Remembered(executor.Binder):
+        def __init__(self, plan, kernel, slots, batch):
+            super().__init__(plan, kernel, slots, batch)
+            bound.append(batch.tokens)
+
+    monkeypatch.setattr(executor, "Binder", Remembered)
+    monkeypatch.setattr(executor, "BOUND_BATCHES", 3)
+    program = load(tiny_fp32)
+    program.prepare(max_tokens=8, max_requests=8)
+    hidden_SD = torch.randn(4, program.hidden_size, generator=generator)
+    expected_SV = program.logits(hidden_SD[:3]).clone()
+    for rows in (1, 2, 3, 1, 4, 1, 3, 4, 2):
+        logits_SV = program.logits(hidden_SD[:rows])
+        assert relative_error(logits_SV[:3], expected_SV[:rows]) < CLOSE
+    assert bound == [3, 1, 2, 4, 2]
+
+
+@pytest.mark.parametrize(("hip", "kind", "other"), [(None, "cuda", "rocm"), ("7.0", "rocm", "cuda")])
+def test_kernels_run_on_torchs_stream(hip, kind, other, monkeypatch):
+    stream = SimpleNamespace(device_index=1, cuda_stream=0x1230)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    with executor.torch_stream(torch.device("cuda")):
+        assert tvm_ffi.get_raw_stream(tvm_ffi.device(kind, 1)) == 0x1230
+        assert not tvm_ffi.get_raw_stream(tvm_ffi.device(kind, 0))
+        assert not tvm_ffi.get_raw_stream(tvm_ffi.device(other, 1))
+    assert not tvm_ffi.get_raw_stream(tvm_ffi.device(kind, 1))
 
 
 class TestWeights:

@@ -22,8 +22,10 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 pytest.importorskip("vllm")
 
 from vllm import LLM, SamplingParams
+from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import TokensPrompt
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from tests.conftest import SEED
@@ -34,7 +36,7 @@ from vllm_compile.runtime import program as programs
 from vllm_compile.runtime import vllm_config
 from vllm_compile.runtime.buckets import BucketPlan, Limits, Work
 from vllm_compile.runtime.gpu import Gpu
-from vllm_compile.runtime.vllm_config import refuse_uneven_cache, refuse_unknown_version
+from vllm_compile.runtime.vllm_config import ServingConfig, refuse_uneven_cache, refuse_unknown_version
 from vllm_compile.targets import resolve
 from vllm_compile.targets.cuda import CHIPS
 
@@ -131,6 +133,10 @@ class TestOneEngine:
         assert config.model_config.dtype == torch.float32
         assert config.cache_config.kv_cache_layout == "LBHNC"
         assert program_of(llm).limits == (64, 8)
+
+    def test_imports_are_no_garbage_to_collect_while_loading(self, llm):
+        """Before vLLM freezes them itself, which it does once all is loaded."""
+        assert program_of(llm).frozen > 100_000
 
     def test_batches_and_chunks_equal_hugging_face(self, llm, prompts, expected):
         assert greedy_by_vllm(llm, prompts) == expected
@@ -279,6 +285,75 @@ class TestBuckets:
     def test_that_are_too_small(self, more, words, configured):
         with pytest.raises(BucketError, match=words):
             configured(**more)
+
+
+class TestGraphSizes:
+    """Of decode batches, as vLLM's configuration has them once it has asked ours for what is to be set."""
+
+    @pytest.fixture
+    def sizes(self, artifact, monkeypatch):
+        """(ours, vLLM's) for a server's limits, as on an H200, and for what a user sets of the compilation's."""
+        monkeypatch.setattr(torch_program.TorchProgram, "manifest", {"target": {"name": "cuda"}}, raising=False)
+        monkeypatch.setattr(torch_program.TorchProgram, "weight_bytes", lambda self: 0, raising=False)
+        card = Gpu("NVIDIA H200", (9, 0), (580, 0), 141 * 10**9)
+        monkeypatch.setattr("vllm_compile.runtime.gpu.detect", lambda: card)
+
+        def configured(chosen: dict | None = None, **limits) -> tuple[list[int], list[int]]:
+            config = EngineArgs(artifact, **OPTIONS | limits).create_engine_config()
+            compilation, pair = config.compilation_config, []
+            with monkeypatch.context() as patch:
+                patch.setattr(current_platform, "is_cpu", lambda: False)
+                for asked in (True, False):
+                    mode = None if asked else CUDAGraphMode.FULL_DECODE_ONLY
+                    unset = {
+                        "cudagraph_mode": mode,
+                        "cudagraph_capture_sizes": None,
+                        "max_cudagraph_capture_size": None,
+                    }
+                    for name, value in (unset | (chosen or {})).items():
+                        setattr(compilation, name, value)
+                    if asked:
+                        ServingConfig.verify_and_update_config(config)
+                    config._set_cudagraph_sizes()
+                    assert compilation.max_cudagraph_capture_size == max(compilation.cudagraph_capture_sizes)
+                    pair.append(compilation.cudagraph_capture_sizes)
+            return pair[0], pair[1]
+
+        return configured
+
+    def test_fewer_than_vllms(self, sizes):
+        ours, theirs = sizes(max_num_seqs=1024, max_num_batched_tokens=16384)
+        assert (len(ours), len(theirs)) == (31, 51)
+        assert set(ours) < set(theirs)
+        assert [size for size in ours if size <= 64] == [size for size in theirs if size <= 64]
+        assert max(ours) == max(theirs)
+
+    @pytest.mark.parametrize(
+        ("requests", "tokens"), [(1, 64), (3, 64), (64, 8192), (100, 8192), (300, 300), (513, 520)]
+    )
+    def test_every_batch_of_vllms_graphs_has_one(self, requests, tokens, sizes):
+        """None above what vLLM would capture; none of more requests than are served, which vLLM would drop."""
+        ours, theirs = sizes(max_num_seqs=requests, max_num_batched_tokens=tokens)
+        assert max(ours) == min(requests, 512)
+        assert max(ours) <= max(theirs)
+        for batch in range(1, max(ours) + 1):
+            padded = min(size for size in ours if size >= batch)
+            assert padded - batch < (8 if batch <= 64 else 16 if batch <= 256 else 32)
+
+    @pytest.mark.parametrize(
+        ("chosen", "options"),
+        [
+            ({"cudagraph_capture_sizes": [1, 7, 300]}, {}),
+            ({"max_cudagraph_capture_size": 300}, {}),
+            ({"cudagraph_mode": CUDAGraphMode.FULL}, {}),
+            ({}, {"performance_mode": "interactivity"}),
+            ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}),
+        ],
+        ids=str,
+    )
+    def test_of_those_who_choose_are_vllms(self, chosen, options, sizes):
+        ours, theirs = sizes(chosen, max_num_seqs=512, max_num_batched_tokens=8192, **options)
+        assert ours == theirs
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,9 @@ NEVER_PREPARED = "forward() before prepare()"
 
 
 class TorchProgram:
-    """Llama without biases or rope scaling.  `steps` records (T, R) of each forward.
+    """Llama without biases or rope scaling.
+
+    `steps` records (T, R) of each forward, `frozen` how many objects garbage collection passed over while it loaded.
 
     As in the compiled program, the next call overwrites what the last one returned.
     """
@@ -44,6 +47,7 @@ class TorchProgram:
             self.load_weights()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> None:
+        self.frozen = gc.get_freeze_count()
         self.weights = dict(weights or load_file(self.directory / "model.safetensors"))
         if "model.norm.weight" not in self.weights:
             raise ArtifactError("model.norm.weight is missing")
