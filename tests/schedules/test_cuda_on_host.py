@@ -14,7 +14,7 @@ from vllm_compile.schedules.select import choose
 from vllm_compile.targets import cuda
 
 from . import harness
-from .cuda_cases import mismatch, owned_rows, sharing
+from .cuda_kernel_cases import mismatch, owned_rows, sharing
 from .expressions import every_function, inputs_of, rotation, spec_of
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux")
