@@ -118,7 +118,7 @@ def experts(generator: torch.Generator) -> Iterator[Case]:
     """Mixtures of experts: the router's linear layer, the router, gates and ups, what comes behind them."""
     bf16 = torch.bfloat16
     for name, (count, top_k, K, width) in EXPERTS.items():
-        for tokens in (1, 5, 20, 150):
+        for tokens in (1, 5, 20, 150, 300):
             inputs, _ = ops.LINEAR.sample(generator, bf16, tokens, K, 8)
             yield Case(f"{name} {tokens}", ops.LINEAR, {key: inputs[key] for key in ("x", "weight")}, {}, "x")
             sample = ops.ROUTE.sample(generator, bf16, tokens, count, top_k)
