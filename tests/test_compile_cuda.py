@@ -6,7 +6,9 @@ Kernels themselves are tested in tests/schedules; running a whole artifact needs
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,8 @@ from vllm_compile.runtime import gpu
 from vllm_compile.runtime.manifest import check_target, read_manifest
 from vllm_compile.runtime.plan import KernelStep, Large, VendorCall, from_json
 from vllm_compile.runtime.program import load, read_weights
-from vllm_compile.schedules.cuda.build import build_library
+from vllm_compile.schedules.cuda import build
+from vllm_compile.schedules.cuda.build import build_library, source
 from vllm_compile.schedules.select import choose
 from vllm_compile.targets import cuda
 
@@ -93,8 +96,10 @@ def test_large_batches_go_to_vendors_with_plain_weights(packed):
     assert arguments["out"].buffer == epilogue.arguments[0].buffer
 
 
-def test_windows_and_soft_caps(tmp_path):
+def test_windows_and_soft_caps(tmp_path, monkeypatch):
     """Gemma 2's: our kernels and the vendor's function are told of them, layer by layer."""
+    sources = []
+    monkeypatch.setattr(build, "source", lambda *given: sources.append(source(*given)) or sources[-1])
     random_model("Gemma 2", **WIDE).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     result = compiled(tmp_path / "model", tmp_path / "artifact", weightless=True)
     plan = from_json((result.artifact / "plan.json").read_text())
@@ -103,8 +108,13 @@ def test_windows_and_soft_caps(tmp_path):
     given = [dict(part.attributes) for s in steps for part in s.large.steps if isinstance(part, VendorCall)]
     assert [attributes.get("window", 0) for attributes in given] == [WINDOW, 0]
     assert {attributes["soft_cap"] for attributes in given} == {50.0}
-    symbols = [{symbol for _, symbol in step.variants} for step in steps]
-    assert not symbols[0] & symbols[1]
+    # The device function that each kernel calls: its last arguments are the window, and the bits of the cap.
+    (code,) = sources
+    called = dict(re.findall(r"(\w+)_kernel\([^;{}]*\) \{[^}]*vllm_compile::rope_attention<([\d, ]+)>", code))
+    cap = struct.unpack("I", struct.pack("f", 50.0))[0]
+    found = [[called.pop(symbol).split(", ")[-2:] for _, symbol in step.variants] for step in steps]
+    assert found == [[[str(window), str(cap)]] * 2 for window in (WINDOW, 0)]
+    assert not called
 
 
 def test_experts(tmp_path):

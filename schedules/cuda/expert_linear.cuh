@@ -8,16 +8,14 @@
 
 namespace vllm_compile {
 
-// The group of this thread block, (tile of rows, TOKENS of a group, group); its count is 0 if there is none for it.
+// The tile of a group that this thread block, (tile of rows, number), multiplies; its count is 0 if there is none for it.
 // Which weights are wanted is known when the router's kernel is done, so nothing is requested before.
 template <int EXPERTS, int TOKENS>
-__device__ __forceinline__ Group wait_for_group(const int* experts, const int* order,
-                                                const int* ends, int slots) {
+__device__ __forceinline__ Group wait_for_tile(const int* experts, const int* order,
+                                               const int* ends, int slots) {
   launch_dependents();
   wait_for_kernels_before();
-  Group group = find_group<EXPERTS>(experts, order, ends, slots, blockIdx.z);
-  if (group.count <= (int)blockIdx.y * TOKENS) group.count = 0;
-  return group;
+  return find_tile<EXPERTS, TOKENS>(experts, order, ends, slots, blockIdx.y, gridDim.y);
 }
 
 __device__ __forceinline__ const void* weight_of(const void* weights, int expert, int N, int K) {
@@ -33,11 +31,11 @@ __device__ __forceinline__ void expert_stream_linear(const __nv_bfloat16* x,
                                                      const int* ends, const void* weights,
                                                      __nv_bfloat16* y, int slots, int N, int K,
                                                      void* shared) {
-  const Group group = wait_for_group<EXPERTS, 8 * TOKEN_TILES>(experts, order, ends, slots);
-  if (group.count == 0) return;
+  const Group tile = wait_for_tile<EXPERTS, 8 * TOKEN_TILES>(experts, order, ends, slots);
+  if (tile.count == 0) return;
   stream_linear<TOKEN_TILES, ROW_TILES, WARPS, STAGES, PREFETCH, AHEAD, PACKED, GATED>(
-      x, weight_of(weights, group.expert, N, K), nullptr, nullptr, y, group.count, N, K, shared,
-      RoutedRows<SHARED>{order + group.begin});
+      x, weight_of(weights, tile.expert, N, K), nullptr, nullptr, y, tile.count, N, K, shared,
+      RoutedRows<SHARED>{order + tile.begin});
 }
 
 // The same; its parameters are those of wide_linear.
@@ -48,11 +46,11 @@ __device__ __forceinline__ void expert_wide_linear(const __nv_bfloat16* x,
                                                    const int* ends, const void* weights,
                                                    __nv_bfloat16* y, int slots, int N, int K,
                                                    void* shared) {
-  const Group group = wait_for_group<EXPERTS, TOKENS>(experts, order, ends, slots);
-  if (group.count == 0) return;
+  const Group tile = wait_for_tile<EXPERTS, TOKENS>(experts, order, ends, slots);
+  if (tile.count == 0) return;
   wide_linear<TOKENS, ROW_GROUPS, K_GROUPS, CLUSTER, BLOCKS, STAGES, PREFETCH, PACKED, GATED>(
-      x, weight_of(weights, group.expert, N, K), nullptr, nullptr, y, group.count, N, K, shared,
-      RoutedRows<SHARED>{order + group.begin});
+      x, weight_of(weights, tile.expert, N, K), nullptr, nullptr, y, tile.count, N, K, shared,
+      RoutedRows<SHARED>{order + tile.begin});
 }
 
 }  // namespace vllm_compile

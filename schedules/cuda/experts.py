@@ -1,8 +1,9 @@
 """Linear layers of experts: each token is multiplied by the weights of the experts that it goes to (expert_linear.cuh).
 
 Tokens of one expert are a group, as `route` has sorted them; a group's weight is streamed once for every so many of its
-tokens, by the kernels of dense layers (stream.py, wide.py).  The grid has a place for each group that there may be: of
-few tokens one for each of their k choices, of many one for each expert; places without a group end at once.
+tokens, a tile, by the kernels of dense layers (stream.py, wide.py).  The grid has a place for each tile that there may
+be (rows.cuh): min(T * k, E) first ones of groups, and of tiles of W tokens (T * k - 1) / W further ones.  Places
+without a tile end at once.  Qwen3-30B-A3B, 8,192 tokens of even shares, W = 64: 1,151 places for 1,024 tiles.
 
 Roofline.  Of G groups G * N * K * 2 bytes, 2 * T * k * N * K operations.  Mixtral-8x7B's gates and ups (N = 28672,
 K = 4096, k = 2), one token: 470 MB of the 1.88 GB there are, 98 us at 4.8 TB/s.  From some 64 tokens a group on, the
@@ -62,9 +63,11 @@ class _ExpertFamily(KernelFamily):
         assert matmul.fits(_one_expert(spec), config, target, self.gated), (spec, config)
 
         def launch(call: Call) -> Launch:
-            dense = kind.launch(config, call, N)
-            groups = T.min(call.dims[Sym.TOKENS] * top_k, experts)
-            return Launch([*dense.grid, groups], dense.threads, dense.shared_bytes, dense.cluster)
+            dense, tokens, width = kind.launch(config, call, N), call.dims[Sym.TOKENS], _width(config)
+            slots = tokens * top_k
+            further = T.if_then_else(tokens > width, T.floordiv(slots - 1, width), 0)  # a token's experts differ
+            tiles = T.min(slots, experts) + further
+            return Launch([dense.grid[0], tiles], dense.threads, dense.shared_bytes, dense.cluster)
 
         parameters = [*kind.parameters(config, self.gated), experts, top_k if shared else 1]
         return kernel(
@@ -95,6 +98,11 @@ def _config(one: OpSpec, target: CudaTarget, gated: bool, width: int) -> Config:
     config = config or stream.default(one, target, False, gated, min(width, matmul.STREAM_TOKENS))
     assert config is not None, one
     return config
+
+
+def _width(config: Config) -> int:
+    """Tokens of a tile."""
+    return config["tokens"] if config["kind"] == "wide" else stream.TOKENS * config["token_tiles"]
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 // The router of a mixture of experts: scores and the best k of each token, then a stable sort of all by expert.
 //
-// One thread block: a warp takes a token, its lanes the experts.  The sort counts: each warp the experts of its own
-// stretch of entries, then where each of them begins, then each entry finds its place.
+// A warp takes a token, its lanes the experts; of many tokens several thread blocks choose.  The last of them to be done
+// sorts the entries of all, by counting: each warp the experts of its own stretch of entries, then where each of them
+// begins, then each entry finds its place.  So results depend on the logits alone.
 #ifndef VLLM_COMPILE_ROUTE
 #define VLLM_COMPILE_ROUTE
 
 #include "vectors.cuh"
 
 namespace vllm_compile {
+
+__device__ unsigned route_arrived;  // thread blocks of a launch that have chosen; zero between launches, which take turns
 
 __device__ __forceinline__ float number(float value) { return value; }
 __device__ __forceinline__ float number(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -45,7 +48,7 @@ __device__ __forceinline__ void route(const Logit* logits, int* experts, float* 
   for (int e = lane; e < EXPERTS; e += 32) counts[e] = 0;
   wait_for_kernels_before();
 
-  for (int token = warp; token < tokens; token += WARPS) {
+  for (int token = blockIdx.x * WARPS + warp; token < tokens; token += gridDim.x * WARPS) {
     float value[OWN];
     unsigned long long rank[OWN];
 #pragma unroll
@@ -85,12 +88,22 @@ __device__ __forceinline__ void route(const Logit* logits, int* experts, float* 
       scores[(size_t)token * TOP_K + lane] = chosen / all;
     }
   }
+  if (gridDim.x > 1) __threadfence();
   __syncthreads();  // of what this thread block has written, in memory too
+  if (gridDim.x > 1) {
+    if (threadIdx.x == 0) {
+      begins[0] = atomicAdd(&route_arrived, 1u) == gridDim.x - 1;
+      if (begins[0]) route_arrived = 0;
+    }
+    __syncthreads();
+    if (!begins[0]) return;
+    __threadfence();
+  }
 
   const int entries = tokens * TOP_K, stretch = (entries + THREADS - 1) / THREADS * 32;
   const int first = warp * stretch, last = min(first + stretch, entries);
   for (int from = first; from < last; from += 32) {
-    const int expert = from + lane < last ? experts[from + lane] : -1;
+    const int expert = from + lane < last ? __ldcg(experts + from + lane) : -1;
     const uint32_t peers = peers_of<EXPERTS>(expert);
     if (expert >= 0 && lane == __ffs(peers) - 1) counts[expert] += __popc(peers);
     __syncwarp();
@@ -118,7 +131,7 @@ __device__ __forceinline__ void route(const Logit* logits, int* experts, float* 
   }
   __syncthreads();
   for (int from = first; from < last; from += 32) {
-    const int expert = from + lane < last ? experts[from + lane] : -1;
+    const int expert = from + lane < last ? __ldcg(experts + from + lane) : -1;
     const uint32_t peers = peers_of<EXPERTS>(expert);
     int place = 0;
     if (expert >= 0) place = begins[expert] + counts[expert] + __popc(peers & ((1u << lane) - 1));

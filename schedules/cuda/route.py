@@ -1,8 +1,11 @@
 """The router of a mixture of experts: its linear layer of few rows, then the choice and the sort by expert.
 
 Bytes: of the linear layer E * K * 2 of weights, from L2 for all tokens but the first; of the router T * E * 2 of logits
-and T * k * 16 of results.  Both are latency alone in decode: Mixtral's (E = 8, K = 4096) 64 KB and a few bytes.  One
-thread block sorts: 4,096 tokens are 128 turns of each warp, tens of microseconds beside milliseconds of experts.
+and T * k * 16 of results.  Both are latency alone in decode: Mixtral's (E = 8, K = 4096) 64 KB and a few bytes.
+
+A choice of 8 in 128 experts is about a thousand instructions of a warp: one multiprocessor would need 1.2 ms for 8,192
+tokens at 4 a cycle.  So thread blocks of 64 tokens share them.  One of these sorts, some 80 instructions of a warp for
+32 entries, twice: 65,536 entries are 50 us, beside milliseconds of experts.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ from vllm_compile.targets.cuda import CudaTarget
 
 from ..family import Config, KernelFamily, Variant, Vendor
 from .expression import TYPES
-from .launch import Launch, kernel
+from .launch import Call, Launch, kernel
 from .norm import VECTOR
 
 MOST_ROWS = 256  # of a weight for RowLinear, and experts of a router: one block's shared memory counts them
 MOST_CHOSEN = 32  # by a token: a lane each
 VENDOR_TOKENS = 65
-WARPS = {1: 4, 33: 32}  # of the block that sorts, by the least tokens
+WARPS = {1: 4, 33: 32}  # of a block that chooses and sorts, by the least tokens
+BLOCK_TOKENS = 64  # that one thread block chooses for, while there are multiprocessors
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,16 @@ class Route(KernelFamily):
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         logits, warps = spec.input("logits"), config["warps"]
         E, normalise = logits.size(1), str(bool(spec.attribute("normalise"))).lower()
+
+        def launch(call: Call) -> Launch:
+            blocks = T.min(T.ceildiv(call.dims[Sym.TOKENS], BLOCK_TOKENS), target.multiprocessors)
+            return Launch([blocks], 32 * warps, (warps + 2) * E * 4)
+
         return kernel(
             spec,
             "route.cuh",
             f"route<{E}, {spec.attribute('top_k')}, {normalise}, {warps}>",
-            lambda call: Launch([1], 32 * warps, (warps + 2) * E * 4),
+            launch,
             lambda call: [
                 *map(call.data, ("logits", "out_0", "out_1", "out_2", "out_3")),
                 T.Cast("int32", call.dims[Sym.TOKENS]),

@@ -54,6 +54,21 @@ struct Group {
   int expert, begin, count;
 };
 
+// The first of `count` places that is not `before`, as none behind it is; `count` if all are.  Called by a whole warp, which
+// looks at 32 places at a time.
+template <class Before>
+__device__ __forceinline__ int first_place(int count, Before before) {
+  const int lane = threadIdx.x % 32;
+  int low = 0, high = count;
+  while (low < high) {
+    const int step = (high - low + 31) / 32, place = low + lane * step;
+    const int all = __popc(__ballot_sync(0xffffffff, place < high && before(place)));
+    if (all < 32) high = min(high, low + all * step);
+    if (all > 0) low += (all - 1) * step + 1;
+  }
+  return low;
+}
+
 // Of the groups that `route` has made (experts, order, ends [slots]): number `number`, or that of the expert of this
 // number, where there are no fewer slots than experts.  None: count is 0.  Called by a whole warp.
 template <int EXPERTS>
@@ -73,17 +88,31 @@ __device__ __forceinline__ Group find_group(const int* experts, const int* order
     }
     return {0, 0, 0};
   }
-  // The first place of this expert, or of one behind it: 32 places are looked at at a time.
-  int low = 0, high = slots;
-  while (low < high) {
-    const int step = (high - low + 31) / 32, place = low + lane * step;
-    const bool before = place < high && experts[order[min(place, slots - 1)]] < number;
-    const int all = __popc(__ballot_sync(0xffffffff, before));
-    if (all < 32) high = min(high, low + all * step);
-    if (all > 0) low += (all - 1) * step + 1;
+  const int begin = first_place(slots, [=](int place) { return experts[order[place]] < number; });
+  if (begin == slots || experts[order[begin]] != number) return {0, 0, 0};
+  return {number, begin, ends[begin] - begin};
+}
+
+// Groups are taken TOKENS places at a time: the first tile of one, or a further tile that begins within TOKENS places from
+// a multiple of TOKENS on.  No more than one does, of the group that the multiple is within: another's second tile begins
+// TOKENS behind its first.  So min(slots, EXPERTS) first tiles and (slots - 1) / TOKENS others are all that there may be.
+// They take turns in such a way that tiles of one expert are near each other where experts have equal shares.
+// Tile `number` of `numbers`: its count is 0 if there is none.  Called by a whole warp.
+template <int EXPERTS, int TOKENS>
+__device__ __forceinline__ Group find_tile(const int* experts, const int* order,
+                                           const int* ends, int slots, int number, int numbers) {
+  const int64_t groups = min(slots, EXPERTS);
+  const int before = number * groups / numbers;  // groups whose first tiles have smaller numbers
+  if (before < (number + 1) * groups / numbers) {
+    Group tile = find_group<EXPERTS>(experts, order, ends, slots, before);
+    tile.count = min(tile.count, TOKENS);
+    return tile;
   }
-  if (low == slots || experts[order[low]] != number) return {0, 0, 0};
-  return {number, low, ends[low] - low};
+  const int within = (number - before + 1) * TOKENS, end = ends[within];
+  const int group = first_place(within, [=](int place) { return ends[place] < end; });
+  const int begin = group + (within - group + TOKENS - 1) / TOKENS * TOKENS;
+  if (begin == group || begin >= end) return {0, 0, 0};
+  return {experts[order[within]], begin, min(end - begin, TOKENS)};
 }
 
 }  // namespace vllm_compile

@@ -43,11 +43,9 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* x, const void
   constexpr bool RAISE_WEIGHT = PACKED && TOKEN_TILES > 2 * ROW_TILES;
   static_assert(!GATED || ROW_TILES % 2 == 0, "gates and ups come in pairs of tiles");
 
-  const int token0 = blockIdx.y * 8 * TOKEN_TILES;  // more tokens than tiles: each part reads the weight again
+  const int token0 = Rows::ROUTED ? 0 : blockIdx.y * 8 * TOKEN_TILES;  // more tokens than tiles: each part reads the weight again
   tokens -= token0;
-  if constexpr (Rows::ROUTED) {
-    which.order += token0;
-  } else {
+  if constexpr (!Rows::ROUTED) {
     x += (size_t)token0 * K;
     y += (size_t)token0 * (GATED ? N / 2 : N);
   }

@@ -48,12 +48,10 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* x, const void* 
   constexpr int X_STEP = BLOCKS * X_BLOCK;                 // bytes of x in a step
   static_assert(BLOCKS == 1 || BLOCKS == 2, "fragments of a step that registers hold");
 
-  const int token0 = blockIdx.y * TOKENS;  // more tokens than TOKENS: each part reads the weight again
+  const int token0 = Rows::ROUTED ? 0 : blockIdx.y * TOKENS;  // more tokens than TOKENS: each part reads the weight again
   const __nv_bfloat16* residual = static_cast<const __nv_bfloat16*>(residual_or_null);
   tokens -= token0;
-  if constexpr (Rows::ROUTED) {
-    which.order += token0;
-  } else {
+  if constexpr (!Rows::ROUTED) {
     x += (size_t)token0 * K;
     y += (size_t)token0 * (GATED ? N / 2 : N);
     if (residual) residual += (size_t)token0 * N;

@@ -14,7 +14,7 @@ from vllm_compile.schedules.select import choose
 from vllm_compile.targets import cuda
 
 from . import harness
-from .cuda_cases import mismatch, owned_rows, sharing
+from .cuda_kernel_cases import mismatch, owned_rows, sharing
 from .expressions import every_function, inputs_of, rotation, spec_of
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux")
@@ -84,7 +84,7 @@ class OnHost:
         given = {name: tensor.clone() for name, tensor in inputs.items()}
         outputs = [torch.full_like(result, float("nan")) for result in self.written]
         report = run_kernel(kernel, *given.values(), *outputs, early=EARLY, **options)
-        assert report.launched[1] == report.waited[1] == 1
+        assert report.launched == report.waited == (1, 1)
         return [*(out[self.rows] for out in outputs), *(given[name] for name in self.op.updates)]
 
     def problems(self, actual, expected):
@@ -131,7 +131,7 @@ def check_expression(nodes, generator, tokens=5):
     def run(given):
         out = torch.full([tokens, *spec.outputs[0].sizes()[1:]], float("nan"), dtype=expected.dtype)
         report = run_kernel(kernel, *given.values(), out, early=())
-        assert report.launched[1] == report.waited[1] == 1
+        assert report.launched == report.waited == (1, 1)
         return (out.view_as(expected),)
 
     harness.assert_matches(ops.ELEMENTWISE, run(inputs), (expected,))

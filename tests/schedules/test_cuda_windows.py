@@ -13,7 +13,7 @@ from vllm_compile import ops
 from vllm_compile.ops import paged_attention, qkv_rope_cache
 from vllm_compile.schedules.cuda.attention import TILE, most_splits
 
-from .cuda_cases import sharing
+from .cuda_kernel_cases import sharing
 from .test_cuda_on_host import OnHost
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux")
