@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .schedules.tuning.task import Range, Task
 
 TASK_SECONDS = 1800  # after which a task is taken for hung
-BUILT_SECONDS = 300  # after which one is that has only to be measured
+BUILT_SECONDS = 120  # after which one is that has only to be measured
 TRIAL_SECONDS = 120  # after which a few candidates are
 
 
