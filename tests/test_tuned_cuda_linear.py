@@ -87,7 +87,14 @@ def test_a_row_for_each_range(task, timed):
     assert [len(row) for row in cells] == [len(tuned_cuda_linear.HEAD)] * 4
     copies = -(-(1 << 16) // FAMILY.layouts(CALL, TARGET)["weight"].shape((N, K))[0])
     us = 16 / (copies * -(-16 // copies))
-    assert cells[0][:6] == ["o_proj: linear + residual", f"{N} x {K}", "1-8", f"{40 * us:.1f}", f"{20 * us:.1f}", f"{10 * us:.1f}"]
+    assert cells[0][:6] == [
+        "o_proj: linear + residual",
+        f"{N} x {K}",
+        "1-8",
+        f"{40 * us:.1f}",
+        f"{20 * us:.1f}",
+        f"{10 * us:.1f}",
+    ]
     assert cells[0][6:8] == ["2.00", "4.00"]
     assert cells[1][2] == "9-16"
     assert cells[1][4] == cells[1][5]
