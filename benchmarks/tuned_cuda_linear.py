@@ -54,7 +54,7 @@ HEAD = (
 class Contest:
     """Attributes:
     tokens: the least and the most of the range.
-    hand_picked, tuned: symbols of kernels; none where cuBLASLt serves the range.
+    hand_picked, tuned: symbols of kernels; empty where cuBLASLt serves the range, or the database has no record of it.
     """
 
     tokens: tuple[int, int]
@@ -70,19 +70,13 @@ class BuiltKernels(Kernels):
 
 
 def contests(task: Task, configs: dict[str, object], database: Database, machine: Fingerprint) -> Iterator[Contest]:
-    """Of each range of tokens.
-
-    Raises:
-        DatabaseError: a range has not been measured on this machine.
-    """
+    """Of each range of tokens."""
     symbols = {canonical(config): symbol for symbol, config in configs.items()}
 
     def tuned(wanted: Range) -> str:
         is_built = lambda record: canonical(record.schedule.content()["config"]) in symbols  # noqa: E731
         answer = lookup(database, wanted.workload, machine, usable=is_built)
-        if answer is None:
-            raise DatabaseError(f"{database.name}: no record of {wanted.workload.text}; `tune --measure` makes it")
-        return symbols[canonical(answer.record.schedule.content()["config"])]
+        return "" if answer is None else symbols[canonical(answer.record.schedule.content()["config"])]
 
     ranges = {json.loads(wanted.workload.text)["tokens"][0]: wanted for wanted in task.ranges}
     for least, most in BUCKETS.items():
@@ -118,17 +112,18 @@ def rows(
     for contest in contests(task, kernels.configs, database, machine):
         symbols = [symbol for symbol in dict.fromkeys((contest.hand_picked, contest.tuned)) if symbol]
         theirs, *ours = times_us(kernels, spec, contest.tokens[1], symbols, (plain, packed))
+        us = dict(zip(symbols, ours, strict=True))
         least, most = contest.tokens
-        about = [f"{task.names[0]}: {called}", f"{N} x {K}", f"{least}-{most}", f"{theirs:.1f}"]
-        if not symbols:
-            yield _row([*about, "cuBLASLt", *[""] * 4]), {}
-            continue
-        hand_picked, tuned = ours[0], ours[-1]
-        read = (packed if kernels.configs[contest.tuned]["lossless"] else plain)[0].nbytes
-        rate = read / tuned / 1e6
-        gains = {"hand-picked": hand_picked / tuned, "cuBLASLt": theirs / tuned}
-        shown = [f"{hand_picked:.1f}", f"{tuned:.1f}", *(f"{gain:.2f}" for gain in gains.values())]
-        yield _row([*about, *shown, f"{rate:.2f} ({100 * rate / bandwidth:.0f} %)"]), gains
+        cells = [f"{task.names[0]}: {called}", f"{N} x {K}", f"{least}-{most}", f"{theirs:.1f}"]
+        cells.append(f"{us[contest.hand_picked]:.1f}" if contest.hand_picked else "cuBLASLt")
+        gains = {}
+        if contest.tuned:
+            tuned = us[contest.tuned]
+            gains = {"hand-picked": us[contest.hand_picked] / tuned, "cuBLASLt": theirs / tuned}
+            rate = (packed if kernels.configs[contest.tuned]["lossless"] else plain)[0].nbytes / tuned / 1e6
+            cells += [f"{tuned:.1f}", *(f"{gain:.2f}" for gain in gains.values())]
+            cells.append(f"{rate:.2f} ({100 * rate / bandwidth:.0f} %)")
+        yield _row([*cells, *[""] * (len(HEAD) - len(cells))]), gains
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -152,6 +147,10 @@ def main() -> None:
             for row, gains in rows(task, BuiltKernels(task), database, machine, options.bandwidth):
                 print(row, flush=True)
                 found += [gains] if gains else []
+    if not found:
+        raise DatabaseError(
+            f"{options.db}: no records of {options.folder} on this machine; `tune --measure` makes them"
+        )
     means = {name: exp(sum(log(gains[name]) for gains in found) / len(found)) for name in found[0]}
     told = ", ".join(f"{mean:.3f}x {name}" for name, mean in means.items())
     print(f"\nTuned kernels in the geometric mean of {len(found)} rows: {told}.")

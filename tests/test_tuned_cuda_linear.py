@@ -102,10 +102,20 @@ def test_a_row_for_each_range(task, timed):
     assert [list(gains.values()) for _, gains in found] == [[2.0, 4.0], [1.0, 2.0], [], []]
 
 
-def test_what_was_not_measured_here_is_an_error(task, timed):
+def test_what_was_not_measured_here_is_left_empty(task, timed, monkeypatch):
+    """Other rows are worth their time; without any it is an error."""
     url, _ = timed
-    with open_database(url, writable=False) as database, pytest.raises(DatabaseError, match=r"tune --measure"):
-        list(tuned_cuda_linear.contests(task, FakeKernels(task).configs, database, replace(H200, arch="sm_100a")))
+    unknown = replace(task.ranges[0], workload=Workload.of_call(CALL, {}, (1, 8)))
+    partly, nothing = replace(task, ranges=(unknown, task.ranges[1])), replace(task, ranges=(unknown,))
+    with open_database(url, writable=False) as database:
+        found = list(tuned_cuda_linear.rows(partly, FakeKernels(task), database, H200, bandwidth=4.8))
+    assert [bool(gains) for _, gains in found] == [False, True, False, False]
+    assert [cell.strip() for cell in found[0][0].split("|")[6:-1]] == [""] * 4
+    monkeypatch.setattr(tuned_cuda_linear, "built", lambda folder: ([nothing], H200))
+    monkeypatch.setattr(tuned_cuda_linear, "BuiltKernels", FakeKernels)
+    monkeypatch.setattr(sys, "argv", ["tuned_cuda_linear.py", "candidates", "--db", url])
+    with pytest.raises(DatabaseError, match=r"tune --measure"):
+        tuned_cuda_linear.main()
 
 
 def test_the_whole_table(task, timed, monkeypatch, capsys):
