@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from vllm_compile import lossless
 from vllm_compile.spec import OpSpec, Sym, TensorSpec
 
+DEVICE = "cuda"
 LAYERS = ("qkv", "o", "gate_up", "down", "lm_head")
 MODELS = {  # [N, K] of each layer
     "Llama-3.2-1B": ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048)),
@@ -109,14 +110,18 @@ def build_configs(path: Path, configs: Mapping[str, tuple[OpSpec, Mapping[str, A
 
 
 class Kernels:
-    """The library, by call and number of tokens."""
+    """The library, by call and number of tokens.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        configs: by symbol; None: those that lie beside the library.
+    """
+
+    def __init__(self, path: Path, configs: Mapping[str, Any] | None = None) -> None:
         import tvm_ffi
 
         self.ffi = tvm_ffi
         self.module = tvm_ffi.load_module(str(path))
-        self.configs = json.loads(path.with_suffix(".json").read_text())
+        self.configs = json.loads(path.with_suffix(".json").read_text()) if configs is None else configs
 
     def caller(self, spec: OpSpec, kind: str, tokens: int, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
         """The call, bound to its tensors; it runs on the stream of the surrounding `use_torch_stream`."""
@@ -144,7 +149,7 @@ class Kernels:
 
 def adversarial(N: int, K: int) -> torch.Tensor:
     """Weights with zeros of both signs, denormals, outliers up and down, and a row of zeros."""
-    weight = (torch.randn(N, K, device="cuda") * 0.02).bfloat16()
+    weight = (torch.randn(N, K, device=DEVICE) * 0.02).bfloat16()
     weight[1] = 0
     weight[2, ::3] = 0
     weight[3, ::5] = -0.0
@@ -160,7 +165,7 @@ def extras(spec: OpSpec, tokens: int) -> dict[str, torch.Tensor]:
     N = spec.input("weight").size(0)
     shapes = {"bias": (N,), "residual": (tokens, N)}
     return {
-        name: torch.randn(shape, device="cuda").bfloat16() for name, shape in shapes.items() if spec.has_input(name)
+        name: torch.randn(shape, device=DEVICE).bfloat16() for name, shape in shapes.items() if spec.has_input(name)
     }
 
 
@@ -186,17 +191,17 @@ def check(kernels: Kernels, spec: OpSpec) -> int:
     """Checks every variant; returns the number of results checked."""
     N, K = spec.input("weight").shape
     checked = 0
-    for make in (lambda: (torch.randn(N, K, device="cuda") * 0.02).bfloat16(), lambda: adversarial(N, K)):
+    for make in (lambda: (torch.randn(N, K, device=DEVICE) * 0.02).bfloat16(), lambda: adversarial(N, K)):
         weight = make()
         packed = lossless.pack(weight)
         assert torch.equal(lossless.unpack(packed, N, K).view(torch.int16), weight.view(torch.int16)), "not restored"
-        x = torch.randn(64, K, device="cuda").bfloat16()
+        x = torch.randn(64, K, device=DEVICE).bfloat16()
         more = extras(spec, 64)
         wanted, allowed = reference(spec, x, weight, more)
         for kind in KINDS:
             rows: dict[int, list[torch.Tensor]] = {}
             for tokens in (1, 2, 5, 8, 9, 16, 21, 32, 33, 64):
-                y = torch.full((tokens, spec.outputs[0].size(1)), float("nan"), device="cuda", dtype=torch.bfloat16)
+                y = torch.full((tokens, spec.outputs[0].size(1)), float("nan"), device=DEVICE, dtype=torch.bfloat16)
                 inputs = [x[:tokens], packed if kind == "lossless" else weight]
                 inputs += [value[:tokens] if name == "residual" else value for name, value in more.items()]
                 graph = kernels.graph(kernels.caller(spec, kind, tokens, [*inputs, y]))
@@ -234,7 +239,7 @@ def median_us(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
 def cold_weights(spec: OpSpec) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Copies of a weight, plain and packed, that the L2 cache cannot hold."""
     N, K = spec.input("weight").shape
-    plain = [(torch.randn(N, K, device="cuda") * 0.02).bfloat16()]
+    plain = [(torch.randn(N, K, device=DEVICE) * 0.02).bfloat16()]
     packed = [lossless.pack(plain[0])]
     copies = -(-COLD_BYTES // packed[0].numel())
     for weights in (plain, packed):
@@ -266,9 +271,9 @@ def measure(kernels: Kernels, spec: OpSpec, bandwidth: float) -> list[tuple[int,
     copies = len(plain)
     rows = []
     for tokens in TOKENS:
-        x = torch.randn(tokens, K, device="cuda").bfloat16()
+        x = torch.randn(tokens, K, device=DEVICE).bfloat16()
         more = extras(spec, tokens)
-        y = torch.empty(tokens, spec.outputs[0].size(1), device="cuda", dtype=torch.bfloat16)
+        y = torch.empty(tokens, spec.outputs[0].size(1), device=DEVICE, dtype=torch.bfloat16)
         cublas = cublas_of(spec, x, plain, more)
         graphs = [kernels.graph(cublas)]
         for kind, weights in zip(KINDS, (plain, packed), strict=True):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .schedules.tuning.task import Range, Task
 
 TASK_SECONDS = 1800  # after which a task is taken for hung
+BUILT_SECONDS = 120  # after which one is that has only to be measured
 TRIAL_SECONDS = 120  # after which a few candidates are
 
 
@@ -183,7 +184,8 @@ def _executor(method: str) -> Executor:
         return LocalExecutor({method: estimate}, TASK_SECONDS)
     from .schedules.tuning.measure import measure, measure_built
 
-    return LocalExecutor({MEASURE: measure, MEASURE_BUILT: measure_built}, TASK_SECONDS)
+    seconds = BUILT_SECONDS if method == MEASURE_BUILT else TASK_SECONDS
+    return LocalExecutor({MEASURE: measure, MEASURE_BUILT: measure_built}, seconds)
 
 
 def _trials() -> Executor:

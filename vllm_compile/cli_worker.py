@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 TASK_KINDS = "vllm_compile.task_kinds"  # entry points: name of a kind of task -> function that does it
 ONLY_FREE = "nothing but tasks for no machine in particular"
 AMBIGUOUS = (
-    "this machine has different GPUs, and which is CUDA's first cannot be told: no tasks for GPUs are taken; set "
+    "its machine has different GPUs, and which is CUDA's first cannot be told: no tasks for GPUs are taken; set "
     "CUDA_DEVICE_ORDER=PCI_BUS_ID, or CUDA_VISIBLE_DEVICES to a UUID"
 )
 BOARDS_DO = "measure"  # the kind of tasks that boards without Python can do
@@ -70,7 +70,6 @@ def add_worker(commands: Any) -> None:
 
 def _worker(options: argparse.Namespace) -> int:
     with opened(options, writable=True) as database:
-        from .schedules.database.gpu import is_ambiguous
         from .schedules.database.worker import Worker, default_name, work
 
         handlers = {entry.name: entry.load() for entry in entry_points(group=TASK_KINDS)}
@@ -87,14 +86,14 @@ def _worker(options: argparse.Namespace) -> int:
                 Worker(database, e, sorted(handlers), default_name(), options.lease, machines=e.machines())
                 for e in executors
             ]
-            for worker in workers:
+            for worker, executor in zip(workers, executors, strict=True):
                 where = ", ".join(machine.summary() for machine in worker.machines) or ONLY_FREE
                 kinds = ", ".join(worker.kinds)
                 console.print(
                     f"worker {worker.name} takes tasks: {kinds}; for {where}", soft_wrap=True, highlight=False
                 )
-            if options.executor == "local" and is_ambiguous():
-                console.print(f"[yellow]warning:[/yellow] {AMBIGUOUS}", soft_wrap=True, highlight=False)
+                if executor.is_ambiguous():
+                    console.print(f"[yellow]warning:[/yellow] {AMBIGUOUS}", soft_wrap=True, highlight=False)
             done = work(workers, stop, options.until_empty, lambda line: console.print(line, highlight=False))
         finally:
             for executor in executors:

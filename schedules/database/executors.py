@@ -16,6 +16,7 @@ from threading import Event
 from typing import Any, Protocol
 
 from .fingerprint import Fingerprint
+from .gpu import is_ambiguous
 from .machine import machines_here
 from .record import Record
 from .tasks import Lease
@@ -63,6 +64,10 @@ class Executor(Protocol):
         """Those whose tasks it can do; tasks for no machine in particular it can do all."""
         return ()
 
+    def is_ambiguous(self) -> bool:
+        """True where there are GPUs, but which one is CUDA's first cannot be told: `machines` leaves them out."""
+        return False
+
     def run(self, held: Lease, lost: Event) -> Outcome:
         """Do the task; stop early if `lost` is set, since nobody wants the outcome then.
 
@@ -90,6 +95,9 @@ class LocalExecutor(Executor):
 
     def machines(self) -> Sequence[Fingerprint]:
         return machines_here()
+
+    def is_ambiguous(self) -> bool:
+        return is_ambiguous()
 
     def run(self, held: Lease, lost: Event) -> Outcome:
         pipe = self._connected()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event
+from typing import Any
 
 import ray
 from ray.exceptions import (
@@ -28,6 +29,7 @@ from vllm_compile.errors import DatabaseError
 
 from .executors import POLL_SECONDS, Executor, Handler, Outcome, TaskCrashedError, TaskFailedError, attempt, outcome_of
 from .fingerprint import Fingerprint
+from .gpu import is_ambiguous
 from .machine import machines_here
 from .tasks import Lease
 
@@ -81,6 +83,7 @@ class RayExecutor(Executor):
         self._place = place
         self._attempt = ray.remote(attempt).options(**there)
         self._machines = ray.remote(machines_here).options(**there)
+        self._is_ambiguous = ray.remote(is_ambiguous).options(**there)
 
     def machines(self) -> Sequence[Fingerprint]:
         """The place's GPU, or the CPU of a node without one: where several tasks run side by side, none is measured
@@ -89,11 +92,12 @@ class RayExecutor(Executor):
         Raises:
             DatabaseError: the node does not tell.
         """
-        try:
-            found = ray.get(self._machines.remote(), timeout=self._timeout)
-        except RayError as error:
-            raise DatabaseError(f"the Ray node {self._place.host} cannot be used: {_first_line(error)}") from error
+        found = self._told(self._machines)
         return [machine for machine in found if (machine.kind == "cpu") != self._place.gpu]
+
+    def is_ambiguous(self) -> bool:
+        """As for `machines`; a node without a GPU is not asked."""
+        return self._place.gpu and self._told(self._is_ambiguous)
 
     def run(self, held: Lease, lost: Event) -> Outcome:
         running = self._attempt.remote(self._handlers[held.kind], held.payload)
@@ -120,6 +124,13 @@ class RayExecutor(Executor):
 
     def close(self) -> None:
         """Nothing is held between tasks."""
+
+    def _told(self, function: Any) -> Any:
+        """What a function says at the place."""
+        try:
+            return ray.get(function.remote(), timeout=self._timeout)
+        except RayError as error:
+            raise DatabaseError(f"the Ray node {self._place.host} cannot be used: {_first_line(error)}") from error
 
     def _end(self, running: ray.ObjectRef) -> None:
         """End a task with its process, and wait until it has: the next one is to have the place for itself."""

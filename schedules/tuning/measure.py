@@ -2,8 +2,9 @@
 
 Candidates are built by another process (prepare.py), of a GPU maybe on another machine: TVM's thread pool must not take
 the place of OpenMP's here.
-Each is first compared with the operator's reference on a poisoned output.  Those that are right take turns, over
-copies of the weights that exceed the caches together; the fastest take more turns beside the default.
+Each is first compared with the operator's reference, on inputs that are made here (inputs.py) and a poisoned output.
+Those that are right take turns, over copies of the weights that exceed the caches together; the fastest take more turns
+beside the default.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from vllm_compile.canonical import canonical
 from vllm_compile.runtime.manifest import LIBRARY
@@ -34,9 +34,10 @@ from ..database.fingerprint import Fingerprint
 from ..database.record import How, Provenance, Record, Schedule, Times, Verdict
 from ..database.workload import Workload
 from .device import DEVICES, Call, Device
+from .inputs import layouts_of, make, spec_of
 
 TRIAL = "trial"  # kind of task
-TENSORS, CASE = "tensors.safetensors", "case.json"  # written by prepare.py beside the library
+CASE = "case.json"  # written by prepare.py beside the library
 COLD_BYTES, MOST_COPIES = 256 << 20, 64  # several times the caches; weights of a few KB are warm in a model too
 TURNS, FINALISTS, FINAL_TURNS = 3, 5, 15
 NO_WORSE = 0.98  # what is not faster than the default by more than noise is not preferred to it
@@ -103,14 +104,22 @@ class _Case:
         self.description = json.loads((folder / CASE).read_text())
         self.device = device or DEVICES[self.description["device"]]()
         self._kernel = self.device.load(folder / LIBRARY)
-        tensors = load_file(folder / TENSORS, str(self.device.where))
-        self._expected = tensors.pop("expected")
-        self._inputs = [tensors[str(i)] for i in range(len(tensors))]
+        self._inputs, self._expected = make(
+            spec_of(json.loads(self.description["ranges"][0]["workload"])),
+            layouts_of(self.description["layouts"]),
+            self.description["tokens"],
+            self.description["seed"],
+            self.device.where,
+        )
         weights = [t for t, is_weight in zip(self._inputs, self.description["weights"], strict=True) if is_weight]
         self._weight_bytes = sum(tensor.nbytes for tensor in weights)
         copies = min(-(-COLD_BYTES // max(self._weight_bytes, 1)), MOST_COPIES)
         self._copies = [self._copy() for _ in range(copies)]
         self._bandwidth = self.device.bandwidth()
+
+    @cached_property
+    def _machine(self) -> Fingerprint:
+        return self.device.machine(Fingerprint.from_text(self.description["machine"]))
 
     def fastest(self, entry: dict[str, Any]) -> tuple[dict[str, Any], Record]:
         """Of one range: a summary, and the record of the best."""
@@ -157,7 +166,7 @@ class _Case:
         rate = self._moved(entry) / times.median * 1e6
         return Record(
             Workload.from_text(entry["workload"]),
-            self.device.machine(Fingerprint.from_text(self.description["machine"])),
+            self._machine,
             Schedule.of_family(self.description["family"], config),
             How.MEASURED,
             times,
@@ -174,21 +183,23 @@ class _Case:
             for tensor, is_weight in zip(self._inputs, self.description["weights"], strict=True)
         ]
 
-    def _calls(self, symbol: str, tokens: int) -> tuple[list[Call], Any, torch.Tensor]:
-        """The kernel bound to each of the copies; the output, which is the same for all, and where it is read."""
+    def _calls(
+        self, symbol: str, tokens: int, copies: Sequence[Sequence[torch.Tensor]]
+    ) -> tuple[list[Call], Any, torch.Tensor]:
+        """The kernel bound to each of these copies; the output, which is the same for all, and where it is read."""
         kernel, by_tokens = self._kernel(symbol), self.description["by_tokens"]
         out = self._expected.new_full((tokens, *self._expected.shape[1:]), float("nan"))
         bound = [
             [self.device.argument(t[:tokens] if rows else t) for t, rows in zip(copy, by_tokens, strict=True)]
-            for copy in self._copies
+            for copy in copies
         ]
         result = self.device.output(out)
         return [partial(kernel, *arguments, result) for arguments in bound], result, out
 
     def _error(self, symbol: str, tokens: int) -> float:
         """The largest error, in units of what is allowed; infinite where the result is not a number."""
-        calls, result, out = self._calls(symbol, tokens)
-        self.device.run(calls[0])
+        (call,), result, out = self._calls(symbol, tokens, self._copies[:1])
+        self.device.run(call)
         self.device.read(result, out)
         ours, wanted = out.double(), self._expected[:tokens].double()
         rtol, atol = self.description["tolerance"]
@@ -197,7 +208,7 @@ class _Case:
 
     def _times(self, symbols: Sequence[str], tokens: int, turns: int) -> dict[str, list[float]]:
         """Microseconds of each kernel's calls, taking turns; the first turn is not counted."""
-        timers = {symbol: self.device.timer(self._calls(symbol, tokens)[0]) for symbol in symbols}
+        timers = {symbol: self.device.timer(self._calls(symbol, tokens, self._copies)[0]) for symbol in symbols}
         times: dict[str, list[float]] = {symbol: [] for symbol in symbols}
         number = 0
         for turn in range(turns + 1):

@@ -1,7 +1,8 @@
 """The gated half of a Llama MLP: silu(x @ gate.T) * (x @ up.T) from one merged weight."""
 
 import torch
-from torch.nn import functional
+
+from vllm_compile.products import gate_up_silu as reference
 
 from . import linear
 from .base import OwnOp, Tolerance, like
@@ -9,12 +10,6 @@ from .base import OwnOp, Tolerance, like
 TOLERANCE = linear.TOLERANCE | {
     "bfloat16": Tolerance(2**-6, 2e-2, "two results of linear layers are multiplied: their relative errors add up"),
 }
-
-
-def reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [..., K], weight [2*I, K] (gate rows, then up rows) -> [..., I], rounded as in Hugging Face's MLP."""
-    gate, up = linear.reference(x, weight).chunk(2, dim=-1)
-    return functional.silu(gate) * up
 
 
 def sample(generator: torch.Generator, dtype: torch.dtype, tokens: int = 5, K: int = 96, intermediate: int = 64):

@@ -2,30 +2,14 @@
 
 import torch
 
+from vllm_compile.products import linear as reference
+
 from .base import OwnOp, Tolerance, like
 
 TOLERANCE = {
     "float32": Tolerance(1e-4, 1e-4, "fp32 sums of K products in another order: error grows like sqrt(K) * 2**-24"),
     "bfloat16": Tolerance(2**-7, 2e-2, "fp32 accumulation in another order, then one rounding to bf16 per step"),
 }
-
-
-def reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """x [..., K], weight [N, K], bias [N], residual [..., N] -> [..., N].
-
-    Accumulates in fp32, adds the bias in fp32, rounds to x's dtype, then adds the residual
-    and rounds again: what `residual + nn.Linear(x)` does.
-    """
-    y = x.float() @ weight.float().T
-    if bias is not None:
-        y = y + bias.float()
-    y = y.to(x.dtype)
-    return y if residual is None else residual + y
 
 
 def sample(generator: torch.Generator, dtype: torch.dtype, tokens: int = 5, K: int = 96, N: int = 64):

@@ -117,7 +117,6 @@ def run(url: str, size: int, kills: int, half_way=lambda: None) -> None:
         again = sum(task.attempts > 1 for task in found)
         print(f"{fleet.killed} kills, {again} tasks took more than one attempt, seed {SEED}")
         assert fleet.killed == kills
-        assert again >= 1
 
 
 def measured(database) -> Counter:

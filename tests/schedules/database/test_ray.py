@@ -25,6 +25,7 @@ from .samples import record
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
+from vllm_compile.schedules.database import ray_executor  # noqa: E402
 from vllm_compile.schedules.database.ray_executor import RayExecutor, connect  # noqa: E402
 
 TASKS = 12
@@ -115,6 +116,16 @@ def test_each_place_says_what_it_can_measure(places, executor):
     busy = RayExecutor(HANDLERS, 60, places[0])
     busy._place = replace(places[0], gpu=True)  # of which this node has none to ask for
     assert busy.machines() == []
+
+
+def test_each_place_says_whether_its_gpus_can_be_told_apart(places, monkeypatch):
+    monkeypatch.setattr(ray_executor, "is_ambiguous", lambda: True)
+    assert not RayExecutor(HANDLERS, 300, places[0]).is_ambiguous(), "no GPU there"
+    for answer in (True, False):
+        monkeypatch.setattr(ray_executor, "is_ambiguous", lambda answer=answer: answer)
+        of_a_gpu = RayExecutor(HANDLERS, 300, places[0])
+        of_a_gpu._place = replace(places[0], gpu=True)  # of which this node has none to ask for
+        assert of_a_gpu.is_ambiguous() == answer
 
 
 def test_hang(places):

@@ -184,19 +184,20 @@ def test_a_device_that_answers_no_more_ends_its_process(monkeypatch):
 
 
 def test_a_gpu_is_timed_by_a_graph_of_all_copies(monkeypatch):
-    """All calls are captured, each once; a turn replays them, and its time is shared out."""
+    """All calls are captured, in turns, until they are enough; a turn replays them, and its time is shared out."""
     captured, replayed = [], []
     events = lambda enable_timing: SimpleNamespace(  # noqa: E731
-        record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 0.006
+        record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 0.012
     )
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replayed.append(1)))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", events)
     monkeypatch.setattr(device, "torch_stream", lambda where: nullcontext())
+    monkeypatch.setattr(device, "GRAPH_CALLS", 4)
     timer = Cuda().timer([lambda i=i: captured.append(i) for i in range(3)])
     assert timer(7) == pytest.approx(2.0)
     assert timer(8) == pytest.approx(2.0)
-    assert (captured, len(replayed)) == ([0, 1, 2], 2)
+    assert (captured, len(replayed)) == ([0, 1, 2] * 2, 2)
 
 
 def test_a_task_may_name_part_of_a_machine():
