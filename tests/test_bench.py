@@ -31,7 +31,7 @@ def test_figures(trained_llama, compiled_fp32, capsys, monkeypatch):
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {(row["engine"], row["workload"]): row for row in figures["rows"]}
     assert set(rows) == {(e, w) for e in ("compiled", "vllm-eager", "hf") for w in ("decode", "prefill")}
-    read = step_bytes(load(compiled_fp32).plan, 2, 128 + DECODE_STEPS["cpu"] // 2)
+    read = step_bytes(load(compiled_fp32).plan, 2, 128 + 3 * DECODE_STEPS["cpu"] // 2)
     for (engine, workload), row in rows.items():
         tokens = 2 if workload == "decode" else row["length"]
         assert row["tokens_per_second"] == pytest.approx(tokens / row["milliseconds"] * 1e3)
@@ -56,6 +56,14 @@ def living(sessions: list[int]) -> list[int]:
     return found
 
 
+def test_more_steps_than_positions(compiled_fp32, trained_llama):
+    most = load(compiled_fp32, weights=False).max_positions // 2
+    with pytest.raises(VllmCompileError, match=rf"{2 * most} positions, too few for --steps {most}"):
+        bench(compiled_fp32, trained_llama, ["vllm"], [Workload(1, 8)], [], repeats=1, steps=most)
+    with pytest.raises(SystemExit):
+        main(["bench", str(compiled_fp32), "--steps", "0"])
+
+
 def test_unknown_peer(compiled_fp32):
     with pytest.raises(SystemExit):
         main(["bench", str(compiled_fp32), "--against", "llama.cpp"])
@@ -78,41 +86,82 @@ def test_an_engine_alone_has_the_gpu_to_itself(compiled_fp32, monkeypatch):
         assert benchmark._memory((name,), plan, "cuda") == {name: {"gpu_memory_utilization": GPU_SHARE}}
 
 
+ADMISSION = 0.25  # seconds that requests take once, however many tokens they generate
+made = []
+
+
 class FakeEngine:
-    """Stands for a worker process: remembers what it is asked for, and how many others live."""
+    """Stands for a worker process: remembers what it is asked for, and how many others live.
+
+    The third and fourth that are started are twice as slow as the first two, the next ones three times.
+    """
 
     living = 0
 
     def __init__(self, name, model, options, log):
         self.name, self.load_seconds, self.first_token_seconds = name, 0.0, 0.0
-        self.asked = []
+        self.asked, self.options, self.pace = [], options, 1 + len(made) // 2
         FakeEngine.living += 1
         self.others = FakeEngine.living - 1
         made.append(self)
 
     def seconds(self, prompts, new_tokens):
         self.asked.append((prompts, new_tokens))
-        return float(new_tokens)
+        return (ADMISSION + new_tokens) * self.pace
 
     def close(self):
         FakeEngine.living -= 1
 
 
-made = []
-
-
-@pytest.mark.parametrize("alone", [False, True])
-def test_what_engines_are_asked_for(trained_llama, compiled_fp32, monkeypatch, alone):
+@pytest.fixture
+def fakes(monkeypatch):
+    """The engines that a bench makes, none of which computes."""
     made.clear()
     monkeypatch.setattr(benchmark, "Engine", FakeEngine)
+    return made
+
+
+@pytest.mark.parametrize(("alone", "steps"), [(False, None), (True, None), (False, 5)])
+def test_what_engines_are_asked_for(trained_llama, compiled_fp32, fakes, alone, steps):
     workloads = [Workload(2, 32)]
-    figures = bench(compiled_fp32, trained_llama, ["vllm"], workloads, workloads, repeats=1, alone=alone)
-    assert {row.milliseconds for row in figures["rows"]} == {1e3}
-    assert [engine.others for engine in made] == [0, 0 if alone else 1]
-    for engine in made:
+    figures = bench(compiled_fp32, trained_llama, ["vllm"], workloads, workloads, repeats=1, alone=alone, steps=steps)
+    decode, prefill = (next(row for row in figures["rows"] if row.workload == kind) for kind in ("decode", "prefill"))
+    assert decode.milliseconds == pytest.approx(1e3), "of a step, without what comes once"
+    assert prefill.milliseconds == pytest.approx(1e3 * (1 + ADMISSION))
+    assert [engine.others for engine in fakes] == [0, 0 if alone else 1]
+    n = steps or DECODE_STEPS["cpu"]
+    for engine in fakes:
+        assert engine.options["max_model_len"] == 32 + 2 * n + 1
         rounds = [engine.asked[:3], engine.asked[3:6]]  # of the decode; one warms up
         for asked in rounds:
-            assert [tokens for _, tokens in asked] == [1, 1, 1 + DECODE_STEPS["cpu"]]
+            assert [tokens for _, tokens in asked] == [1, 1 + n, 1 + 2 * n]
             assert all(prompts == asked[0][0] for prompts, _ in asked)  # the prefix cache has them from the first on
         seen = [tuple(map(tuple, prompts)) for prompts, _ in (rounds[0][0], rounds[1][0], *engine.asked[6:])]
         assert len(seen) == len(set(seen)) == 4  # a prefill never finds its prompts in the cache
+
+
+def test_engines_alone_take_turns(trained_llama, compiled_fp32, fakes, monkeypatch):
+    """So a machine that gets slower does so for all of them; it does not where one engine does all its rounds first."""
+
+    def compared():
+        fakes.clear()
+        return bench(compiled_fp32, trained_llama, ["vllm"], [Workload(2, 32)], [], repeats=3, alone=True)
+
+    figures = compared()
+    assert [engine.name for engine in fakes] == 3 * ["compiled", "vllm"]
+    assert figures["load_seconds"] == {name: [0.0] * 3 for name in ("compiled", "vllm")}
+    rows = {row.engine: row for row in figures["rows"]}
+    assert (rows["vllm"].speedup, rows["vllm"].milliseconds) == (1.0, pytest.approx(2e3))
+    assert rows["vllm"].quartiles == pytest.approx((1.5e3, 2.5e3))
+    ours, theirs = ([engine.asked for engine in fakes if engine.name == name] for name in ("compiled", "vllm"))
+    assert ours == theirs
+    assert len({str(prompts) for asked in ours for prompts, _ in asked[3:]}) == 3, "prompts of its own for each round"
+
+    turns = benchmark._turns
+    monkeypatch.setattr(benchmark, "_turns", lambda *given: sorted(turns(*given)))
+    assert {row.engine: row.speedup for row in compared()["rows"]}["vllm"] != 1.0
+
+
+def test_quartiles():
+    assert benchmark._quartiles([5.0]) == (5.0, 5.0)
+    assert benchmark._quartiles([9.0, 1.0, 2.0, 3.0, 4.0]) == (2.0, 4.0)

@@ -1,9 +1,12 @@
-"""Times an artifact beside its peers: same weights, same prompts, interleaved, medians.
+"""Times an artifact beside its peers: same weights, same prompts, interleaved, medians and quartiles.
 
 Each engine lives in its own process and idles while another is timed; on a GPU they share its memory, unless it is too
-small for all: then each has it to itself, one after the other.  A decode step is the difference between generating
-1 + n tokens and generating 1, divided by n, once the prompts are in the engine's prefix cache (which vLLM has by
-default; `hf` has none); prefill is what generating one token takes, of prompts that were never seen before.
+small for all, or each is to have the machine to itself: then they take turns, started anew for each round, so that a
+machine which changes meanwhile does so for all of them.
+
+A decode step is the difference between generating 1 + 2n tokens and generating 1 + n, divided by n, once the prompts
+are in the engine's prefix cache (which vLLM has by default; `hf` has none).  Admitting requests, in steps that do not
+only decode, is in both.  Prefill is what generating one token takes, of prompts that were never seen before.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from .runtime.program import device_of
 
 # By default vLLM keeps one core for its scheduler and computes on the others; on two cores that is one.
 ENVIRONMENTS = {"vllm-all-cores": {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))))}}
-DECODE_STEPS = {"cpu": 32, "cuda": 128, "rocm": 128}
+DECODE_STEPS = {"cpu": 16, "cuda": 80, "rocm": 80}  # n, by default; a round takes 3n steps
 PEER_CACHE_BYTES = 2 << 30  # vLLM's KV cache on a CPU
 GPU_SHARE = 0.9  # of the GPU's memory, for all engines together
 GPU_CACHE_BYTES = 6 << 30  # what an engine on a GPU needs beside its weights, to divide that share
@@ -66,6 +69,7 @@ class Row:
         workload: decode or prefill.
         batch, length: requests at once, and the tokens of each one's prompt.
         milliseconds: median time of a decode step, or of the whole prefill.
+        quartiles: half of the times are between these.  (The least of them, as of any difference, bounds nothing.)
         tokens_per_second: of all requests together.
         gigabytes_per_second: bytes of weights and cache that a step must read, over its time; 0 for prefill.
         bandwidth_share: that over the measured read bandwidth.
@@ -77,6 +81,7 @@ class Row:
     batch: int
     length: int
     milliseconds: float
+    quartiles: tuple[float, float]
     tokens_per_second: float
     gigabytes_per_second: float
     bandwidth_share: float
@@ -143,11 +148,13 @@ def bench(
     prefills: Sequence[Workload],
     repeats: int,
     alone: bool = False,
+    steps: int | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """Time `artifact` and its peers.
 
-    Returns {"device": ..., "bandwidth": GB/s, "load_seconds": {...}, "first_token_seconds": {...}, "rows": [...]}.
+    Returns {"device": ..., "bandwidth": GB/s, "load_seconds": {...}, "first_token_seconds": {...}, "rows": [...]}; the
+    seconds are those of each start by engine.
 
     Args:
         artifact: what `compile` wrote.
@@ -155,15 +162,18 @@ def bench(
         against: names out of `bench_worker.PEERS`.
         decodes, prefills: what to time.
         repeats: how often every engine does every workload.
-        alone: run one engine after the other instead of all at once, taking turns.
+        alone: run one engine after the other instead of all at once, started anew for each repeat.
+        steps: decode steps that are timed, after as many that are not; None for `DECODE_STEPS`.
     """
     manifest = read_manifest(artifact)
     plan = from_json((artifact / PLAN).read_text())
     target, device = manifest["target"]["name"], device_of(manifest["target"]["name"])
     if target != "cpu" and {"hf", "vllm-all-cores"} & set(against):
         raise VllmCompileError("on a GPU the peers are vllm and vllm-eager")
-    bandwidth, steps = read_bandwidth(device), DECODE_STEPS[target]
-    most = plan.model.max_positions - steps - 1
+    bandwidth, steps = read_bandwidth(device), steps or DECODE_STEPS[target]
+    most = plan.model.max_positions - 2 * steps - 1
+    if most < 1:
+        raise VllmCompileError(f"{artifact} has {plan.model.max_positions} positions, too few for --steps {steps}")
     decodes, prefills = ([replace(w, length=min(w.length, most)) for w in ws] for ws in (decodes, prefills))
     rows: list[Row] = []
     with ExitStack() as stack:
@@ -172,7 +182,7 @@ def bench(
         weightless = not list(artifact.glob("*.safetensors"))
         peer = model if model is not None and seed is None else _dummy_model(artifact, plan, seed, scratch, weightless)
         options = {
-            "max_model_len": max(w.length for w in (*decodes, *prefills)) + steps + 1,
+            "max_model_len": max(w.length for w in (*decodes, *prefills)) + 2 * steps + 1,
             "max_num_seqs": max(w.batch for w in (*decodes, *prefills)),
             **({"load_format": "dummy"} if weightless else {}),
         }
@@ -181,8 +191,9 @@ def bench(
         workloads = [("decode", workload, step) for workload in decodes]
         workloads += [("prefill", workload, _prefill) for workload in prefills]
         times: dict[tuple[str, Workload], dict[str, list[float]]] = {}
-        loads, first_tokens = {}, {}
-        for group in [(name,) for name in names] if alone else [names]:
+        loads: dict[str, list[float]] = {name: [] for name in names}
+        first_tokens: dict[str, list[float]] = {name: [] for name in names}
+        for group, rounds in _turns(names, repeats, alone):
             with ExitStack() as running:
                 engines = []
                 for name, memory in _memory(group, plan, target).items():
@@ -190,16 +201,24 @@ def bench(
                     directory = artifact if name == "compiled" else peer
                     engine = Engine(name, directory, {**options, **memory}, scratch / f"{name}.log")
                     engines.append(running.enter_context(closing(engine)))
-                    loads[name], first_tokens[name] = engine.load_seconds, engine.first_token_seconds
+                    loads[name].append(engine.load_seconds)
+                    first_tokens[name].append(engine.first_token_seconds)
                 for kind, workload, measure in workloads:
                     progress(f"{kind}, {workload}")
-                    figures = _interleaved(engines, plan, repeats, measure, kind, workload)
-                    times.setdefault((kind, workload), {}).update(figures)
+                    so_far = times.setdefault((kind, workload), {name: [] for name in names})
+                    for name, seconds in _interleaved(engines, plan, rounds, measure, kind, workload).items():
+                        so_far[name] += seconds
         for (kind, workload), figures in times.items():
             rows += _rows(kind, workload, figures, plan, bandwidth, steps)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    seconds = {"load_seconds": loads, "first_token_seconds": first_tokens}
-    return {"device": name, "bandwidth": bandwidth, **seconds, "rows": rows}
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    starts = {"load_seconds": loads, "first_token_seconds": first_tokens}
+    return {"device": chip, "bandwidth": bandwidth, **starts, "rows": rows}
+
+
+def _turns(names: Sequence[str], repeats: int, alone: bool) -> list[tuple[Sequence[str], Sequence[int]]]:
+    """Which engines are started together, one start after the other, and the rounds (from 1 on) they do then."""
+    rounds = range(1, repeats + 1)
+    return [([name], [number]) for number in rounds for name in names] if alone else [(names, rounds)]
 
 
 def _memory(names: Sequence[str], plan: Plan, target: str) -> dict[str, dict[str, Any]]:
@@ -229,8 +248,8 @@ def step_bytes(plan: Plan, batch: int, context: int) -> int:
 
 def _decode_step(engine: Engine, prompts: list[list[int]], steps: int) -> float:
     engine.seconds(prompts, 1)  # fills the prefix cache
-    first = engine.seconds(prompts, 1)
-    return (engine.seconds(prompts, 1 + steps) - first) / steps
+    shorter = engine.seconds(prompts, 1 + steps)
+    return (engine.seconds(prompts, 1 + 2 * steps) - shorter) / steps
 
 
 def _prefill(engine: Engine, prompts: list[list[int]]) -> float:
@@ -240,23 +259,23 @@ def _prefill(engine: Engine, prompts: list[list[int]]) -> float:
 def _interleaved(
     engines: list[Engine],
     plan: Plan,
-    repeats: int,
+    rounds: Sequence[int],
     measure: Measure,
     kind: str,
     workload: Workload,
 ) -> dict[str, list[float]]:
-    """Seconds by engine, one figure per repeat, on random prompts that no other workload has.
+    """Seconds by engine, one figure for each of `rounds`, on random prompts that no other workload or round has.
 
-    The first round warms up and is not counted.
+    A round 0 before them warms up and is not counted.
     """
     times: dict[str, list[float]] = {engine.name: [] for engine in engines}
-    for repeat in range(repeats + 1):
-        draw = random.Random(f"{kind} {workload} {repeat}")
+    for number in (0, *rounds):
+        draw = random.Random(f"{kind} {workload} {number}")
         ids = range(plan.model.vocab_size)
         prompts = [draw.choices(ids, k=workload.length) for _ in range(workload.batch)]
         for engine in engines:
             seconds = measure(engine, prompts)
-            if repeat:
+            if number:
                 times[engine.name].append(seconds)
     return times
 
@@ -266,7 +285,7 @@ def _rows(
 ) -> Iterator[Row]:
     for name, seconds in times.items():
         median = statistics.median(seconds)
-        read = step_bytes(plan, workload.batch, workload.length + steps // 2) if kind == "decode" else 0
+        read = step_bytes(plan, workload.batch, workload.length + 3 * steps // 2) if kind == "decode" else 0
         tokens = workload.batch * (1 if kind == "decode" else workload.length)
         yield Row(
             engine=name,
@@ -274,11 +293,19 @@ def _rows(
             batch=workload.batch,
             length=workload.length,
             milliseconds=median * 1e3,
+            quartiles=_quartiles([second * 1e3 for second in seconds]),
             tokens_per_second=tokens / median,
             gigabytes_per_second=read / median / 1e9,
             bandwidth_share=read / median / 1e9 / bandwidth,
             speedup=statistics.median(t / c for t, c in zip(seconds, times["compiled"], strict=True)),
         )
+
+
+def _quartiles(times: list[float]) -> tuple[float, float]:
+    if len(times) == 1:
+        return times[0], times[0]
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return low, high
 
 
 def _dummy_model(artifact: Path, plan: Plan, seed: int | None, scratch: Path, weightless: bool) -> Path:
