@@ -77,6 +77,7 @@ def build(payload: dict[str, Any], folder: Path) -> None:
 def _outcome(case: _Case, payload: dict[str, Any]) -> Outcome:
     """Of the payload's ranges and configurations, all of which the case has."""
     symbols = {canonical(config): symbol for symbol, config in case.description["configs"].items()}
+    case.note = Path(payload["note"]) if "note" in payload else None
     found = []
     for workload, tokens, configs in payload["ranges"]:
         entry = {"workload": workload, "tokens": tokens, "symbols": [symbols[canonical(c)] for c in configs]}
@@ -98,7 +99,13 @@ def trial(payload: dict[str, Any]) -> Outcome:
 
 
 class _Case:
-    """What prepare.py wrote, loaded."""
+    """What prepare.py wrote, loaded.
+
+    Attributes:
+        note: where it leaves which configuration it is about to call for the first time; see search.py.
+    """
+
+    note: Path | None = None
 
     def __init__(self, folder: Path, device: Device | None = None) -> None:
         self.description = json.loads((folder / CASE).read_text())
@@ -199,12 +206,17 @@ class _Case:
     def _error(self, symbol: str, tokens: int) -> float:
         """The largest error, in units of what is allowed; infinite where the result is not a number."""
         (call,), result, out = self._calls(symbol, tokens, self._copies[:1])
+        self._note(symbol)
         self.device.run(call)
         self.device.read(result, out)
         ours, wanted = out.double(), self._expected[:tokens].double()
         rtol, atol = self.description["tolerance"]
         error = ((ours - wanted).abs() / (atol + rtol * wanted.abs())).max().item()
         return error if error == error else float("inf")
+
+    def _note(self, symbol: str) -> None:
+        if self.note is not None:
+            self.note.write_text(canonical(self.description["configs"][symbol]))
 
     def _times(self, symbols: Sequence[str], tokens: int, turns: int) -> dict[str, list[float]]:
         """Microseconds of each kernel's calls, taking turns; the first turn is not counted."""
@@ -213,6 +225,8 @@ class _Case:
         number = 0
         for turn in range(turns + 1):
             for symbol, timer in timers.items():
+                if turn == 0:
+                    self._note(symbol)
                 taken = timer(number)
                 number += 1
                 if turn:

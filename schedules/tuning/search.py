@@ -7,8 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import exp, log
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vllm_compile.canonical import canonical
 
 from ..database import Database, Fingerprint, How, Match, Record, commit, lookup
 from ..database.executors import Executor, Outcome, TaskCrashedError, TaskFailedError
@@ -175,34 +179,56 @@ def _measured(progress: Progress, executor: Executor, over: Callable[[], bool]) 
         TaskFailedError: it is not a candidate's fault, or there is no time left to find out whose.
     """
     task = progress.task
-    while True:
-        try:
-            return _run(task, executor)
-        except TaskCrashedError:
-            configs = task.configs()
-            if not configs or over():
-                raise
-        if progress.failed == 0:
-            _run(task.only([]), executor)  # raises what is the defaults' own
-        guilty = _guilty(task, configs, executor)
-        progress.failed += len(guilty)
-        task = task.only([config for config in configs if config not in guilty])
+    with TemporaryDirectory() as scratch:
+        tried = _Tried(executor, Path(scratch) / "candidate")
+        while True:
+            try:
+                return tried.outcome(task)
+            except TaskCrashedError:
+                configs = task.configs()
+                if not configs or over():
+                    raise
+            suspects = tried.last_of(configs)
+            if progress.failed == 0:
+                tried.outcome(task.only([]))  # raises what is the defaults' own
+            guilty = suspects if suspects and tried.crashes(task.only(suspects)) else _guilty(task, configs, tried)
+            progress.failed += len(guilty)
+            task = task.only([config for config in configs if config not in guilty])
 
 
-def _guilty(task: Task, configs: Sequence[Any], executor: Executor) -> Sequence[Any]:
+def _guilty(task: Task, configs: Sequence[Config], tried: _Tried) -> Sequence[Config]:
     """Of configurations that end the process together: one that does alone, or the fewest found that do together."""
     while len(configs) > 1:
         half = len(configs) // 2
-        for part in (configs[:half], configs[half:]):
-            try:
-                _run(task.only(part), executor)
-            except TaskCrashedError:
-                configs = part
-                break
-        else:
+        crashing = (part for part in (configs[:half], configs[half:]) if tried.crashes(task.only(part)))
+        if (part := next(crashing, None)) is None:
             return configs
+        configs = part
     return configs
 
 
-def _run(task: Task, executor: Executor) -> Outcome:
-    return executor.run(Lease(0, task.method, task.payload(), 0, 1), Event())
+@dataclass(frozen=True)
+class _Tried:
+    """What an executor makes of tasks.
+
+    Attributes:
+        note: a file in which `measure` leaves the configuration that it is about to call (canonical JSON).
+    """
+
+    executor: Executor
+    note: Path
+
+    def outcome(self, task: Task) -> Outcome:
+        return self.executor.run(Lease(0, task.method, task.payload() | {"note": str(self.note)}, 0, 1), Event())
+
+    def crashes(self, task: Task) -> bool:
+        try:
+            self.outcome(task)
+        except TaskCrashedError:
+            return True
+        return False
+
+    def last_of(self, configs: Sequence[Config]) -> Sequence[Config]:
+        """The one that was called last, if it is one of these: the first to be suspected of a crash."""
+        last = self.note.read_text() if self.note.exists() else ""
+        return [config for config in configs if canonical(config) == last]

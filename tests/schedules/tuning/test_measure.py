@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from itertools import groupby
 
 import pytest
 import torch
 
 from tests.schedules.database.samples import CPU
+from vllm_compile.canonical import canonical
 from vllm_compile.driver import lower_model
 from vllm_compile.schedules.database import Workload
 from vllm_compile.schedules.tuning import measure as measuring
@@ -38,8 +40,17 @@ def test_a_call_is_read_back_from_its_workload(task, tiny):
     assert specs <= lowered.kernels.keys()
 
 
-def test_a_record_of_each_range(task):
-    outcome = measure(task.payload())
+def test_a_record_of_each_range(task, tmp_path, monkeypatch):
+    """And, if it is told where, which configuration it is about to call: of a crash nothing else is left."""
+    note, called = tmp_path / "note", []
+
+    def run(self, call):
+        called.append(note.read_text())
+        call()
+
+    monkeypatch.setattr(Cpu, "run", run)
+    outcome = measure(task.payload() | {"note": str(note)})
+    assert [text for text, _ in groupby(called)] == [canonical(c) for r in task.ranges for c in r.configs]
     assert [record.workload for record in outcome.records] == [r.workload for r in task.ranges]
     for record, summary, wanted in zip(outcome.records, outcome.result, task.ranges, strict=True):
         assert record.schedule.content()["config"] in wanted.configs

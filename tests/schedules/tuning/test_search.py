@@ -4,12 +4,14 @@ import json
 import re
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 from threading import Event
 
 import pytest
 from rich.console import Console
 
 from tests.schedules.database.samples import record
+from vllm_compile.canonical import canonical
 from vllm_compile.cli import main
 from vllm_compile.cli_tune_table import table
 from vllm_compile.driver import lower_model
@@ -32,16 +34,18 @@ def tasks(tiny):
 
 
 class FakeExecutor:
-    """Answers as `measure` would, unless a deadly configuration is in the task."""
+    """Answers as `measure` would, unless a deadly configuration is in the task; `suspect` is what it says it was at."""
 
-    def __init__(self, deadly=(), after=lambda: None, error=TaskCrashedError):
-        self.deadly, self.after, self.asked, self.error = list(deadly), after, 0, error
+    def __init__(self, deadly=(), after=lambda: None, error=TaskCrashedError, suspect=None):
+        self.deadly, self.after, self.asked, self.error, self.suspect = list(deadly), after, 0, error, suspect
 
     def run(self, held, lost):
         self.asked += 1
         assert not lost.is_set(), "what is under way is not given up"
         ranges = held.payload["ranges"]
         if any(config in self.deadly for _, _, configs in ranges for config in configs):
+            if self.suspect is not None:
+                Path(held.payload["note"]).write_text(canonical(self.suspect))
             raise self.error("its process ended with exit code -11")
         self.after()
         summaries = [{"tried": len(c), "wrong": [], "default_us": 2.0, "best_us": 1.0} for _, _, c in ranges]
@@ -71,6 +75,23 @@ def test_candidates_that_crash_are_left_out(tasks, database):
     assert (work[0].state, work[0].failed) == ("done", 2)
     left = tasks[0].only([config for config in tasks[0].configs() if config not in deadly])
     assert work[0].tried == sum(len(r.configs) for r in left.ranges)
+
+
+def test_who_was_called_last_is_suspected_first(tasks, database):
+    """And tried alone: it is not taken at its word."""
+    configs = tasks[0].configs()
+    assert len(configs) > 2
+    asked = {}
+    for suspect in (configs[-1], configs[0], {"of another task": 1}, None):
+        executor = FakeExecutor(configs[-1:], suspect=suspect)
+        work = pending(database, tasks[:1], replace(MACHINE, device=str(suspect)))
+        tune(database, work, executor, Event())
+        assert (work[0].state, work[0].failed) == ("done", 1)
+        assert work[0].tried == sum(len(r.configs) for r in tasks[0].only(configs[:-1]).ranges)
+        asked[str(suspect)] = executor.asked
+    right, wrong, unknown, nobody = asked.values()
+    assert right == 4, "all, the defaults, the suspect, the others"
+    assert unknown == nobody == wrong - 1 > right
 
 
 def test_a_default_that_crashes_fails_its_task_alone(tasks, database):
