@@ -22,6 +22,7 @@ BOTH = {"window": 4096, "soft_cap": 50.0}
 CALLS = {  # operator, heads, options
     "rope": (ops.QKV_ROPE_ATTENTION, HEADS, {}),
     "rope_both": (ops.QKV_ROPE_ATTENTION, HEADS, BOTH),
+    "rope_64": (ops.QKV_ROPE_ATTENTION, (32, 8, 64), {}),  # of Llama 3.2 1B
     "rope_gemma2": (ops.QKV_ROPE_ATTENTION, (8, 4, 256), BOTH),
     "paged": (ops.PAGED_ATTENTION, HEADS, {}),
     "paged_both": (ops.PAGED_ATTENTION, HEADS, BOTH),
