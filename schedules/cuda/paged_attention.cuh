@@ -193,7 +193,8 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
     for (int step = 0; step < STEPS; step++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int at = TALL ? min(g + i % 2 * 8, GROUP - 1) : g + i % 2 * 8;
+        // Rows of the mma beyond the group's are nobody's: zero, or where all take registers, other queries again.
+        const int at = TALL ? (g + i % 2 * 8) % GROUP : g + i % 2 * 8;
         q_words[step][i] = at < GROUP ? q_rows[at * Tokens::STRIDE + step * 8 + i / 2 * 4 + t] : 0;
       }
 

@@ -27,7 +27,6 @@ CALLS = {  # operator, heads, options
     "paged": (ops.PAGED_ATTENTION, HEADS, {}),
     "paged_both": (ops.PAGED_ATTENTION, HEADS, BOTH),
     "paged_256": (ops.PAGED_ATTENTION, (8, 4, 256), {}),
-    "paged_256_tall": (ops.PAGED_ATTENTION, (10, 1, 256), {}),
 }
 MANY = ("rope_both", "paged_256")  # of which the kernel for many requests is built, too
 
