@@ -129,7 +129,7 @@ def attention_kernel(
         requests = call.dims[Sym.REQUESTS]
         fitting = T.floordiv(blocks, T.max(requests, 1) * kv_heads)
         splits = T.max(1, T.min(most, fitting))
-        return Launch([splits, kv_heads, requests], 32 * warps, stage_bytes + beside)
+        return Launch([splits, kv_heads, requests], 32 * warps, stage_bytes + beside, resident=config["blocks"])
 
     def arguments(call):
         sizes = (call.dims[Sym.BLOCK_SIZE], call.dims[Sym.TABLE_WIDTH])

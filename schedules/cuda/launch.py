@@ -19,6 +19,7 @@ DEPENDENT_LAUNCH = "tirx.use_programtic_dependent_launch"
 DYNAMIC_SHARED_MEMORY = "tirx.use_dyn_shared_memory"
 GRID = ("blockIdx.x", "blockIdx.y", "blockIdx.z")
 THREADS = "threadIdx.x"
+RESIDENT = "tirx.launch_bounds_min_blocks_per_sm"
 CLUSTER = "clusterCtaIdx.x"
 VECTOR_BYTES = 16  # what one thread reads or writes at once; tensors of floats start at a multiple
 
@@ -27,13 +28,16 @@ VECTOR_BYTES = 16  # what one thread reads or writes at once; tensors of floats 
 class Launch:
     """How a device function is run: thread blocks by axis, threads and bytes of shared memory of each.
 
-    So many neighbours along the first axis as `cluster` says can read each other's shared memory.
+    So many neighbours along the first axis as `cluster` says can read each other's shared memory.  `resident` is how
+    many a multiprocessor has room for, if that is known: the assembler gives threads the registers that this leaves.
+    It guesses otherwise, and may spill to make room for more.
     """
 
     grid: Sequence[Any]
     threads: int
     shared_bytes: int = 0
     cluster: int = 1
+    resident: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ def kernel(
         with ExitStack() as bindings:  # the first is the outermost
             for extent, tag in zip(extents, tags, strict=True):
                 bindings.enter_context(T.thread_binding(extent, thread=tag))
+            if how.resident is not None:
+                bindings.enter_context(T.attr(0, RESIDENT, how.resident))
             values = list(arguments(call))
             if how.shared_bytes:
                 values.append(T.alloc_buffer((how.shared_bytes,), "uint8", scope="shared.dyn").data)

@@ -80,6 +80,12 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
   uint4* const ring = static_cast<uint4*>(shared) + warp * STAGES * STAGE;
   const uint32_t ring_address = shared_address(ring);
   uint4* const turned = static_cast<uint4*>(shared) + WARPS * STAGES * STAGE;  // queries, the newest key and value
+  // Bytes from a tile's begin to chunk `even` + `odd` of a token; odd is 0 or 1.
+  auto place = [](int token, int even, int odd) {
+    if constexpr (HEAD_DIM <= 192) return (token * CHUNKS + ((even + odd) ^ (token & 7))) * 16;
+    // What is above eight chunks is known when compiled: instructions add it, so that registers hold four places, not all.
+    return (token * CHUNKS + (even % 8 ^ odd ^ (token & 7))) * 16 + even / 8 * 128;
+  };
   bool waited = false;
 
   // Positions from `begin` on that another request fills in this step, that lie before this one's new tokens and that the
@@ -187,7 +193,8 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
     for (int step = 0; step < STEPS; step++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int at = g + i % 2 * 8;
+        // Rows of the mma beyond the group's are nobody's: zero, or where all take registers, other queries again.
+        const int at = TALL ? (g + i % 2 * 8) % GROUP : g + i % 2 * 8;
         q_words[step][i] = at < GROUP ? q_rows[at * Tokens::STRIDE + step * 8 + i / 2 * 4 + t] : 0;
       }
 
@@ -229,9 +236,8 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
       float scores[2][4] = {};
 #pragma unroll
       for (int step = 0; step < STEPS; step++) {
-        const int token = lane / 16 * 8 + lane % 8, chunk = step * 2 + lane / 8 % 2;
         uint32_t k[4];
-        load_matrices(k, stage + (token * CHUNKS + (chunk ^ (token & 7))) * 16);
+        load_matrices(k, stage + place(lane / 16 * 8 + lane % 8, step * 2, lane / 8 % 2));
         mma(scores[0], q_words[step], k[0], k[1]);
         mma(scores[1], q_words[step], k[2], k[3]);
       }
@@ -270,9 +276,8 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
       if constexpr (TALL) p[1] = word_of(scores[0][2], scores[0][3]), p[3] = word_of(scores[1][2], scores[1][3]);
 #pragma unroll
       for (int pair = 0; pair < SLICES / 2; pair++) {
-        const int token = lane / 8 % 2 * 8 + lane % 8, chunk = CHUNKS / 2 + pair * 2 + lane / 16;
         uint32_t v[4];
-        load_matrices_transposed(v, stage + (token * CHUNKS + (chunk ^ (token & 7))) * 16);
+        load_matrices_transposed(v, stage + place(lane / 8 % 2 * 8 + lane % 8, CHUNKS / 2 + pair * 2, lane / 16));
         mma(values[pair * 2], p, v[0], v[1]);
         mma(values[pair * 2 + 1], p, v[2], v[3]);
       }

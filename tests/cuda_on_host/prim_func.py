@@ -64,8 +64,8 @@ def prepare(functions: Iterable[tirx.PrimFunc]) -> None:
 def _parts(function: tirx.PrimFunc) -> tuple[list[Any], list[Any], Any]:
     """Loops over blocks and threads, allocations of shared memory, and the call."""
     loops, body = [], function.body
-    while isinstance(body, tirx.For):
-        loops.append(body)
+    while isinstance(body, tirx.For | tirx.AttrStmt):  # of loops, and what the assembler is told
+        loops += [body] if isinstance(body, tirx.For) else []
         body = body.body
     *allocations, evaluation = body.seq if isinstance(body, tirx.SeqStmt) else [body]
     return loops, allocations, evaluation.value

@@ -40,6 +40,7 @@ HEADS = {  # query heads, KV heads, head size
     "mha": (4, 4, 64),
     "wide": (16, 1, 128),
     "large": (8, 4, 256),
+    "large_11": (11, 1, 256),
     "phi_3": (32, 32, 96),
     "six_steps": (24, 4, 192),
 }

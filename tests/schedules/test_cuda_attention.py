@@ -22,10 +22,13 @@ BOTH = {"window": 4096, "soft_cap": 50.0}
 CALLS = {  # operator, heads, options
     "rope": (ops.QKV_ROPE_ATTENTION, HEADS, {}),
     "rope_both": (ops.QKV_ROPE_ATTENTION, HEADS, BOTH),
+    "rope_64": (ops.QKV_ROPE_ATTENTION, (32, 8, 64), {}),  # of Llama 3.2 1B
     "rope_gemma2": (ops.QKV_ROPE_ATTENTION, (8, 4, 256), BOTH),
     "paged": (ops.PAGED_ATTENTION, HEADS, {}),
     "paged_both": (ops.PAGED_ATTENTION, HEADS, BOTH),
+    "paged_256": (ops.PAGED_ATTENTION, (8, 4, 256), {}),
 }
+MANY = ("rope_both", "paged_256")  # of which the kernel for many requests is built, too
 
 
 def kernels_of(op, heads, options):
@@ -38,15 +41,15 @@ def kernels_of(op, heads, options):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(library, resources by symbol) of the kernels for few requests, and one for many."""
+    """(library, resources by symbol) of the kernels for few requests, and some for many."""
     kernels = {name: kernels_of(*call)[0] for name, call in CALLS.items()}
-    kernels["rope_both_many"] = kernels_of(*CALLS["rope_both"])[1]
+    kernels |= {f"{name}_many": kernels_of(*CALLS[name])[1] for name in MANY}
     path = tmp_path_factory.mktemp("cuda") / "kernels.so"
     return path, build_library(kernels, TARGET, path)
 
 
 def test_nothing_is_spilled(built):
-    assert len(built[1]) == len(CALLS) + 1
+    assert len(built[1]) == len(CALLS) + len(MANY)
     for symbol, used in built[1].items():
         assert used.spilled_bytes == 0, symbol
         assert 0 < used.registers <= 255, symbol  # one block of 256 threads on a multiprocessor, or two of 128

@@ -51,7 +51,9 @@ CASES = {  # operator, arguments of its samples, the input that the negative con
     "rope_attention_wide_heads": (ops.QKV_ROPE_ATTENTION, (((1, 150),), 3, 1, 256, 16), "cos"),
     "rope_attention_96": (ops.QKV_ROPE_ATTENTION, (((1, 150), (2, 20)), 2, 2, 96, 16), "qkv"),
     "rope_attention_192": (ops.QKV_ROPE_ATTENTION, (((1, 150), (2, 20)), 6, 1, 192, 16), "qkv"),
+    "rope_attention_11_wide_heads": (ops.QKV_ROPE_ATTENTION, (((1, 150), (2, 20)), 11, 1, 256, 16), "qkv"),
     "attention_wide_heads": (ops.PAGED_ATTENTION, (((1, 150),), 3, 1, 256, 16), "q"),
+    "attention_11_wide_heads": (ops.PAGED_ATTENTION, (((1, 150), (2, 20)), 11, 1, 256, 16), "q"),
 }
 CHANGES = {  # of a case's samples, which have bf16 weights, rows of tokens, a bias
     "norm_of_heads": lambda inputs: inputs | {"x": inputs["x"].view(2, 3, 64)},
