@@ -9,8 +9,8 @@
 //
 // K has a multiple of STAGES blocks: products under way must not meet a branch, or the assembler serialises them.
 //
-// Sums: float32, blocks in order; a token's result has the same bits in every batch, and as in a wide kernel that does not
-// split K.  Weights are copied before griddepcontrol.wait: while the kernel before still runs.
+// Sums: float32, blocks in order; a token's result has the same bits in every batch.  Weights are copied before
+// griddepcontrol.wait: while the kernel before still runs.
 #ifndef VLLM_COMPILE_FED_LINEAR
 #define VLLM_COMPILE_FED_LINEAR
 
