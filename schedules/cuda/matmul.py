@@ -64,7 +64,7 @@ def promising(spec: OpSpec, target: CudaTarget, packed: bool, min_tokens: int, g
     for config in configs:
         rest = max(KINDS[config["kind"]].unstaged_blocks(spec, config), 0)
         share = fit // (config.get("k_groups", 1) * config.get("cluster", 1))  # of one part of K
-        found += [{**config, "prefetch": blocks} for blocks in sorted({0, min(share, rest), rest})]
+        found += [{**config, "prefetch": blocks} for blocks in sorted({0, min(share, rest)})]
     return found
 
 

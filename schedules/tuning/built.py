@@ -1,6 +1,6 @@
 """Tasks built on one machine, to be measured on another that needs neither TVM nor a compiler: a folder for each.
 
-Each has its kernels, inputs, and results to compare with (prepare.py), and `task.json`, written last.
+Each has its kernels, what inputs and results to compare with are made of (prepare.py), and `task.json`, written last.
 """
 
 from __future__ import annotations

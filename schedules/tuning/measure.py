@@ -49,15 +49,28 @@ def measure(payload: dict[str, Any]) -> Outcome:
     `result` has, for each range: `tokens`, `tried`, `wrong` (configurations whose result was not the reference's),
     `default_us` and `best_us`.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        build(payload, Path(scratch))
-        case = _Case(Path(scratch))  # mapped: it needs no directory from here on, and a crash leaves none behind
+    return _outcome(_built_here(payload), payload)
+
+
+def measure_noting(payload: dict[str, Any]) -> Outcome:
+    """As `measure`; leaves which configuration it is about to call for the first time in the file `note` (canonical
+    JSON), see search.py; no task of a queue, which might name any file."""
+    case = _built_here(payload)
+    case.note = Path(payload["note"])
     return _outcome(case, payload)
 
 
 def measure_built(payload: dict[str, Any]) -> Outcome:
-    """As `measure`, of what lies in the folder `built` (built.py); no task of a queue, which might name any library."""
-    return _outcome(_Case(Path(payload["built"])), payload)
+    """As `measure_noting`, of what lies in the folder `built` (built.py); no task of a queue either: any library."""
+    case = _Case(Path(payload["built"]))
+    case.note = Path(payload["note"])
+    return _outcome(case, payload)
+
+
+def _built_here(payload: dict[str, Any]) -> _Case:
+    with tempfile.TemporaryDirectory() as scratch:
+        build(payload, Path(scratch))
+        return _Case(Path(scratch))  # mapped: it needs no directory from here on, and a crash leaves none behind
 
 
 def measure_on(device: Device, payload: dict[str, Any], folder: Path) -> Outcome:
@@ -77,7 +90,6 @@ def build(payload: dict[str, Any], folder: Path) -> None:
 def _outcome(case: _Case, payload: dict[str, Any]) -> Outcome:
     """Of the payload's ranges and configurations, all of which the case has."""
     symbols = {canonical(config): symbol for symbol, config in case.description["configs"].items()}
-    case.note = Path(payload["note"]) if "note" in payload else None
     found = []
     for workload, tokens, configs in payload["ranges"]:
         entry = {"workload": workload, "tokens": tokens, "symbols": [symbols[canonical(c)] for c in configs]}
@@ -102,7 +114,7 @@ class _Case:
     """What prepare.py wrote, loaded.
 
     Attributes:
-        note: where it leaves which configuration it is about to call for the first time; see search.py.
+        note: where it leaves which configuration it is about to call for the first time, if anywhere.
     """
 
     note: Path | None = None

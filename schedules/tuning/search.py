@@ -197,12 +197,12 @@ def _measured(progress: Progress, executor: Executor, over: Callable[[], bool]) 
 
 
 def _guilty(task: Task, configs: Sequence[Config], tried: _Tried) -> Sequence[Config]:
-    """Of configurations that end the process together: one that does alone, or the fewest found that do together."""
+    """Of configurations that end the process together: one that does alone, or, where neither half does, one of them."""
     while len(configs) > 1:
         half = len(configs) // 2
         crashing = (part for part in (configs[:half], configs[half:]) if tried.crashes(task.only(part)))
         if (part := next(crashing, None)) is None:
-            return configs
+            return configs[half:]
         configs = part
     return configs
 
@@ -212,7 +212,7 @@ class _Tried:
     """What an executor makes of tasks.
 
     Attributes:
-        note: a file in which `measure` leaves the configuration that it is about to call (canonical JSON).
+        note: a file in which measure.py leaves the configuration that it is about to call (canonical JSON).
     """
 
     executor: Executor

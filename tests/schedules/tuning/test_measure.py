@@ -15,7 +15,7 @@ from vllm_compile.schedules.database import Workload
 from vllm_compile.schedules.tuning import measure as measuring
 from vllm_compile.schedules.tuning.device import Cpu
 from vllm_compile.schedules.tuning.extract import tasks_of
-from vllm_compile.schedules.tuning.measure import measure
+from vllm_compile.schedules.tuning.measure import measure, measure_noting
 from vllm_compile.schedules.tuning.prepare import call_of
 from vllm_compile.targets import resolve
 
@@ -40,17 +40,39 @@ def test_a_call_is_read_back_from_its_workload(task, tiny):
     assert specs <= lowered.kernels.keys()
 
 
-def test_a_record_of_each_range(task, tmp_path, monkeypatch):
-    """And, if it is told where, which configuration it is about to call: of a crash nothing else is left."""
-    note, called = tmp_path / "note", []
+def test_which_configuration_is_called_is_noted(task, tmp_path, monkeypatch):
+    """Of a crash nothing else is left: before each is compared, and before each is timed."""
+    note, called, timed = tmp_path / "note", [], []
+    timer = Cpu.timer
 
     def run(self, call):
         called.append(note.read_text())
         call()
 
+    def watched(self, calls):
+        taken = timer(self, calls)
+
+        def first(turn):
+            timed.append(note.read_text())
+            return taken(turn)
+
+        return first
+
     monkeypatch.setattr(Cpu, "run", run)
-    outcome = measure(task.payload() | {"note": str(note)})
-    assert [text for text, _ in groupby(called)] == [canonical(c) for r in task.ranges for c in r.configs]
+    monkeypatch.setattr(Cpu, "timer", watched)
+    measure_noting(task.payload() | {"note": str(note)})
+    every = [canonical(c) for r in task.ranges for c in r.configs]
+    assert [text for text, _ in groupby(called)] == every
+    assert set(timed) == set(every)
+
+
+def test_a_task_of_a_queue_names_no_file(task, tmp_path):
+    measure(task.payload() | {"note": str(tmp_path / "note")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_record_of_each_range(task):
+    outcome = measure(task.payload())
     assert [record.workload for record in outcome.records] == [r.workload for r in task.ranges]
     for record, summary, wanted in zip(outcome.records, outcome.result, task.ranges, strict=True):
         assert record.schedule.content()["config"] in wanted.configs
