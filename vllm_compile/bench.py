@@ -174,7 +174,10 @@ def bench(
     most = plan.model.max_positions - 2 * steps - 1
     if most < 1:
         raise VllmCompileError(f"{artifact} has {plan.model.max_positions} positions, too few for --steps {steps}")
-    decodes, prefills = ([replace(w, length=min(w.length, most)) for w in ws] for ws in (decodes, prefills))
+    # What is the same once it is no longer than the model is measured once.
+    decodes, prefills = (
+        list(dict.fromkeys(replace(w, length=min(w.length, most)) for w in ws)) for ws in (decodes, prefills)
+    )
     rows: list[Row] = []
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))

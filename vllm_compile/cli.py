@@ -228,7 +228,7 @@ def _names(text: str) -> list[str]:
     names = text.split(",")
     if unknown := set(names) - set(PEERS):
         raise argparse.ArgumentTypeError(f"unknown engine {', '.join(sorted(unknown))}; of {', '.join(PEERS)}")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def _numbers(text: str) -> list[int]:
@@ -259,19 +259,9 @@ def _bench(options: argparse.Namespace) -> int:
             status.update,
         )
     title = f"{figures['device']}, medians of {options.repeats}; torch reads memory at {figures['bandwidth']:.1f} GB/s"
-    columns = (
-        "workload",
-        "batch",
-        "tokens",
-        "engine",
-        "ms",
-        "quartiles",
-        "tokens/s",
-        "GB/s",
-        "of reads",
-        "compiled is",
-    )
-    table = Table(*columns, title=title)
+    table = Table("workload", title=title)
+    for column in ("engine", "ms", "quartiles", "tokens/s", "GB/s", "of reads", "compiled"):
+        table.add_column(column, no_wrap=column in ("ms", "compiled"))
     for row in figures["rows"]:
         reads = (
             [f"{row.gigabytes_per_second:.1f}", f"{row.bandwidth_share:.0%}"] if row.workload == "decode" else ["", ""]
@@ -283,7 +273,7 @@ def _bench(options: argparse.Namespace) -> int:
             *reads,
             f"{row.speedup:.2f}x",
         ]
-        table.add_row(row.workload, str(row.batch), str(row.length), row.engine, *figures_of)
+        table.add_row(f"{row.workload} {row.batch} x {row.length}", row.engine, *figures_of)
     console.print(table)
     loads, first = _starts(figures["load_seconds"]), _starts(figures["first_token_seconds"])
     console.print(f"engines loaded in: {loads}; first token after: {first}")

@@ -26,8 +26,8 @@ MANY_ROWS = 4
 # Unpacking takes registers too: tiles of more rows than this, or whose words are kept, take no more panels than that
 # (measured on a Zen 4).
 UNPACKED_ROWS, UNPACKED_PANELS = 4, 2
-# A single row leaves so much time between its loads that the hardware's own prefetching does better; unpacking leaves as
-# much to so many (measured on a Zen 4, 5 to 30 % for 2 and 3 rows of all layers of Llama-3.2-1B).
+# A single row leaves so much time between its loads that the hardware's own prefetching does better; unpacking leaves
+# as much to so many (measured on a Zen 4, 5 to 30 % for 2 and 3 rows of all layers of Llama-3.2-1B).
 UNHURRIED_ROWS = 3
 
 

@@ -49,7 +49,7 @@ def space(packed: bool) -> Sequence[Config]:
 
 
 def promising(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens: int) -> Sequence[Config]:
-    """What is worth measuring for so many tokens: where the chip has something to do in all rounds."""
+    """What is worth measuring for so many tokens: where nearly each multiprocessor gets a thread block."""
     rounds = spec.input("weight").size(0) / ROWS / target.multiprocessors
     if rounds < LEAST_SHARE:
         return []

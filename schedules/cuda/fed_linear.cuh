@@ -7,7 +7,8 @@
 // these places holds warps together: of each, one barrier says that x is there, another that all products with it are
 // done.  So warps that meet with entries of the side list delay no others, and none spends instructions on x.
 //
-// K has a multiple of STAGES blocks: products under way must not meet a branch, or the assembler serialises them.
+// K has a multiple of STAGES blocks: with rounds that may end early, products behind branches, the assembler serialises
+// them.
 //
 // Sums: float32, blocks in order; a token's result has the same bits in every batch.  Weights are copied before
 // griddepcontrol.wait: while the kernel before still runs.

@@ -53,10 +53,12 @@ def built(folder: Path) -> tuple[list[Task], Fingerprint]:
     """The tasks in a folder, and this machine.
 
     Raises:
-        VllmCompileError: there are none, or for several machines.
+        VllmCompileError: there are none, or for several machines, or of another version's form.
     """
     tasks = [replace(task, method=MEASURE_BUILT, built=str(place)) for task, _, place in _read(folder)]
     cases = [json.loads((Path(task.built) / CASE).read_text()) for task in tasks]
+    if not all("seed" in case for case in cases):
+        raise VllmCompileError(f"{folder} was made by an older vllm-compile: `tune --build` it again")
     machines = {(case["device"], case["machine"]) for case in cases}
     if len(machines) != 1:
         raise VllmCompileError(

@@ -63,7 +63,7 @@ def measure_noting(payload: dict[str, Any]) -> Outcome:
 def measure_built(payload: dict[str, Any]) -> Outcome:
     """As `measure_noting`, of what lies in the folder `built` (built.py); no task of a queue either: any library."""
     case = _Case(Path(payload["built"]))
-    case.note = Path(payload["note"])
+    case.note = Path(payload["note"]) if "note" in payload else None
     return _outcome(case, payload)
 
 

@@ -197,7 +197,7 @@ def _measured(progress: Progress, executor: Executor, over: Callable[[], bool]) 
 
 
 def _guilty(task: Task, configs: Sequence[Config], tried: _Tried) -> Sequence[Config]:
-    """Of configurations that end the process together: one that does alone, or, where neither half does, one of them."""
+    """Of configurations that end the process together: one that does alone, or one half where neither does."""
     while len(configs) > 1:
         half = len(configs) // 2
         crashing = (part for part in (configs[:half], configs[half:]) if tried.crashes(task.only(part)))

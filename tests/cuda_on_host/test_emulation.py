@@ -342,7 +342,7 @@ WRONG_PHASES = {
     "places are not waited for": ("if (round >= 2)", "if (false)", "a race|deadlock"),
     "one does not arrive": ("phase_arrive(filled", "if (lane > 0) phase_arrive(filled", "deadlock"),
     "the wrong phase": ("emptied + place * 8, 1 - parity", "emptied + place * 8, parity", "a race|deadlock"),
-    "no barrier there": ("phase_arrive(filled + place * 8)", "phase_arrive(filled + 64)", "no barrier"),
+    "no barrier there": ("phase_arrive(filled + place * 8)", "phase_arrive(filled + 64)", "where there is no barrier"),
     "no threads": ("emptied + i * 8, 1", "emptied + i * 8, 0", "a barrier of no threads"),
 }
 

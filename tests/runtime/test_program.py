@@ -1,7 +1,5 @@
 """A compiled model, loaded: what it computes, what it refuses, what it needs."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess
@@ -251,6 +249,17 @@ def test_what_was_bound_last_is_kept(tiny_fp32, generator, monkeypatch):
         logits_SV = program.logits(hidden_SD[:rows])
         assert relative_error(logits_SV[:3], expected_SV[:rows]) < CLOSE
     assert bound == [3, 1, 2, 4, 2]
+
+
+def test_what_a_binding_ran_on_is_not_kept(tiny_fp32):
+    """A server would hold as many hidden states as there are bindings."""
+    program = load(tiny_fp32)
+    program.prepare(max_tokens=8, max_requests=8)
+    program.logits(torch.zeros(3, program.hidden_size))
+    (bound,) = program._executor._bound.values()
+    late = [(step, position) for step in bound.steps for position, _ in step.late]
+    assert late
+    assert all(step.arguments[position] is None for step, position in late)
 
 
 @pytest.mark.parametrize(("hip", "kind", "other"), [(None, "cuda", "rocm"), ("7.0", "rocm", "cuda")])

@@ -15,6 +15,7 @@ from tests.cuda_on_host.runner import AVAILABLE
 from tests.schedules.database.samples import CPU, H200
 from vllm_compile.cli import main
 from vllm_compile.driver import lower_model
+from vllm_compile.errors import VllmCompileError
 from vllm_compile.schedules.database import Match, commit, lookup, open_database
 from vllm_compile.schedules.database.machine import fingerprint
 from vllm_compile.schedules.database.tuned import TunedKernels
@@ -159,6 +160,15 @@ def test_from_the_command_line(folder, emulated, task, tmp_path, monkeypatch, ca
         assert (told["state"], told["weights"]) == (state, list(task.names))
     with open_database(url, writable=False) as database:
         assert lookup(database, task.ranges[0].workload, emulated.machine).match == Match.EXACT
+
+
+def test_a_folder_of_an_older_form_is_refused(folder, tmp_path):
+    older = tmp_path / "older"
+    shutil.copytree(folder, older)
+    (case,) = older.glob("task*/case.json")
+    case.write_text(json.dumps({k: v for k, v in json.loads(case.read_text()).items() if k != "seed"}))
+    with pytest.raises(VllmCompileError, match=r"older vllm-compile: `tune --build` it again"):
+        built(older)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
