@@ -261,7 +261,7 @@ def _bench(options: argparse.Namespace) -> int:
     title = f"{figures['device']}, medians of {options.repeats}; torch reads memory at {figures['bandwidth']:.1f} GB/s"
     table = Table("workload", title=title)
     for column in ("engine", "ms", "quartiles", "tokens/s", "GB/s", "of reads", "compiled"):
-        table.add_column(column, no_wrap=column in ("ms", "compiled"))
+        table.add_column(column, no_wrap=column in ("ms", "compiled"), overflow="fold")
     for row in figures["rows"]:
         reads = (
             [f"{row.gigabytes_per_second:.1f}", f"{row.bandwidth_share:.0%}"] if row.workload == "decode" else ["", ""]
