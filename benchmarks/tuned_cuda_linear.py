@@ -29,7 +29,7 @@ from kernels_cuda_linear import BUCKETS, DEVICE, Kernels, cold_weights, cublas_o
 from vllm_compile.canonical import canonical
 from vllm_compile.errors import DatabaseError
 from vllm_compile.runtime.manifest import LIBRARY
-from vllm_compile.schedules.database import Database, Fingerprint, lookup, open_database
+from vllm_compile.schedules.database import Database, Fingerprint, Record, lookup, open_database
 from vllm_compile.schedules.tuning.built import built
 from vllm_compile.schedules.tuning.device import GRAPH_CALLS
 from vllm_compile.schedules.tuning.inputs import spec_of
@@ -73,8 +73,10 @@ def contests(task: Task, configs: dict[str, object], database: Database, machine
     """Of each range of tokens."""
     symbols = {canonical(config): symbol for symbol, config in configs.items()}
 
+    def is_built(record: Record) -> bool:
+        return canonical(record.schedule.content()["config"]) in symbols
+
     def tuned(wanted: Range) -> str:
-        is_built = lambda record: canonical(record.schedule.content()["config"]) in symbols  # noqa: E731
         answer = lookup(database, wanted.workload, machine, usable=is_built)
         return "" if answer is None else symbols[canonical(answer.record.schedule.content()["config"])]
 
