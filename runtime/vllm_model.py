@@ -13,6 +13,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from . import program as programs
+from .decode_tail import DecodeTail
 from .vllm_backend import PagedBackend, PagedImpl
 
 
@@ -63,6 +64,7 @@ class VllmCompileForCausalLM(nn.Module):
         scheduler = vllm_config.scheduler_config
         program.prepare(max_tokens=scheduler.max_num_batched_tokens, max_requests=scheduler.max_num_seqs)
         self.program = program
+        self.tail = DecodeTail(program.logits, scheduler.max_num_seqs, program.device)
         longest = vllm_config.model_config.max_model_len
         # Which angles serve a request must not change while it grows: it is the longest that could come that counts.
         self.first_position = program.max_positions if longest > program.max_positions else 0
@@ -89,7 +91,7 @@ class VllmCompileForCausalLM(nn.Module):
             shape = tokens, self.program.hidden_size
             return torch.zeros(shape, dtype=self.program.dtype, device=input_ids.device)
         step = metadata[self.layers[0].layer_name]
-        return self.program.forward(
+        hidden_TD = self.program.forward(
             input_ids,
             positions + self.first_position if self.first_position else positions,
             [layer.kv_cache for layer in self.layers],
@@ -98,7 +100,18 @@ class VllmCompileForCausalLM(nn.Module):
             step.query_start_loc,
             step.slot_mapping[:tokens],
         )
+        if self.tail.recording and tokens == step.seq_lens.shape[0]:
+            self.tail.record(hidden_TD)
+        return hidden_TD
 
     def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """[S, D] -> [S, V]"""
-        return self.program.logits(hidden_SD)
+        logits_SV = self.tail.logits(hidden_SD.shape[0])
+        return self.program.logits(hidden_SD) if logits_SV is None else logits_SV
+
+    @staticmethod
+    def get_model_state_cls() -> Any:
+        """Asked by vLLM's runner for GPUs."""
+        from .vllm_state import CompiledModelState
+
+        return CompiledModelState

@@ -25,6 +25,7 @@ class TorchProgram:
     """
 
     buckets = None
+    device = torch.device("cpu")
 
     def __init__(self, directory: str, weights: bool = False):
         self.directory = Path(directory)

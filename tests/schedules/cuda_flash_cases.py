@@ -69,7 +69,8 @@ def reference(inputs: Inputs, scale: float, window: int, soft_cap: float) -> tup
         scores = torch.einsum("thd,hsd->hts", q[begin:end], k) * scale
         if soft_cap:
             scores = soft_cap * (scores / soft_cap).tanh()
-        distance = torch.arange(length - (end - begin), length)[:, None] - torch.arange(length)
+        at = torch.arange(length, device=q.device)
+        distance = at[length - (end - begin) :, None] - at
         hidden = distance < 0
         if window:
             hidden |= distance >= window
@@ -108,13 +109,13 @@ def check(
 def problems_of(inputs: Inputs, window: int, soft_cap: float, device: str) -> Iterator[str]:
     """What is wrong with one case."""
     scale = inputs["q"].shape[2] ** -0.5
-    expected, allowed = reference(inputs, scale, window, soft_cap)
     given = {name: tensor.to(device) for name, tensor in inputs.items()}
+    expected, allowed = reference(given, scale, window, soft_cap)
 
     def wrong(window: int, soft_cap: float) -> str:
         out = torch.full_like(given["q"], float("nan"))
         vendor.paged_attention(**given, out=out, scale=scale, window=window, soft_cap=soft_cap)
-        error = (out.cpu().double() - expected).abs()
+        error = (out.double() - expected).abs()
         differ = ~(error <= allowed)  # nan does
         if not differ.any():
             return ""

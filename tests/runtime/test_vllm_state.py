@@ -1,0 +1,275 @@
+"""What vLLM's runner for GPUs asks of a compiled model beside its forward pass; the runner itself needs a GPU.
+
+vLLM's sampler is a stand-in that says what it was asked; requests' parameters and configurations are vLLM's.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm import SamplingParams
+from vllm.config import CUDAGraphMode
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
+from vllm.v1.worker.gpu.model_states import init_model_state
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from tests.conftest import SEED
+from tests.runtime import torch_program
+from tests.runtime.tiny_llama import as_artifact, save_model
+from vllm_compile.runtime import program as programs
+from vllm_compile.runtime.decode_tail import DecodeTail
+from vllm_compile.runtime.vllm_model import VllmCompileForCausalLM
+from vllm_compile.runtime.vllm_state import WITHOUT_A_SAY, CompiledModelState, GreedySampler, is_greedy
+
+CPU = torch.device("cpu")
+REQUESTS, VOCABULARY = 4, 32
+PREPARED = {"a layer": "metadata"}
+
+
+class Sampler:
+    """vLLM's, as far as it is asked."""
+
+    compute_nans = False
+    penalties_state = object()
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def add_request(self, *arguments: object) -> None:
+        self.asked.append("add")
+
+    def apply_staged_writes(self) -> None:
+        self.asked.append("write")
+
+    def __call__(self, logits: torch.Tensor, batch: object) -> str:
+        self.asked.append("sample")
+        return "vLLM's"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder / "source", SEED)
+    return str(as_artifact(folder / "source", folder / "artifact"))
+
+
+@pytest.fixture
+def config(artifact, monkeypatch):
+    """vLLM's configuration for the artifact."""
+    monkeypatch.setattr(programs, "load", torch_program.load)
+    return EngineArgs(artifact, max_num_seqs=REQUESTS, max_num_batched_tokens=64).create_engine_config()
+
+
+@pytest.fixture
+def logits_RV(generator) -> torch.Tensor:
+    return torch.randn(REQUESTS, VOCABULARY, generator=generator)
+
+
+@pytest.fixture
+def tail(logits_RV) -> DecodeTail:
+    tail = DecodeTail(lambda hidden_RD: logits_RV[: len(hidden_RD)], REQUESTS, CPU)
+    tail.record(torch.zeros(REQUESTS, 1))
+    return tail
+
+
+@pytest.fixture
+def state(config, tail, monkeypatch) -> CompiledModelState:
+    def prepare_attn(*arguments, **options):
+        return PREPARED
+
+    monkeypatch.setattr(DefaultModelState, "prepare_attn", prepare_attn)
+    return CompiledModelState(config, SimpleNamespace(tail=tail), None, CPU)
+
+
+def batch(places: list[int], tokens: int | None = None, padded: tuple[int, int] | None = None, prefilling: bool = False):
+    """A step of the requests at these places; `padded`: tokens and requests of its graph."""
+    requests = len(places)
+    padded_tokens, padded_requests = padded or (REQUESTS, REQUESTS)
+    return SimpleNamespace(
+        num_reqs=requests,
+        num_tokens=tokens or requests,
+        num_tokens_after_padding=padded_tokens,
+        num_reqs_after_padding=padded_requests,
+        idx_mapping_np=np.array(places),
+        is_prefilling_np=np.array([False] * (requests - 1) + [prefilling]),
+    )
+
+
+class TestState:
+    def test_vllm_finds_it(self, config, tail):
+        model = SimpleNamespace(tail=tail, get_model_state_cls=VllmCompileForCausalLM.get_model_state_cls)
+        assert isinstance(init_model_state(config, model, None, CPU), CompiledModelState)
+
+    def test_a_replayed_step_needs_no_metadata(self, state, tail):
+        assert state.prepare_attn(batch([0, 1, 2]), CUDAGraphMode.FULL) == {}
+        assert tail.logits(3) is not None
+        assert not tail.recording
+
+    def test_a_step_without_a_graph_does(self, state, tail):
+        state.prepare_attn(batch([0, 1, 2]), CUDAGraphMode.FULL)
+        assert state.prepare_attn(batch([0, 1, 2]), CUDAGraphMode.NONE) == PREPARED
+        assert tail.logits(3) is None
+        assert tail.tokens(3) is None
+
+    def test_capture_does_and_records(self, state, tail):
+        assert state.prepare_attn(batch([0, 1]), CUDAGraphMode.FULL, for_capture=True) == PREPARED
+        assert tail.recording
+        state.prepare_attn(batch([0, 1]), CUDAGraphMode.NONE)
+        assert not tail.recording
+
+    @pytest.mark.parametrize(
+        ("tokens", "padded"),
+        [(5, (8, 4)), (3, (8, 4)), (5, (4, 4))],
+        ids=["prompts", "graph of prompts", "prompts in a graph like one of decode"],
+    )
+    def test_no_tokens_of_a_graph_where_requests_may_have_several(self, state, tail, tokens, padded):
+        state.prepare_attn(batch([0, 1, 2], tokens, padded), CUDAGraphMode.FULL)
+        assert tail.logits(3) is None
+        assert tail.tokens(3) is None
+
+    @pytest.mark.parametrize("reader", ["speculative_config", "kv_transfer_config"])
+    def test_others_get_the_metadata_they_read(self, config, tail, state, monkeypatch, reader):
+        monkeypatch.setattr(config, reader, object())
+        state = CompiledModelState(config, SimpleNamespace(tail=tail), None, CPU)
+        assert state.prepare_attn(batch([0]), CUDAGraphMode.FULL) == PREPARED
+
+    def test_custom_sampler(self, state):
+        sampler, rejection = state.custom_sampler(Sampler())
+        assert isinstance(sampler, GreedySampler)
+        assert rejection is None
+
+    @pytest.mark.parametrize("feature", ["speculative_config", "watermark_config"])
+    def test_vllms_sampler_is_kept_for_features_of_the_engine(self, state, config, monkeypatch, feature):
+        monkeypatch.setattr(config, feature, object())
+        assert state.custom_sampler(Sampler()) is None
+
+    @pytest.mark.parametrize("feature", ["logits_processors", "enable_trace_replay", "return_sampling_mask"])
+    def test_vllms_sampler_is_kept_for_features_of_the_model(self, state, config, monkeypatch, feature):
+        monkeypatch.setattr(config.model_config, feature, [object()])
+        assert state.custom_sampler(Sampler()) is None
+
+    def test_vllms_sampler_is_kept_where_nans_are_counted(self, state):
+        sampler = Sampler()
+        sampler.compute_nans = True
+        assert state.custom_sampler(sampler) is None
+
+
+class TestSampler:
+    @pytest.fixture
+    def base(self) -> Sampler:
+        return Sampler()
+
+    @pytest.fixture
+    def sampler(self, base, tail) -> GreedySampler:
+        """With greedy requests at places 0 to 2, and one that draws at 3."""
+        sampler = GreedySampler(base, tail, REQUESTS, CPU)
+        for place in range(3):
+            sampler.add_request(place, 10, SamplingParams(temperature=0))
+        sampler.add_request(3, 10, SamplingParams(temperature=1))
+        return sampler
+
+    def test_greedy_tokens(self, sampler, base, tail, logits_RV):
+        tail.begin(3)
+        found = sampler(logits_RV[:3], batch([2, 0, 1]))
+        assert found.sampled_token_ids.tolist() == logits_RV[:3].argmax(-1, keepdim=True).tolist()
+        assert (found.num_sampled.tolist(), found.num_rejected.tolist()) == ([1] * 3, [0] * 3)
+        assert {found.sampled_token_ids.dtype, found.num_sampled.dtype} == {torch.int64, torch.int32}
+        assert found.logprobs_tensors is None
+        assert "sample" not in base.asked
+
+    def test_one_that_draws_among_them(self, sampler, tail, logits_RV):
+        tail.begin(3)
+        assert sampler(logits_RV[:3], batch([0, 3, 1])) == "vLLM's"
+
+    def test_a_place_that_another_request_takes(self, sampler, tail, logits_RV):
+        sampler.add_request(1, 10, SamplingParams(temperature=0, logprobs=1))
+        sampler.add_request(3, 10, SamplingParams(temperature=0))
+        tail.begin(2)
+        assert sampler(logits_RV[:2], batch([0, 1])) == "vLLM's"
+        assert sampler(logits_RV[:2], batch([0, 3])) != "vLLM's"
+
+    def test_a_prompt_that_has_not_ended(self, sampler, tail, logits_RV):
+        tail.begin(3)
+        assert sampler(logits_RV[:3], batch([0, 1, 2], prefilling=True)) == "vLLM's"
+
+    def test_a_step_without_tokens(self, sampler, tail, logits_RV):
+        tail.begin(0)
+        assert sampler(logits_RV[:3], batch([0, 1, 2])) == "vLLM's"
+
+    def test_parameters_are_written_once(self, sampler, base):
+        for _ in range(3):
+            sampler.apply_staged_writes()
+        assert base.asked.count("write") == 1
+        sampler.add_request(0, SamplingParams())  # as from vLLM 0.32 on
+        sampler.apply_staged_writes()
+        assert base.asked.count("write") == 2
+
+    def test_what_the_first_step_finds_is_written(self, base, tail):
+        GreedySampler(base, tail, REQUESTS, CPU).apply_staged_writes()
+        assert base.asked == ["write"]
+
+    def test_all_else_is_vllms(self, sampler):
+        assert sampler.penalties_state is Sampler.penalties_state
+        with pytest.raises(AttributeError):
+            sampler.nothing_that_is  # noqa: B018
+
+
+GREEDY = {
+    "seed": 3,
+    "stop": ["a"],
+    "stop_token_ids": [7],
+    "ignore_eos": True,
+    "max_tokens": 99,
+    "prompt_logprobs": 2,
+    "flat_logprobs": True,
+    "detokenize": False,
+    "skip_special_tokens": False,
+    "spaces_between_special_tokens": False,
+    "output_kind": RequestOutputKind.DELTA,
+    "skip_reading_prefix_cache": True,
+    "repetition_detection": RepetitionDetectionParams(max_pattern_size=2, min_count=2),
+    "top_k": 5,  # vLLM drops these of a greedy request
+    "top_p": 0.5,
+    "min_p": 0.1,
+}
+NOT_GREEDY = {
+    "temperature": 0.5,
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+    "repetition_penalty": 1.1,
+    "min_tokens": 1,
+    "logprobs": 0,
+    "logprob_token_ids": [3],
+    "logit_bias": {3: 1.0},
+    "allowed_token_ids": [3, 4],
+    "bad_words": ["a"],
+    "structured_outputs": StructuredOutputsParams(regex="a"),
+    "extra_args": {"a": 1},
+    "thinking_token_budget": 5,
+}
+
+
+@pytest.mark.parametrize("field", GREEDY)
+def test_greedy(field):
+    assert is_greedy(SamplingParams(**{"temperature": 0} | {field: GREEDY[field]}))
+
+
+@pytest.mark.parametrize("field", NOT_GREEDY)
+def test_not_greedy(field):
+    assert not is_greedy(SamplingParams(**{"temperature": 0} | {field: NOT_GREEDY[field]}))
+
+
+def test_what_vllm_adds_has_a_say():
+    """Each of vLLM's parameters is known to have none, or is compared with its default."""
+    params = SamplingParams(temperature=0)
+    for field in set(SamplingParams.__struct_fields__) - WITHOUT_A_SAY - {"temperature"}:
+        kept = getattr(params, field)
+        setattr(params, field, "something else")
+        assert not is_greedy(params), field
+        setattr(params, field, kept)
+    assert is_greedy(params)
