@@ -14,8 +14,8 @@ import torch
 class DecodeTail:
     """Logits and the most probable token of each request of a decode step.
 
-    While a graph is warmed up and captured, `record` runs them.  An engine announces each of its steps by `begin`; behind
-    a replayed graph they are there without a kernel being launched for them.
+    While a graph is warmed up and captured, `record` runs them.  An engine announces each of its steps by `begin`;
+    behind a replayed graph they are there without a kernel being launched for them.
 
     Args:
         logits: hidden states [R, D] -> logits [R, V], all in the same memory, whatever R is.
@@ -29,7 +29,9 @@ class DecodeTail:
     def __init__(self, logits: Callable[[torch.Tensor], torch.Tensor], max_requests: int, device: torch.device) -> None:
         self.recording = False
         self._compute_logits = logits
-        self._tokens = torch.zeros(max_requests, dtype=torch.int64, device=device)
+        tokens_R1 = torch.zeros(max_requests, 1, dtype=torch.int64, device=device)
+        self._max_requests = max_requests
+        self._tokens_by_rows = [tokens_R1[:rows] for rows in range(max_requests + 1)]
         self._logits_RV: torch.Tensor | None = None  # of the largest step recorded
         self._rows = 0  # of the step at hand
         self._asked = True  # its logits have been handed out
@@ -37,10 +39,11 @@ class DecodeTail:
     def record(self, hidden_RD: torch.Tensor) -> None:
         """Compute logits and tokens of a step, of which each row is a request."""
         rows = hidden_RD.shape[0]
-        if rows > self._tokens.shape[0]:
+        if rows > self._max_requests:
             return
         logits_RV = self._compute_logits(hidden_RD)
-        torch.argmax(logits_RV, dim=-1, out=self._tokens[:rows])  # of equal ones the first, as samplers of engines do
+        # Of equal ones the first, as samplers of engines do.
+        torch.argmax(logits_RV, dim=-1, keepdim=True, out=self._tokens_by_rows[rows])
         if self._logits_RV is None or rows > self._logits_RV.shape[0]:
             self._logits_RV = logits_RV
 
@@ -60,8 +63,8 @@ class DecodeTail:
         return self._logits_RV[:rows]
 
     def tokens(self, rows: int) -> torch.Tensor | None:
-        """int64 [R], a copy that no later step changes; None if this step has none.
+        """int64 [R, 1], a copy that no later step changes; None if this step has none.
 
         They are those of the logits before anything was written over these.
         """
-        return self._tokens[:rows].clone() if rows and rows == self._rows else None
+        return self._tokens_by_rows[rows].clone() if rows and rows == self._rows else None

@@ -121,6 +121,10 @@ class Program:
         """Bytes of all weights once loaded, restored copies included."""
         return sum(spec.nbytes() for spec in self._all_specs().values())
 
+    def stored_bytes(self) -> int:
+        """Bytes of the weights as they are stored, which a decode step reads, if it is not of experts."""
+        return sum(spec.nbytes() for spec in self._weight_specs().values())
+
     def prepare(self, max_tokens: int, max_requests: int = 0) -> None:
         """Allocate scratch memory for batches of up to `max_tokens` tokens, and logits of `max_requests` rows."""
         self._executor.prepare(max(max_tokens, max_requests), max_requests)

@@ -33,6 +33,10 @@ SERVED_BY = ">=0.26,<0.34"  # 0.26 (CUDA) and 0.32 (CPU) are tested, the rest ha
 # Decode batches that graphs are captured of: vLLM's own up to 64, where kernels change with every 8 or 16 rows; above,
 # half as many.
 GRAPH_SIZES = (1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, 513, 32))
+# A model of fewer bytes is read by an H200 in 2 ms, which is about what vLLM's scheduler and runner together take for a
+# step of 64 requests (benchmarks/baseline.md).
+HOST_BOUND_BYTES = 8 << 30
+WORKER_CORES = 4  # the front end, the engine, its worker, and one to spare: the last two wait actively
 SPARE_TOKENS = 1024  # room for the null block and a part-filled one, at any block size
 
 
@@ -80,6 +84,8 @@ class ServingConfig(VerifyAndUpdateConfig):
             return
         refuse_small_gpu(program, vllm_config.cache_config.gpu_memory_utilization)
         tell_other_chip(program)
+        if program.stored_bytes() < HOST_BOUND_BYTES:
+            run_in_worker_process(vllm_config.parallel_config)
         if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_piecewise_cudagraphs():
             # Said aloud: vLLM 0.26 drops graphs without a word where torch compiles nothing.
             compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
@@ -197,6 +203,20 @@ def tell_other_chip(program: Program) -> None:
             cuda.CHIPS[here].name,
             here,
         )
+
+
+def run_in_worker_process(parallel_config: Any) -> None:
+    """Runs the one worker in a process beside the engine's: for steps that take the GPU less time than the host.
+
+    By default vLLM does so for several GPUs only.  While the worker launches a step, the engine schedules the next and
+    hands out the tokens of the one before.  An engine that is to run in the user's process has its worker there, too.
+    """
+    from vllm import envs
+
+    cores = len(os.sched_getaffinity(0))
+    default = parallel_config.distributed_executor_backend == "uni"
+    if default and envs.VLLM_ENABLE_V1_MULTIPROCESSING and cores >= WORKER_CORES:
+        parallel_config.distributed_executor_backend = "mp"
 
 
 def run_in_engine_process(parallel_config: Any) -> None:

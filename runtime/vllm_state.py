@@ -1,8 +1,8 @@
 """What vLLM's runner for GPUs (its second) lets a model decide: what a step needs of it, and how tokens are chosen.
 
-Both hooks are vLLM's (`get_model_state_cls` and `ModelState.custom_sampler`, since 0.26).  Here they do less on the host:
-a step of a small model waits for the host, not for the GPU.  What a request asks for beyond greedy tokens is done by
-vLLM's own sampler, as ever.
+Both hooks are vLLM's (`get_model_state_cls` and `ModelState.custom_sampler`, since 0.26).  Here they do less on the
+host, which a step of a small model waits for.  What a request asks for beyond greedy tokens is done by vLLM's own
+sampler, as ever.
 """
 
 from __future__ import annotations
@@ -63,22 +63,32 @@ class CompiledModelState(DefaultModelState):
         self._needs_metadata = any(reader is not None for reader in readers)
 
     def prepare_attn(
-        self, input_batch: Any, cudagraph_mode: CUDAGraphMode, *rest: Any, for_capture: bool = False, **more: Any
+        self,
+        input_batch: Any,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: Any,
+        slot_mappings: Any,
+        attn_groups: Any,
+        kv_cache_config: Any,
+        for_capture: bool = False,
+        *more: Any,  # of later versions
+        **named: Any,
     ) -> dict[str, Any]:
         """The metadata of each layer by its name; none for a step that is replayed."""
         replayed = cudagraph_mode == CUDAGraphMode.FULL and not for_capture
         self.tail.recording = for_capture
-        # The same that `VllmCompileForCausalLM.forward` saw when the graph was captured; and each request's one token is
-        # the one whose logits are asked for.
+        # As `VllmCompileForCausalLM.forward` saw it when the graph was captured; and each request's one token is what
+        # logits are asked for.
         recorded = input_batch.num_tokens_after_padding == input_batch.num_reqs_after_padding
         decode = input_batch.num_tokens == input_batch.num_reqs
         self.tail.begin(input_batch.num_reqs if replayed and recorded and decode else 0)
         if replayed and not self._needs_metadata:
             return {}
-        return super().prepare_attn(input_batch, cudagraph_mode, *rest, for_capture=for_capture, **more)
+        given = block_tables, slot_mappings, attn_groups, kv_cache_config, for_capture, *more
+        return super().prepare_attn(input_batch, cudagraph_mode, *given, **named)
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, None] | None:
-        """A sampler that has greedy tokens from the graph; None, which keeps vLLM's, where more than requests has a say."""
+        """A sampler that has greedy tokens from the graph; None, which keeps vLLM's, where not only requests decide."""
         config, model = self.vllm_config, self.model_config
         others = (
             config.speculative_config is not None,
@@ -105,8 +115,9 @@ class GreedySampler:
         self._sampler, self._tail = sampler, tail
         self._greedy = np.zeros(max_requests, dtype=bool)  # by the request's place
         self._staged = True
-        self._one = torch.ones(max_requests, dtype=torch.int32, device=device)
-        self._none = torch.zeros(max_requests, dtype=torch.int32, device=device)
+        one, none = (torch.full((max_requests,), count, dtype=torch.int32, device=device) for count in (1, 0))
+        # By the number of requests: slices of tensors take longer to make than to look up.
+        self._counts = [(one[:rows], none[:rows]) for rows in range(max_requests + 1)]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
@@ -124,17 +135,17 @@ class GreedySampler:
             self._staged = False
 
     def __call__(self, logits: torch.Tensor, input_batch: Any) -> SamplerOutput:
-        """logits [R, V] -> one token each.  Of a prompt that has not ended yet none is sampled: that is left to vLLM."""
+        """logits [R, V] -> a token each, but none of a prompt that has not ended: steps with any are left to vLLM."""
         if self._greedy[input_batch.idx_mapping_np].all() and not input_batch.is_prefilling_np.any():
-            rows = input_batch.num_reqs
-            tokens = self._tail.tokens(rows)
-            if tokens is not None:
+            tokens_R1 = self._tail.tokens(input_batch.num_reqs)
+            if tokens_R1 is not None:
+                sampled, rejected = self._counts[input_batch.num_reqs]
                 return SamplerOutput(
-                    sampled_token_ids=tokens.view(-1, 1),
+                    sampled_token_ids=tokens_R1,
                     logprobs_tensors=None,
                     num_nans=None,
-                    num_sampled=self._one[:rows],
-                    num_rejected=self._none[:rows],
+                    num_sampled=sampled,
+                    num_rejected=rejected,
                 )
         return self._sampler(logits, input_batch)
 

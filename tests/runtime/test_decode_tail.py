@@ -34,8 +34,8 @@ def tail(program) -> DecodeTail:
     return tail
 
 
-@pytest.fixture
-def hidden_RD(generator) -> torch.Tensor:
+@pytest.fixture(name="hidden_RD")
+def hidden_states(generator) -> torch.Tensor:
     return torch.randn(4, 4, generator=generator)
 
 
@@ -44,7 +44,7 @@ def test_logits_and_tokens_of_a_padded_step(tail, program, hidden_RD):
     tail.record(hidden_RD)  # as a replay does, of 4 rows
     expected_RV = (hidden_RD @ program.weight_VD.T)[:3]
     assert torch.equal(tail.logits(3), expected_RV)
-    assert torch.equal(tail.tokens(3), expected_RV.argmax(-1))
+    assert torch.equal(tail.tokens(3), expected_RV.argmax(-1, keepdim=True))
     assert tail.tokens(3).dtype == torch.int64
 
 
@@ -105,10 +105,10 @@ def test_tokens_are_those_of_logits_before_anything_was_written_over_them(tail, 
     tail.begin(4)
     tail.record(hidden_RD)
     tail.logits(4).fill_(0)
-    assert torch.equal(tail.tokens(4), (hidden_RD @ program.weight_VD.T).argmax(-1))
+    assert torch.equal(tail.tokens(4), (hidden_RD @ program.weight_VD.T).argmax(-1, keepdim=True))
 
 
 def test_of_equal_logits_the_first(tail):
     tail.begin(2)
     tail.record(torch.zeros(2, 4))
-    assert tail.tokens(2).tolist() == [0, 0]
+    assert tail.tokens(2).tolist() == [[0], [0]]

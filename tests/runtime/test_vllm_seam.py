@@ -300,16 +300,62 @@ class TestBuckets:
             configured(**more)
 
 
+@pytest.fixture
+def h200(monkeypatch):
+    """An artifact for an H200, on one; `h200(n)`: its weights take n bytes."""
+    monkeypatch.setattr(torch_program.TorchProgram, "manifest", {"target": {"name": "cuda"}}, raising=False)
+    card = Gpu("NVIDIA H200", (9, 0), (580, 0), 141 * 10**9)
+    monkeypatch.setattr("vllm_compile.runtime.gpu.detect", lambda: card)
+
+    def weigh(size: int) -> None:
+        for name in ("weight_bytes", "stored_bytes"):
+            monkeypatch.setattr(torch_program.TorchProgram, name, lambda self: size, raising=False)
+
+    weigh(0)
+    return weigh
+
+
+class TestWorkerProcess:
+    """Beside the engine's, for models whose steps take the GPU less time than the host."""
+
+    @pytest.fixture
+    def backend(self, artifact, h200, monkeypatch):
+        """What vLLM's configuration comes to have as its executor."""
+
+        def configured(size: int = 0, multiprocessing: str = "1", cores: int = 4, **options) -> str:
+            h200(size)
+            config = EngineArgs(artifact, **OPTIONS | options).create_engine_config()
+            config.parallel_config.distributed_executor_backend = options.get("distributed_executor_backend", "uni")
+            with monkeypatch.context() as patch:
+                patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", multiprocessing)
+                patch.setattr(os, "sched_getaffinity", lambda process: range(cores))
+                patch.setattr(current_platform, "is_cpu", lambda: False)
+                ServingConfig.verify_and_update_config(config)
+            return config.parallel_config.distributed_executor_backend
+
+        return configured
+
+    def test_of_a_small_model(self, backend):
+        assert backend(4 << 30) == "mp"
+
+    @pytest.mark.parametrize(
+        "otherwise",
+        [{"size": 12 << 30}, {"multiprocessing": "0"}, {"cores": 3}],
+        ids=["a large model", "an engine in the user's process", "few cores"],
+    )
+    def test_not_of(self, backend, otherwise):
+        assert backend(**otherwise) == "uni"
+
+    def test_another_executor_is_left_as_it_is(self, backend):
+        assert backend(distributed_executor_backend="external_launcher") == "external_launcher"
+
+
 class TestGraphSizes:
     """Of decode batches, as vLLM's configuration has them once it has asked ours for what is to be set."""
 
     @pytest.fixture
-    def sizes(self, artifact, monkeypatch):
+    def sizes(self, artifact, h200, monkeypatch):
         """(ours, vLLM's) for a server's limits, as on an H200, and for what a user sets of the compilation's."""
-        monkeypatch.setattr(torch_program.TorchProgram, "manifest", {"target": {"name": "cuda"}}, raising=False)
-        monkeypatch.setattr(torch_program.TorchProgram, "weight_bytes", lambda self: 0, raising=False)
-        card = Gpu("NVIDIA H200", (9, 0), (580, 0), 141 * 10**9)
-        monkeypatch.setattr("vllm_compile.runtime.gpu.detect", lambda: card)
 
         def configured(chosen: dict | None = None, **limits) -> tuple[list[int], list[int]]:
             config = EngineArgs(artifact, **OPTIONS | limits).create_engine_config()

@@ -29,6 +29,7 @@ from vllm_compile.runtime.vllm_state import WITHOUT_A_SAY, CompiledModelState, G
 CPU = torch.device("cpu")
 REQUESTS, VOCABULARY = 4, 32
 PREPARED = {"a layer": "metadata"}
+INPUTS = [object()] * 4  # of attention: block tables, slot mappings, groups, and how the cache is made
 
 
 class Sampler:
@@ -65,8 +66,8 @@ def config(artifact, monkeypatch):
     return EngineArgs(artifact, max_num_seqs=REQUESTS, max_num_batched_tokens=64).create_engine_config()
 
 
-@pytest.fixture
-def logits_RV(generator) -> torch.Tensor:
+@pytest.fixture(name="logits_RV")
+def logits(generator) -> torch.Tensor:
     return torch.randn(REQUESTS, VOCABULARY, generator=generator)
 
 
@@ -86,7 +87,9 @@ def state(config, tail, monkeypatch) -> CompiledModelState:
     return CompiledModelState(config, SimpleNamespace(tail=tail), None, CPU)
 
 
-def batch(places: list[int], tokens: int | None = None, padded: tuple[int, int] | None = None, prefilling: bool = False):
+def batch(
+    places: list[int], tokens: int | None = None, padded: tuple[int, int] | None = None, prefilling: bool = False
+):
     """A step of the requests at these places; `padded`: tokens and requests of its graph."""
     requests = len(places)
     padded_tokens, padded_requests = padded or (REQUESTS, REQUESTS)
@@ -106,20 +109,20 @@ class TestState:
         assert isinstance(init_model_state(config, model, None, CPU), CompiledModelState)
 
     def test_a_replayed_step_needs_no_metadata(self, state, tail):
-        assert state.prepare_attn(batch([0, 1, 2]), CUDAGraphMode.FULL) == {}
+        assert state.prepare_attn(batch([0, 1, 2]), CUDAGraphMode.FULL, *INPUTS) == {}
         assert tail.logits(3) is not None
         assert not tail.recording
 
     def test_a_step_without_a_graph_does(self, state, tail):
-        state.prepare_attn(batch([0, 1, 2]), CUDAGraphMode.FULL)
-        assert state.prepare_attn(batch([0, 1, 2]), CUDAGraphMode.NONE) == PREPARED
+        state.prepare_attn(batch([0, 1, 2]), CUDAGraphMode.FULL, *INPUTS)
+        assert state.prepare_attn(batch([0, 1, 2]), CUDAGraphMode.NONE, *INPUTS) == PREPARED
         assert tail.logits(3) is None
         assert tail.tokens(3) is None
 
     def test_capture_does_and_records(self, state, tail):
-        assert state.prepare_attn(batch([0, 1]), CUDAGraphMode.FULL, for_capture=True) == PREPARED
+        assert state.prepare_attn(batch([0, 1]), CUDAGraphMode.FULL, *INPUTS, for_capture=True) == PREPARED
         assert tail.recording
-        state.prepare_attn(batch([0, 1]), CUDAGraphMode.NONE)
+        state.prepare_attn(batch([0, 1]), CUDAGraphMode.NONE, *INPUTS)
         assert not tail.recording
 
     @pytest.mark.parametrize(
@@ -128,7 +131,7 @@ class TestState:
         ids=["prompts", "graph of prompts", "prompts in a graph like one of decode"],
     )
     def test_no_tokens_of_a_graph_where_requests_may_have_several(self, state, tail, tokens, padded):
-        state.prepare_attn(batch([0, 1, 2], tokens, padded), CUDAGraphMode.FULL)
+        state.prepare_attn(batch([0, 1, 2], tokens, padded), CUDAGraphMode.FULL, *INPUTS)
         assert tail.logits(3) is None
         assert tail.tokens(3) is None
 
@@ -136,7 +139,7 @@ class TestState:
     def test_others_get_the_metadata_they_read(self, config, tail, state, monkeypatch, reader):
         monkeypatch.setattr(config, reader, object())
         state = CompiledModelState(config, SimpleNamespace(tail=tail), None, CPU)
-        assert state.prepare_attn(batch([0]), CUDAGraphMode.FULL) == PREPARED
+        assert state.prepare_attn(batch([0]), CUDAGraphMode.FULL, *INPUTS) == PREPARED
 
     def test_custom_sampler(self, state):
         sampler, rejection = state.custom_sampler(Sampler())
