@@ -15,9 +15,6 @@ import torch
 from vllm_compile.errors import TargetError
 
 VERSION = 3  # of FlashAttention: Hopper's
-# With a window, vLLM 0.26's FlashAttention 3 was wrong on an H200 for a prompt longer than it: 150 tokens behind 1,050,
-# a window of 1,000, two or four query heads a KV head, blocks of 32 or 16 (tests/schedules/cuda_flash_cases.py).
-WINDOWED_VERSION = 2
 
 
 def linear(
@@ -49,19 +46,15 @@ def paged_attention(
     query_start_loc: torch.Tensor,
     out: torch.Tensor,
     scale: float,
-    window: int = 0,
     soft_cap: float = 0.0,
 ) -> None:
-    """FlashAttention as vLLM ships it; shapes, window and cap are those of the operator `paged_attention`.
+    """FlashAttention as vLLM ships it; shapes and cap are those of the operator `paged_attention`, without a window.
 
     The longest query and context are not known on the host: T and the block table's width bound them.
     """
     attention = _flash_attention()
     if attention is None:
         raise TargetError("vLLM's FlashAttention for Hopper is not here; see `available`")
-    longest = block_table.shape[1] * kv.shape[2]
-    if window >= longest:  # it hides nothing
-        window = 0
     k, v = (half.transpose(1, 2) for half in kv.chunk(2, dim=-1))
     attention(
         q=q,
@@ -71,13 +64,12 @@ def paged_attention(
         cu_seqlens_q=query_start_loc,
         max_seqlen_q=q.shape[0],
         seqused_k=seq_lens,
-        max_seqlen_k=longest,
+        max_seqlen_k=block_table.shape[1] * kv.shape[2],
         block_table=block_table,
         softmax_scale=scale,
         causal=True,
-        window_size=[window - 1, 0] if window else None,  # tokens before the query's own, and behind it
         softcap=soft_cap,
-        fa_version=WINDOWED_VERSION if window else VERSION,
+        fa_version=VERSION,
     )
 
 

@@ -71,7 +71,7 @@ class Prologue:
 
 @dataclass(frozen=True)
 class Vendor:
-    """A library of the serving environment that takes over in large batches.
+    """What takes over in large batches: a library of the serving environment, or another kernel of ours.
 
     Attributes:
         function: of `runtime/vendor.py`; it is called with the call's inputs (weights plain), attributes and `out`.
@@ -80,6 +80,7 @@ class Vendor:
         epilogue: the call of ours that makes the result of what the function leaves in its one input; None if
             the function's result is the call's.
         prologue: if the function does only the last part of the call, what comes before it.
+        own: the call of ours that is made instead of the function's, with the same inputs; None if there is none.
     """
 
     function: str
@@ -87,6 +88,7 @@ class Vendor:
     prefill: bool = False
     epilogue: OpSpec | None = None
     prologue: Prologue | None = None
+    own: OpSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -242,8 +242,11 @@ class _FunctionLowering:
             workspace = Argument(self._new_buffer("workspace", between), between)
             last = [self._own_step(vendor.epilogue, [workspace, result])]
             result = workspace
-        product = VendorCall(vendor.function, (*arguments, ("out", result)), rest.attributes)
-        return Large(vendor.min_tokens, vendor.prefill, (*first, product, *last))
+        if vendor.own is not None:
+            main = self._own_step(vendor.own, [*(argument for _, argument in arguments), result])
+        else:
+            main = VendorCall(vendor.function, (*arguments, ("out", result)), rest.attributes)
+        return Large(vendor.min_tokens, vendor.prefill, (*first, main, *last))
 
     def _own_step(self, spec: OpSpec, arguments: list[Argument]) -> KernelStep:
         """A call of ours beside a vendor's."""

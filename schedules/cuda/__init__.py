@@ -9,6 +9,7 @@ from .gate_up import GateUpSilu
 from .kv_cache_write import KVCacheWrite
 from .linear import Linear
 from .norm import LayerNorm, RMSNorm
+from .prefill_attention import PrefillAttention
 from .rope_attention import QKVRopeAttention
 from .rope_cache import QKVRopeCache
 from .route import Route, RowLinear
@@ -32,4 +33,5 @@ FAMILIES: tuple[KernelFamily, ...] = (
     QKVRopeCache(),
     KVCacheWrite(),
     PagedAttention(),
+    PrefillAttention(),
 )

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import e, log2
 
 from tvm import tirx
@@ -29,7 +29,7 @@ from tvm.script import tirx as T
 from vllm_compile.spec import OpSpec, Sym
 from vllm_compile.targets.cuda import CudaTarget
 
-from ..family import Config, KernelFamily, Variant, Vendor
+from ..family import Config, KernelFamily, Prologue, Variant, Vendor
 from .launch import Launch, kernel
 
 TILE = 16
@@ -39,6 +39,7 @@ MOST_GROUP, MOST_HEAD_DIM = 16, 256
 LEAST_STAGES, MOST_STAGES = 2, 6
 MOST_SPLITS = 64
 BESIDE_BYTES = 11 << 10  # that are left of shared memory: a block's own 1 KB, and (MOST_GROUP + 2) turned heads
+PROMPTS = "prompts"  # the option by which a call asks for prefill_attention.py's kernel
 MOST_PARTS = 264  # that the workspace in paged_attention.cuh has room for
 
 
@@ -68,8 +69,7 @@ class PagedAttention(KernelFamily):
         return default_variants(spec, target)
 
     def vendor(self, spec: OpSpec, target: CudaTarget) -> Vendor:
-        """FlashAttention for prefill, as vLLM ships it."""
-        return Vendor("paged_attention", min_tokens=1, prefill=True)
+        return prefill(spec)
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         return attention_kernel(spec, spec, "paged_attention", ("q", "kv"), config, target)
@@ -100,6 +100,17 @@ def most_splits(window: int, short_tiles: int) -> int:
     return min(MOST_SPLITS, -(-tiles // short_tiles)) if window else MOST_SPLITS
 
 
+def attention_scale(attention: OpSpec) -> tirx.PrimExpr:
+    """What products of queries and keys are multiplied by to be exponents of 2."""
+    return T.float32(attention.attribute("scale") * log2(e))
+
+
+def score_options(attention: OpSpec) -> list[int]:
+    """Arguments of the template in scores.cuh, none where it has its defaults."""
+    window, soft_cap = attention.option("window"), attention.option("soft_cap")
+    return [window, *struct.unpack("I", struct.pack("f", soft_cap))] if window or soft_cap else []
+
+
 def attention_kernel(
     spec: OpSpec,
     attention: OpSpec,
@@ -121,9 +132,7 @@ def attention_kernel(
     warps, stages = config["warps"], config["stages"]
     blocks = min(config["blocks"] * target.multiprocessors, MOST_PARTS)
     stage_bytes = warps * stages * TILE * 4 * head_dim
-    scale = T.float32(attention.attribute("scale") * log2(e))
-    window, soft_cap = attention.option("window"), attention.option("soft_cap")
-    most = most_splits(window, config["short_tiles"])
+    most = most_splits(attention.option("window"), config["short_tiles"])
 
     def launch(call):
         requests = call.dims[Sym.REQUESTS]
@@ -134,10 +143,23 @@ def attention_kernel(
     def arguments(call):
         sizes = (call.dims[Sym.BLOCK_SIZE], call.dims[Sym.TABLE_WIDTH])
         names = (*tokens, "block_table", "seq_lens", "query_start_loc", "out")
-        return [*map(call.data, names), scale, *(T.Cast("int32", s) for s in sizes), *call.strides("kv")]
+        integers = (T.Cast("int32", size) for size in sizes)
+        return [*map(call.data, names), attention_scale(attention), *integers, *call.strides("kv")]
 
-    sizes = [head_dim, group, kv_heads, warps, stages, config["short_tiles"]]
-    if window or soft_cap:
-        sizes += [window, *struct.unpack("I", struct.pack("f", soft_cap))]
+    sizes = [head_dim, group, kv_heads, warps, stages, config["short_tiles"], *score_options(attention)]
     instance = f"{function}<{', '.join(map(str, sizes))}>"
     return kernel(spec, f"{function}.cuh", instance, launch, arguments)
+
+
+def prefill(attention: OpSpec, prologue: Prologue | None = None) -> Vendor:
+    """FlashAttention as vLLM ships it; with a window a kernel of ours (prefill_attention.py).
+
+    vLLM 0.26's FlashAttention 3 was wrong on an H200 for a prompt longer than its window: 150 tokens behind 1,050, a
+    window of 1,000, two or four query heads a KV head, blocks of 32 or 16.  Its version 2 is there as code for other
+    GPUs, which a Hopper's driver has not compiled after 45 s.
+    """
+    own = None
+    if attention.option("window"):
+        attributes, options = (*attention.attributes, (PROMPTS, 1)), attention.options | {PROMPTS}
+        own = replace(attention, attributes=attributes, options=options)
+    return Vendor("paged_attention", min_tokens=1, prefill=True, prologue=prologue, own=own)

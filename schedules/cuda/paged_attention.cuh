@@ -16,7 +16,8 @@
 // Within a window (scores.cuh) work starts at the tile that holds the first token that the query sees: what lies before
 // is neither read nor looked up, and splits share what is left.
 //
-// Any batch is served: several queries of a request (prefill) are taken one after the other, which is right but slow.
+// Any batch is served: several queries of a request (prefill) are taken one after the other, which is right but slow
+// (prefill_attention.cuh takes them together).
 #ifndef VLLM_COMPILE_PAGED_ATTENTION
 #define VLLM_COMPILE_PAGED_ATTENTION
 
@@ -41,6 +42,17 @@ struct PagedCache {
   int block_size, table_width;
   int64_t block_stride, head_stride, token_stride;
 };
+
+// Where bytes of a cached token's keys and values lie in a tile of shared memory, rows HEAD_DIM / 4 chunks of 16 bytes
+// long: from its begin to chunk `even` + `odd` of a token; odd is 0 or 1.  Rows are 8 chunks apart modulo the banks:
+// swizzled, so that a column of them is read at once.
+template <int HEAD_DIM>
+__device__ __forceinline__ int place(int token, int even, int odd) {
+  constexpr int CHUNKS = HEAD_DIM / 4;
+  if constexpr (HEAD_DIM <= 192) return (token * CHUNKS + ((even + odd) ^ (token & 7))) * 16;
+  // What is above eight chunks is known when compiled: instructions add it, so that registers hold four places, not all.
+  return (token * CHUNKS + (even % 8 ^ odd ^ (token & 7))) * 16 + even / 8 * 128;
+}
 
 // Tokens whose queries are computed and whose keys and values are cached: q [tokens, KV_HEADS * GROUP, HEAD_DIM].
 template <int HEAD_DIM, int GROUP, int KV_HEADS>
@@ -80,12 +92,6 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
   uint4* const ring = static_cast<uint4*>(shared) + warp * STAGES * STAGE;
   const uint32_t ring_address = shared_address(ring);
   uint4* const turned = static_cast<uint4*>(shared) + WARPS * STAGES * STAGE;  // queries, the newest key and value
-  // Bytes from a tile's begin to chunk `even` + `odd` of a token; odd is 0 or 1.
-  auto place = [](int token, int even, int odd) {
-    if constexpr (HEAD_DIM <= 192) return (token * CHUNKS + ((even + odd) ^ (token & 7))) * 16;
-    // What is above eight chunks is known when compiled: instructions add it, so that registers hold four places, not all.
-    return (token * CHUNKS + (even % 8 ^ odd ^ (token & 7))) * 16 + even / 8 * 128;
-  };
   bool waited = false;
 
   // Positions from `begin` on that another request fills in this step, that lie before this one's new tokens and that the
@@ -143,7 +149,6 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
 #pragma unroll
         for (int i = 0; i < STAGE / 32; i++) {
           const int token = (i * 32 + lane) / CHUNKS, chunk = (i * 32 + lane) % CHUNKS;
-          // Rows are 8 chunks apart modulo the banks: swizzled, so that a column of them is read at once.
           copy_async_or_zero(to + (token * CHUNKS + (chunk ^ (token & 7))) * 16,
                              from + token * paged.token_stride + chunk * 8,
                              tile * TILE + token < visible - newest_is_made &&
@@ -237,7 +242,7 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
 #pragma unroll
       for (int step = 0; step < STEPS; step++) {
         uint32_t k[4];
-        load_matrices(k, stage + place(lane / 16 * 8 + lane % 8, step * 2, lane / 8 % 2));
+        load_matrices(k, stage + place<HEAD_DIM>(lane / 16 * 8 + lane % 8, step * 2, lane / 8 % 2));
         mma(scores[0], q_words[step], k[0], k[1]);
         mma(scores[1], q_words[step], k[2], k[3]);
       }
@@ -277,7 +282,7 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
 #pragma unroll
       for (int pair = 0; pair < SLICES / 2; pair++) {
         uint32_t v[4];
-        load_matrices_transposed(v, stage + place(lane / 8 % 2 * 8 + lane % 8, CHUNKS / 2 + pair * 2, lane / 16));
+        load_matrices_transposed(v, stage + place<HEAD_DIM>(lane / 8 % 2 * 8 + lane % 8, CHUNKS / 2 + pair * 2, lane / 16));
         mma(values[pair * 2], p, v[0], v[1]);
         mma(values[pair * 2 + 1], p, v[2], v[3]);
       }

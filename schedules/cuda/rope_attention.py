@@ -17,7 +17,7 @@ from vllm_compile.spec import OpSpec
 from vllm_compile.targets.cuda import CudaTarget
 
 from ..family import Config, KernelFamily, Prologue, Variant, Vendor
-from .attention import PagedAttention, attention_kernel, default_variants
+from .attention import PagedAttention, attention_kernel, default_variants, prefill
 from .launch import VECTOR_BYTES
 from .rope_cache import QKVRopeCache
 
@@ -43,9 +43,9 @@ class QKVRopeAttention(KernelFamily):
         return default_variants(parts(spec)[1], target)
 
     def vendor(self, spec: OpSpec, target: CudaTarget) -> Vendor:
-        """FlashAttention for prefill, behind rotation and cache write by themselves."""
+        """Prompts' attention behind rotation and cache write by themselves."""
         rotation, attention = parts(spec)
-        return Vendor("paged_attention", min_tokens=1, prefill=True, prologue=Prologue(rotation, attention))
+        return prefill(attention, Prologue(rotation, attention))
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         tokens, attention = ("qkv", "cos", "sin", "kv", "slot_mapping"), parts(spec)[1]

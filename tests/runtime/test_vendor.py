@@ -21,15 +21,14 @@ REQUESTS = ((5, 30), (9, 9), (1, 37))
 
 def flash_attention(
     q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, block_table, softmax_scale, causal,
-    window_size, softcap, fa_version,
+    softcap, fa_version,
 ):  # fmt: skip
-    """Query i of a request sees [i + length - queries - left, i + length - queries + right]; (-1, -1) is no window.
+    """Query i of a request sees the positions up to i + length - queries.
 
     Rounded as on a GPU: probabilities to bf16 before they weigh values, hyperbolic tangents to 11 bits.
     """
     assert causal
-    assert fa_version == (2 if window_size else 3)
-    left, right = window_size or (-1, -1)
+    assert fa_version == 3
     for r, length in enumerate(seqused_k.tolist()):
         begin, end = cu_seqlens_q[r : r + 2].tolist()
         assert length <= max_seqlen_k
@@ -43,16 +42,13 @@ def flash_attention(
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap).half().double()
         at, position = torch.arange(length - (end - begin), length)[:, None], torch.arange(length)
-        seen = position <= (at + right if right >= 0 else at)
-        if left >= 0:
-            seen &= position >= at - left
-        scores = scores.masked_fill(~seen, float("-inf"))
+        scores = scores.masked_fill(position > at, float("-inf"))
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         sums = weights.sum(-1).T[..., None]
         out[begin:end] = (torch.einsum("hts,shd->thd", weights.bfloat16().double(), values) / sums).to(out.dtype)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 7}, {"soft_cap": 1.5}, {"window": 2, "soft_cap": 1.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"soft_cap": 1.5}], ids=str)
 def test_prefill_through_flash_attention(options, generator, monkeypatch):
     monkeypatch.setattr(vendor, "_flash_attention", lambda: flash_attention)
     op = ops.PAGED_ATTENTION
@@ -65,21 +61,12 @@ def test_prefill_through_flash_attention(options, generator, monkeypatch):
 
     expected = harness.results(op, inputs, attributes | options)
     harness.assert_matches(op, run(options), expected)
-    for name, other in (("window", options.get("window", 0) + 1 if "window" in options else 7), ("soft_cap", 0.5)):
-        with pytest.raises(AssertionError):
-            harness.assert_matches(op, run(options | {name: other}), expected)
+    with pytest.raises(AssertionError):
+        harness.assert_matches(op, run({"soft_cap": 0.5}), expected)
 
 
 SMALL = {"heads": {"groups": (6, 2, 32, 16), "alone": (4, 4, 64, 32)}, "device": "cpu"}
 BATCH = ((1, 1), (1, 20), (1, 21), (30, 190), (1, 300), (40, 40), (2, 101), (0, 0))
-
-
-def without_window(*, window_size, fa_version, **rest):
-    flash_attention(window_size=None, fa_version=3, **rest)
-
-
-def longer_window(*, window_size, **rest):
-    flash_attention(window_size=window_size and [window_size[0] + 1, 0], **rest)
 
 
 def without_cap(*, softcap, **rest):
@@ -93,22 +80,19 @@ def without_the_newest(*, seqused_k, **rest):
 @pytest.mark.parametrize(
     ("function", "fails"),
     [
-        (flash_attention, lambda window, soft_cap: False),
-        (without_window, lambda window, soft_cap: window),
-        (longer_window, lambda window, soft_cap: window),
-        (without_cap, lambda window, soft_cap: soft_cap),
-        (without_the_newest, lambda window, soft_cap: True),
+        (flash_attention, lambda soft_cap: False),
+        (without_cap, lambda soft_cap: soft_cap),
+        (without_the_newest, lambda soft_cap: True),
     ],
 )
 def test_comparison_of_the_gpu_machine(function, fails, monkeypatch, capsys):
-    """Of all windows and caps those fail that have what is done wrongly."""
+    """Of all caps those fail that have what is done wrongly."""
     monkeypatch.setattr(vendor, "_flash_attention", lambda: function)
-    monkeypatch.setattr(cuda_flash_cases, "WINDOWS", (0, 20, 100))
     cuda_flash_cases.check(SEED, requests=BATCH, **SMALL)
     report = capsys.readouterr().out
-    for name, window, soft_cap in product(SMALL["heads"], cuda_flash_cases.WINDOWS, cuda_flash_cases.SOFT_CAPS):
-        found = re.search(rf"{name} window {window} soft cap {soft_cap}: \d+ of \d+ differ", report)
-        assert bool(found) == bool(fails(window, soft_cap)), (name, window, soft_cap, report)
+    for name, soft_cap in product(SMALL["heads"], cuda_flash_cases.SOFT_CAPS):
+        found = re.search(rf"{name} soft cap {soft_cap}: \d+ of \d+ differ", report)
+        assert bool(found) == bool(fails(soft_cap)), (name, soft_cap, report)
     assert ("0 failed" in report) == (function is flash_attention)
 
 

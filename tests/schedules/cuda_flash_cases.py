@@ -1,13 +1,12 @@
 """FlashAttention as vLLM ships it and as the runtime calls it (runtime/vendor.py), on a Hopper GPU against float64.
 
-Decode, prompts and parts of prompts in one batch; sliding windows, soft caps, groups of query heads.  Every case runs
-with the window and the cap that are meant, over poison, and with others, which must be noticed.  No TVM.
+Decode, prompts and parts of prompts in one batch; soft caps, groups of query heads.  Every case runs with the cap that
+is meant, over poison, and with another, which must be noticed.  No TVM.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import product
 
 import torch
 
@@ -22,9 +21,8 @@ HEADS = {  # query heads, KV heads, head size, block size
 }
 # (queries, cached tokens) of each request: decode, prompts, parts of prompts, a padding row.
 REQUESTS = ((1, 1), (37, 37), (1, 64), (1, 65), (150, 1200), (1, 1700), (300, 300), (2, 1001), (0, 0))
-WINDOWS = (0, 64, 1000)
 SOFT_CAPS = (0.0, 30.0)
-SHARPNESS = 2.0  # standard deviation of scores: a cap of 30 shows, and so does the last token of a window
+SHARPNESS = 2.0  # standard deviation of scores: a cap of 30 shows
 ANOTHERS = 1e3  # what rows of the cache hold that belong to no request
 ROUNDING = 2.0**-7  # of probabilities to bf16, and of results: 2**-8 each of the sum of probabilities times |values|
 TANH = 2.0**-10.9  # relative error of tanh.approx.f32 (PTX ISA), by which scores are capped
@@ -54,7 +52,7 @@ def sample(
     }
 
 
-def reference(inputs: Inputs, scale: float, window: int, soft_cap: float) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(inputs: Inputs, scale: float, soft_cap: float) -> tuple[torch.Tensor, torch.Tensor]:
     """[T, H, D] in float64: results, and by how much a kernel's may differ."""
     q, kv = inputs["q"].double(), inputs["kv"]
     group, D = q.shape[1] // kv.shape[1], q.shape[2]
@@ -70,10 +68,7 @@ def reference(inputs: Inputs, scale: float, window: int, soft_cap: float) -> tup
         if soft_cap:
             scores = soft_cap * (scores / soft_cap).tanh()
         at = torch.arange(length, device=q.device)
-        distance = at[length - (end - begin) :, None] - at
-        hidden = distance < 0
-        if window:
-            hidden |= distance >= window
+        hidden = at > at[length - (end - begin) :, None]
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         expected[begin:end] = torch.einsum("hts,hsd->thd", weights, v)
         allowed[begin:end] = ROUNDING * torch.einsum("hts,hsd->thd", weights, v.abs())
@@ -97,34 +92,31 @@ def check(
     generator, ran, failed = torch.Generator().manual_seed(seed), 0, 0
     for name, sizes in heads.items():
         inputs = sample(generator, requests, *sizes)
-        for window, soft_cap in product(WINDOWS, SOFT_CAPS):
+        for soft_cap in SOFT_CAPS:
             ran += 1
-            if problems := list(problems_of(inputs, window, soft_cap, device)):
+            if problems := list(problems_of(inputs, soft_cap, device)):
                 failed += 1
-                print(f"FlashAttention {name} window {window} soft cap {soft_cap}: {'; '.join(problems)}", flush=True)
+                print(f"FlashAttention {name} soft cap {soft_cap}: {'; '.join(problems)}", flush=True)
     print(f"FlashAttention: {ran} cases, {failed} failed (seed {seed})")
     return failed
 
 
-def problems_of(inputs: Inputs, window: int, soft_cap: float, device: str) -> Iterator[str]:
+def problems_of(inputs: Inputs, soft_cap: float, device: str) -> Iterator[str]:
     """What is wrong with one case."""
     scale = inputs["q"].shape[2] ** -0.5
     given = {name: tensor.to(device) for name, tensor in inputs.items()}
-    expected, allowed = reference(given, scale, window, soft_cap)
+    expected, allowed = reference(given, scale, soft_cap)
 
-    def wrong(window: int, soft_cap: float) -> str:
+    def wrong(soft_cap: float) -> str:
         out = torch.full_like(given["q"], float("nan"))
-        vendor.paged_attention(**given, out=out, scale=scale, window=window, soft_cap=soft_cap)
+        vendor.paged_attention(**given, out=out, scale=scale, soft_cap=soft_cap)
         error = (out.double() - expected).abs()
         differ = ~(error <= allowed)  # nan does
         if not differ.any():
             return ""
         return f"{int(differ.sum())} of {differ.numel()} differ, by up to {error[differ].max():.3g}"
 
-    if problem := wrong(window, soft_cap):
+    if problem := wrong(soft_cap):
         yield problem
-    for other in (window - 1, window + 1) if window else (WINDOWS[1],):
-        if not wrong(other, soft_cap):
-            yield f"a window of {other} is not noticed"
-    if not wrong(window, SOFT_CAPS[0] if soft_cap else SOFT_CAPS[1]):
+    if not wrong(SOFT_CAPS[0] if soft_cap else SOFT_CAPS[1]):
         yield "a wrong soft cap is not noticed"

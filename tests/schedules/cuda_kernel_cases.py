@@ -54,6 +54,7 @@ EXPERTS = {  # experts, chosen by a token, K, width of an expert's MLP
     "mixtral": (8, 2, 1024, 1024),
     "qwen_3_moe": (128, 8, 512, 256),
 }
+PROMPTS = ((1, 40), (150, 150), (37, 900), (0, 0), (1, 1), (300, 1200))
 SHARED = ((1, 32), (1, 33), (20, 52), (1, 300))  # request 0 fills a block in this step that the others share
 
 
@@ -107,12 +108,20 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
                 sample = ops.QKV_ROPE_ATTENTION.sample(generator, bf16, lengths, heads, kv_heads, head_dim, block_size)
                 yield Case(f"{name} {batch} {block_size}", ops.QKV_ROPE_ATTENTION, *sample, "kv")
         yield from shared_blocks(name, generator, (heads, kv_heads, head_dim), {})
+        yield prompts(name, generator, (heads, kv_heads, head_dim), {})
     for name, (heads, seen) in SEEN.items():
         for batch, lengths in LENGTHS.items():
             for op in (ops.PAGED_ATTENTION, ops.QKV_ROPE_ATTENTION):
                 inputs, attributes = op.sample(generator, bf16, lengths, *heads, 16)
                 yield Case(f"{name} {batch}", op, inputs, attributes | seen, "kv")
         yield from shared_blocks(name, generator, heads, seen)
+        yield prompts(name, generator, heads, seen)
+
+
+def prompts(name: str, generator: torch.Generator, heads: tuple[int, int, int], seen: dict[str, Any]) -> Case:
+    """Attention by the kernel that takes queries of a request together."""
+    inputs, attributes = ops.PAGED_ATTENTION.sample(generator, torch.bfloat16, PROMPTS, *heads, 32)
+    return Case(f"{name} prompts", ops.PAGED_ATTENTION, inputs, attributes | seen | {"prompts": 1}, "kv")
 
 
 def experts(generator: torch.Generator) -> Iterator[Case]:

@@ -27,6 +27,9 @@ CALLS = {  # operator, heads, options
     "paged": (ops.PAGED_ATTENTION, HEADS, {}),
     "paged_both": (ops.PAGED_ATTENTION, HEADS, BOTH),
     "paged_256": (ops.PAGED_ATTENTION, (8, 4, 256), {}),
+    "prompts_both": (ops.PAGED_ATTENTION, HEADS, BOTH | {"prompts": 1}),
+    "prompts_64": (ops.PAGED_ATTENTION, (32, 8, 64), {"window": 512, "prompts": 1}),
+    "prompts_gemma2": (ops.PAGED_ATTENTION, (8, 4, 256), BOTH | {"prompts": 1}),
 }
 MANY = ("rope_both", "paged_256")  # of which the kernel for many requests is built, too
 

@@ -32,6 +32,7 @@ def reference(
     window: int = 0,
     soft_cap: float = 0.0,
     shared_values: int = 0,
+    prompts: int = 0,
 ) -> torch.Tensor:
     """Returns [T, H, DV]; rows that belong to no request are left undefined (zeros here).
 
@@ -40,6 +41,7 @@ def reference(
     request r stands at position seq_lens[r] - queries + i and sees the positions up to its own, the last
     `window` of them if that is not 0.  Scores may be soft-capped (Gemma 2).
     With `shared_values` kv is [B, KH, N, D], and V is its first so many columns: the latent cache of DeepSeek-V2.
+    `prompts` says that most requests have several queries, which changes nothing here.
     Computes in float32 (float64 for a float64 q) and rounds once at the end.
     """
     head_dim, block_size, value_dim = q.shape[2], kv.shape[2], shared_values or kv.shape[3] - q.shape[2]
@@ -97,5 +99,5 @@ def infer(i, a):
 
 
 PAGED_ATTENTION = OwnOp(
-    "paged_attention", infer, reference, sample, TOLERANCE, options=("window", "soft_cap", "shared_values")
+    "paged_attention", infer, reference, sample, TOLERANCE, options=("window", "soft_cap", "shared_values", "prompts")
 )
