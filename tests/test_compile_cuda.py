@@ -97,7 +97,7 @@ def test_large_batches_go_to_vendors_with_plain_weights(packed):
 
 
 def test_windows_and_soft_caps(tmp_path, monkeypatch):
-    """Gemma 2's: our kernels and the vendor's function are told of them, layer by layer."""
+    """Gemma 2's, layer by layer: FlashAttention is told of caps; prompts with a window go to a kernel of ours."""
     sources = []
     monkeypatch.setattr(build, "source", lambda *given: sources.append(source(*given)) or sources[-1])
     random_model("Gemma 2", **WIDE).to(torch.bfloat16).save_pretrained(tmp_path / "model")
@@ -105,15 +105,21 @@ def test_windows_and_soft_caps(tmp_path, monkeypatch):
     plan = from_json((result.artifact / "plan.json").read_text())
     layers = [plan.functions[name] for name in sorted(plan.functions) if name.startswith("layer_")]
     steps = [s for f in layers for s in f.steps if isinstance(s, KernelStep) and s.op == "qkv_rope_attention"]
-    given = [dict(part.attributes) for s in steps for part in s.large.steps if isinstance(part, VendorCall)]
-    assert [attributes.get("window", 0) for attributes in given] == [WINDOW, 0]
-    assert {attributes["soft_cap"] for attributes in given} == {50.0}
+    within, whole = (s.large.steps[-1] for s in steps)
+    assert isinstance(whole, VendorCall)
+    assert dict(whole.attributes)["soft_cap"] == 50.0
+    assert "window" not in dict(whole.attributes)
+    assert isinstance(within, KernelStep)
+    assert within.family == "cuda.prefill_attention"
+    rotation = steps[0].large.steps[0]
+    assert (within.arguments[0], within.arguments[-1]) == (rotation.arguments[-1], steps[0].arguments[-1])
     # The device function that each kernel calls: its last arguments are the window, and the bits of the cap.
     (code,) = sources
-    called = dict(re.findall(r"(\w+)_kernel\([^;{}]*\) \{[^}]*vllm_compile::rope_attention<([\d, ]+)>", code))
+    function = r"(\w+)_kernel\([^;{}]*\) \{[^}]*vllm_compile::(?:rope|prefill)_attention<([\d, ]+)>"
+    called = dict(re.findall(function, code))
     cap = struct.unpack("I", struct.pack("f", 50.0))[0]
-    found = [[called.pop(symbol).split(", ")[-2:] for _, symbol in step.variants] for step in steps]
-    assert found == [[[str(window), str(cap)]] * 2 for window in (WINDOW, 0)]
+    found = [[called.pop(symbol).split(", ")[-2:] for _, symbol in step.variants] for step in (*steps, within)]
+    assert found == [[[str(window), str(cap)]] * count for window, count in ((WINDOW, 2), (0, 2), (WINDOW, 1))]
     assert not called
 
 
