@@ -4,15 +4,17 @@
 
 bf16 and fp32 part where two logits lie closer than a rounding, so Hugging Face is compared with itself in both: that is
 the agreement to expect.  Prompts are random stretches of heldout.txt where MODEL has it, else random tokens; the seed
-is printed.
+is printed.  Tokens that a decode graph ends in are compared with those that vLLM's sampler takes from the same logits.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import secrets
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,7 +53,46 @@ def agreement(a: list[list[int]], b: list[list[int]]) -> str:
     return f"{sum(x == y for x, y in pairs)} of {len(pairs)}"
 
 
+class Witness:
+    """In the place of vLLM's sampler behind ours: counts the steps that come to it."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler, self.steps = sampler, 0
+
+    def __call__(self, logits: torch.Tensor, batch: Any) -> Any:
+        self.steps += 1
+        return self.sampler(logits, batch)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)
+
+
+def compare_samplers() -> dict[str, int]:
+    """Has vLLM's sampler choose, too, wherever ours gives tokens of the graph; returns what is counted from now on."""
+    from vllm_compile.runtime.vllm_state import GreedySampler
+
+    counts, ours = {"of the graph": 0, "the same by vLLM": 0, "by vLLM alone": 0}, GreedySampler.__call__
+
+    def both(self: GreedySampler, logits: torch.Tensor, batch: Any) -> Any:
+        if not isinstance(self._sampler, Witness):
+            self._sampler = Witness(self._sampler)
+        witness, kept = self._sampler, logits.clone()
+        before = witness.steps
+        found = ours(self, logits, batch)
+        tokens = found.sampled_token_ids
+        if witness.steps != before:
+            counts["by vLLM alone"] += len(tokens)
+        else:
+            counts["of the graph"] += len(tokens)
+            counts["the same by vLLM"] += int((witness.sampler(kept, batch).sampled_token_ids == tokens).sum())
+        return found
+
+    GreedySampler.__call__ = both  # type: ignore[method-assign]
+    return counts
+
+
 def main() -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its sampler is in this process
     from vllm import LLM, SamplingParams, TokensPrompt
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,6 +100,7 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
     options = parser.parse_args()
+    counts = compare_samplers()
     llm = LLM(str(options.artifact), skip_tokenizer_init=True, gpu_memory_utilization=0.5)
     prompts = draw_prompts(options.model, llm.llm_engine.model_config.get_vocab_size(), options.seed)
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
@@ -74,6 +116,7 @@ def main() -> None:
     print(f"  the artifact and Hugging Face in bf16: {agreement(batched, bf16)}")
     print(f"  the artifact and Hugging Face in fp32: {agreement(batched, fp32)}")
     print(f"  Hugging Face in bf16 and in fp32: {agreement(bf16, fp32)}")
+    print("Tokens " + ", ".join(f"{what} {count}" for what, count in counts.items()))
 
 
 if __name__ == "__main__":
