@@ -65,6 +65,6 @@ class SiluMul(KernelFamily):
             spec,
             "elementwise.cuh",
             f"silu_mul<{width}, {GATE_THREADS}>",
-            lambda call: Launch([call.dims[Sym.TOKENS], blocks], GATE_THREADS),
+            lambda call: Launch([call.dims[Sym.TOKENS] * blocks], GATE_THREADS),
             lambda call: [call.data("x"), call.data("out")],
         )

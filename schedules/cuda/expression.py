@@ -65,13 +65,12 @@ class Elementwise(KernelFamily):
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         source = _Source(spec)
-        threads = min(max(-(-source.items // 32) * 32, 32), MOST_THREADS)
         names = [*(name for name, _ in spec.inputs), "out"]
         return kernel(
             spec,
             "expression.cuh",
             source.name,
-            lambda call: Launch([call.dims[Sym.TOKENS], -(-source.items // threads)], threads),
+            lambda call: Launch([call.dims[Sym.TOKENS] * source.blocks], source.threads),
             lambda call: [*map(call.data, names)],
             source=source.text,
         )
@@ -82,6 +81,7 @@ class _Source:
 
     Attributes:
         items: work items of a token, a thread's each.
+        threads, blocks: of a thread block, and how many of these a token has; they are neighbours in the grid.
         name: of the function, by its content.
         text: its C++.
     """
@@ -93,6 +93,8 @@ class _Source:
         count = VECTOR if last % VECTOR == 0 else 1
         extents = [*middle, last // count]
         self.items = prod(extents)
+        self.threads = min(max(-(-self.items // 32) * 32, 32), MOST_THREADS)
+        self.blocks = -(-self.items // self.threads)
         analyzer, token = Analyzer(), tirx.Var("token", "int64")
         place = [tirx.Var(f"i{axis}", "int64") for axis in range(len(extents))]
         for var, extent in zip(place, extents, strict=True):
@@ -113,8 +115,9 @@ class _Source:
         parameters = [f"const {TYPES[tensor.dtype]}* {name}" for name, tensor in spec.inputs]
         parameters.append(f"{TYPES[out.dtype]}* out")
         body = f"({', '.join(parameters)}) {{\n  launch_dependents();\n  wait_for_kernels_before();\n"
-        body += "  const int64_t token = blockIdx.x;\n"
-        body += f"  const int item = blockIdx.y * blockDim.x + threadIdx.x;\n  if (item >= {self.items}) return;\n"
+        body += f"  const int64_t token = blockIdx.x / {self.blocks};\n"
+        body += f"  const int item = blockIdx.x % {self.blocks} * {self.threads} + threadIdx.x;\n"
+        body += f"  if (item >= {self.items}) return;\n"
         body += "".join(f"  {line}\n" for line in lines) + "}\n"
         self.name = f"expression_{hashlib.sha256(body.encode()).hexdigest()[:16]}"
         function = f"__device__ __forceinline__ void {self.name}{body}"

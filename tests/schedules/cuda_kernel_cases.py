@@ -90,7 +90,7 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
     for nodes in [*expressions, every_function("bfloat16", 64), every_function("float32", 37)]:
         attributes = {"expression": tuple(nodes)}
         yield Case("expression", ops.ELEMENTWISE, inputs_of(nodes, generator, 5), attributes, "x0")
-    yield Case("silu", ops.SILU_MUL, *ops.SILU_MUL.sample(generator, bf16, 5, 1032), "x")
+    yield Case("silu", ops.SILU_MUL, *ops.SILU_MUL.sample(generator, bf16, 5, 2056), "x")
     for dtype in (torch.int32, torch.int64):
         inputs, attributes = ops.EMBEDDING.sample(generator, bf16, 9, 40, 136)
         inputs["ids"] = inputs["ids"].to(dtype)

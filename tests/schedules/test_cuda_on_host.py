@@ -32,7 +32,7 @@ CASES = {  # operator, arguments of its samples, the input that the negative con
     "layer_norm": (ops.LAYER_NORM, (7, 4104), "x"),
     "layer_norm_wide": (ops.LAYER_NORM, (2, 8208), "bias"),
     "layer_norm_float_weight": (ops.LAYER_NORM, (3, 64), "x"),
-    "silu": (ops.SILU_MUL, (5, 1032), "x"),
+    "silu": (ops.SILU_MUL, (5, 2056), "x"),
     "embedding": (ops.EMBEDDING, (9, 40, 136), "ids"),
     "embedding_float": (ops.EMBEDDING, (9, 40, 4), "ids"),
     "cache_write": (ops.KV_CACHE_WRITE, (9, 3, 64, 16, 32), "k"),
