@@ -15,10 +15,11 @@ class DecodeTail:
     """Logits and the most probable token of each request of a decode step.
 
     While a graph is warmed up and captured, `record` runs them.  An engine announces each of its steps by `begin`;
-    behind a replayed graph they are there without a kernel being launched for them.
+    behind a replayed graph they are there without a kernel being launched for them.  All graphs of decode steps are
+    recorded, the largest among them.
 
     Args:
-        logits: hidden states [R, D] -> logits [R, V], all in the same memory, whatever R is.
+        logits: hidden states [R, D] -> logits [R, V], of up to `max_requests` rows in the same memory each time.
         max_requests: R at most.
         device: where.
 

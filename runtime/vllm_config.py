@@ -36,7 +36,7 @@ GRAPH_SIZES = (1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, 513, 
 # A model of fewer bytes is read by an H200 in 2 ms, which is about what vLLM's scheduler and runner together take for a
 # step of 64 requests (benchmarks/baseline.md).
 HOST_BOUND_BYTES = 8 << 30
-WORKER_CORES = 4  # the front end, the engine, its worker, and one to spare: the last two wait actively
+WORKER_CORES = 4  # the front end, the engine and its worker, which both poll, and one to spare
 SPARE_TOKENS = 1024  # room for the null block and a part-filled one, at any block size
 
 
@@ -85,7 +85,7 @@ class ServingConfig(VerifyAndUpdateConfig):
         refuse_small_gpu(program, vllm_config.cache_config.gpu_memory_utilization)
         tell_other_chip(program)
         if program.stored_bytes() < HOST_BOUND_BYTES:
-            run_in_worker_process(vllm_config.parallel_config)
+            run_in_worker_process(vllm_config)
         if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_piecewise_cudagraphs():
             # Said aloud: vLLM 0.26 drops graphs without a word where torch compiles nothing.
             compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
@@ -205,18 +205,35 @@ def tell_other_chip(program: Program) -> None:
         )
 
 
-def run_in_worker_process(parallel_config: Any) -> None:
+def run_in_worker_process(vllm_config: Any) -> None:
     """Runs the one worker in a process beside the engine's: for steps that take the GPU less time than the host.
 
     By default vLLM does so for several GPUs only.  While the worker launches a step, the engine schedules the next and
-    hands out the tokens of the one before.  An engine that is to run in the user's process has its worker there, too.
+    hands out the tokens of the one before.  An engine that is to run in the user's process has its worker there, too;
+    `--additional-config '{"worker_process": false}'` leaves it in the engine's.
     """
     from vllm import envs
 
+    parallel, more = vllm_config.parallel_config, vllm_config.additional_config
+    if isinstance(more, dict) and not more.get("worker_process", True):
+        return
+    default = parallel.distributed_executor_backend == "uni"
+    enough = usable_cores() >= WORKER_CORES * parallel.data_parallel_size_local
+    if default and enough and envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        logger.info(
+            "The worker gets a process of its own (--additional-config '{\"worker_process\": false}': it does not)"
+        )
+        parallel.distributed_executor_backend = "mp"
+
+
+def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
+    """Cores that this process may use at once; `quota` is where Linux has what its control group is limited to."""
     cores = len(os.sched_getaffinity(0))
-    default = parallel_config.distributed_executor_backend == "uni"
-    if default and envs.VLLM_ENABLE_V1_MULTIPROCESSING and cores >= WORKER_CORES:
-        parallel_config.distributed_executor_backend = "mp"
+    try:
+        most, period = quota.read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if most == "max" else min(cores, int(most) / int(period))
 
 
 def run_in_engine_process(parallel_config: Any) -> None:

@@ -94,6 +94,8 @@ class CompiledModelState(DefaultModelState):
             config.speculative_config is not None,
             getattr(config, "watermark_config", None) is not None,
             bool(model.logits_processors),
+            # Those that plugins bring, from vLLM 0.32 on.
+            any(not type(p).__module__.startswith("vllm.") for p in getattr(sampler, "logits_processors", ())),
             getattr(model, "enable_trace_replay", False),
             getattr(model, "return_sampling_mask", False),
             sampler.compute_nans,
@@ -120,6 +122,8 @@ class GreedySampler:
         self._counts = [(one[:rows], none[:rows]) for rows in range(max_requests + 1)]
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # of a copy that is being made: it has no sampler yet
+            raise AttributeError(name)
         return getattr(self._sampler, name)
 
     def add_request(self, place: int, *more: Any) -> None:

@@ -58,11 +58,11 @@ class Tuned(Protocol):
 
 @dataclass(frozen=True)
 class Prologue:
-    """A call of ours that comes before a vendor's function.
+    """A call of ours that comes before what takes over.
 
     Attributes:
         call: it is given inputs of the whole call.
-        rest: what is left for the vendor's function; inputs that the whole call lacks are results of `call`, in order.
+        rest: what is left; inputs that the whole call lacks are results of `call`, in order.
     """
 
     call: OpSpec
@@ -74,21 +74,20 @@ class Vendor:
     """What takes over in large batches: a library of the serving environment, or another kernel of ours.
 
     Attributes:
-        function: of `runtime/vendor.py`; it is called with the call's inputs (weights plain), attributes and `out`.
+        function: of `runtime/vendor.py`; it is called with the call's inputs (weights plain), attributes and `out`.  Or a
+            call of ours, with the call's inputs.
         min_tokens: from so many tokens on.
         prefill: only where a request has several tokens.
         epilogue: the call of ours that makes the result of what the function leaves in its one input; None if
             the function's result is the call's.
         prologue: if the function does only the last part of the call, what comes before it.
-        own: the call of ours that is made instead of the function's, with the same inputs; None if there is none.
     """
 
-    function: str
+    function: str | OpSpec
     min_tokens: int
     prefill: bool = False
     epilogue: OpSpec | None = None
     prologue: Prologue | None = None
-    own: OpSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -242,14 +242,15 @@ class _FunctionLowering:
             workspace = Argument(self._new_buffer("workspace", between), between)
             last = [self._own_step(vendor.epilogue, [workspace, result])]
             result = workspace
-        if vendor.own is not None:
-            main = self._own_step(vendor.own, [*(argument for _, argument in arguments), result])
+        main: KernelStep | VendorCall
+        if isinstance(vendor.function, OpSpec):
+            main = self._own_step(vendor.function, [*(argument for _, argument in arguments), result])
         else:
             main = VendorCall(vendor.function, (*arguments, ("out", result)), rest.attributes)
         return Large(vendor.min_tokens, vendor.prefill, (*first, main, *last))
 
     def _own_step(self, spec: OpSpec, arguments: list[Argument]) -> KernelStep:
-        """A call of ours beside a vendor's."""
+        """A call of ours beside a vendor's, or instead of it."""
         kernels = self._kernels.of(spec)
         variants = tuple((v.min_tokens, s) for v, s in zip(kernels.choice.variants, kernels.symbols, strict=True))
         return KernelStep(spec.op, kernels.choice.family.name, variants, tuple(arguments))

@@ -156,10 +156,11 @@ def prefill(attention: OpSpec, prologue: Prologue | None = None) -> Vendor:
 
     vLLM 0.26's FlashAttention 3 was wrong on an H200 for a prompt longer than its window: 150 tokens behind 1,050, a
     window of 1,000, two or four query heads a KV head, blocks of 32 or 16.  Its version 2 is there as code for other
-    GPUs, which a Hopper's driver has not compiled after 45 s.
+    GPUs, which a Hopper's driver had not compiled after 45 s.  (Of a model that is served no longer than its window is,
+    where version 3 would do, the compiler does not know.)
     """
-    own = None
+    function: str | OpSpec = "paged_attention"
     if attention.option("window"):
-        attributes, options = (*attention.attributes, (PROMPTS, 1)), attention.options | {PROMPTS}
-        own = replace(attention, attributes=attributes, options=options)
-    return Vendor("paged_attention", min_tokens=1, prefill=True, prologue=prologue, own=own)
+        attributes = tuple(sorted((*attention.attributes, (PROMPTS, 1))))
+        function = replace(attention, attributes=attributes, options=attention.options | {PROMPTS})
+    return Vendor(function, min_tokens=1, prefill=True, prologue=prologue)

@@ -4,8 +4,8 @@
 // heads is a row of a tile of 16 * WARPS rows, 16 to a warp.  All rows go through the cached tokens together, KEYS at a
 // time, which are copied to shared memory a stage ahead (cp.async); sums stay in registers (FlashAttention-2, Dao 2023).
 //
-// Within a window (scores.cuh) the block starts where its first query's begins.  What its queries do not see together is
-// not read, and zero.
+// Within a window (scores.cuh) the block starts where its first query's begins.  Tokens that none of its queries sees are
+// not read: zeros stand for them.  Warps whose rows are nobody's only copy.
 #ifndef VLLM_COMPILE_PREFILL_ATTENTION
 #define VLLM_COMPILE_PREFILL_ATTENTION
 
@@ -80,6 +80,7 @@ __device__ __forceinline__ void prefill_attention(const void* q, const void* kv,
     queries_at[row * Q_ROW + chunk] = token < count ? load_vector(q, at) : make_uint4(0, 0, 0, 0);
   }
 
+  const bool works = warp * 16 < count * GROUP;
   auto load = [&](int tile) {
     // Lane i knows where the tile's i-th 16 tokens lie.
     int block = 0, row = 0;
@@ -113,69 +114,71 @@ __device__ __forceinline__ void prefill_attention(const void* q, const void* kv,
     __syncthreads();
     const uint32_t stage = ring_address + tile % 2 * (STAGE * 16);
 
-    // Scores: queries are A, 16 tokens are B, twice 8.
-    float scores[KEYS / 8][4] = {};
+    if (works) {
+      // Scores: queries are A, 16 tokens are B, twice 8.
+      float scores[KEYS / 8][4] = {};
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-      uint32_t rows[4];
-      load_matrices(rows, queries_address + ((warp * 16 + lane % 16) * Q_ROW + step * 2 + lane / 16) * 16);
+      for (int step = 0; step < STEPS; step++) {
+        uint32_t rows[4];
+        load_matrices(rows, queries_address + ((warp * 16 + lane % 16) * Q_ROW + step * 2 + lane / 16) * 16);
+#pragma unroll
+        for (int pair = 0; pair < PAIRS; pair++) {
+          uint32_t k[4];
+          load_matrices(k, stage + place<HEAD_DIM>(pair * 16 + lane / 16 * 8 + lane % 8, step * 2, lane / 8 % 2));
+          mma(scores[pair * 2], rows, k[0], k[1]);
+          mma(scores[pair * 2 + 1], rows, k[2], k[3]);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int own = first_visible + (warp * 16 + g + half * 8) / GROUP;  // cached tokens up to the row's query
+        const float before = largest[half];
+        float most = before;
+#pragma unroll
+        for (int eight = 0; eight < KEYS / 8; eight++)
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            const int position = tile * KEYS + eight * 8 + 2 * t + i;
+            float& score = scores[eight][half * 2 + i];
+            score = position < own && Seen::reaches(position, own) ? Seen::of(score, scale) : -INFINITY;
+            most = fmaxf(most, score);
+          }
+        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+        largest[half] = most;
+        const float base = most == -INFINITY ? 0.f : most;  // of a row that has seen nothing yet
+        const float shrink = exp2f(before - base);
+        float added = 0.f;
+#pragma unroll
+        for (int eight = 0; eight < KEYS / 8; eight++)
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            float& score = scores[eight][half * 2 + i];
+            score = exp2f(score - base);
+            added += score;
+          }
+        sum[half] = sum[half] * shrink + added;
+#pragma unroll
+        for (int slice = 0; slice < SLICES; slice++) {
+          values[slice][half * 2] *= shrink;
+          values[slice][half * 2 + 1] *= shrink;
+        }
+      }
+      // Probabilities are A as they lie; V, transposed on its way, is B.
 #pragma unroll
       for (int pair = 0; pair < PAIRS; pair++) {
-        uint32_t k[4];
-        load_matrices(k, stage + place<HEAD_DIM>(pair * 16 + lane / 16 * 8 + lane % 8, step * 2, lane / 8 % 2));
-        mma(scores[pair * 2], rows, k[0], k[1]);
-        mma(scores[pair * 2 + 1], rows, k[2], k[3]);
-      }
-    }
+        const float(&low)[4] = scores[pair * 2];
+        const float(&high)[4] = scores[pair * 2 + 1];
+        const uint32_t p[4] = {word_of(low[0], low[1]), word_of(low[2], low[3]), word_of(high[0], high[1]),
+                               word_of(high[2], high[3])};
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int own = first_visible + (warp * 16 + g + half * 8) / GROUP;  // cached tokens up to the row's query
-      const float before = largest[half];
-      float most = before;
-#pragma unroll
-      for (int eight = 0; eight < KEYS / 8; eight++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int position = tile * KEYS + eight * 8 + 2 * t + i;
-          float& score = scores[eight][half * 2 + i];
-          score = position < own && Seen::reaches(position, own) ? Seen::of(score, scale) : -INFINITY;
-          most = fmaxf(most, score);
+        for (int slices = 0; slices < SLICES / 2; slices++) {
+          uint32_t v[4];
+          const int token = pair * 16 + lane / 8 % 2 * 8 + lane % 8;
+          load_matrices_transposed(v, stage + place<HEAD_DIM>(token, CHUNKS / 2 + slices * 2, lane / 16));
+          mma(values[slices * 2], p, v[0], v[1]);
+          mma(values[slices * 2 + 1], p, v[2], v[3]);
         }
-      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
-      largest[half] = most;
-      const float base = most == -INFINITY ? 0.f : most;  // of a row that has seen nothing yet
-      const float shrink = exp2f(before - base);
-      float added = 0.f;
-#pragma unroll
-      for (int eight = 0; eight < KEYS / 8; eight++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          float& score = scores[eight][half * 2 + i];
-          score = exp2f(score - base);
-          added += score;
-        }
-      sum[half] = sum[half] * shrink + added;
-#pragma unroll
-      for (int slice = 0; slice < SLICES; slice++) {
-        values[slice][half * 2] *= shrink;
-        values[slice][half * 2 + 1] *= shrink;
-      }
-    }
-    // Probabilities are A as they lie; V, transposed on its way, is B.
-#pragma unroll
-    for (int pair = 0; pair < PAIRS; pair++) {
-      const float(&low)[4] = scores[pair * 2];
-      const float(&high)[4] = scores[pair * 2 + 1];
-      const uint32_t p[4] = {word_of(low[0], low[1]), word_of(low[2], low[3]), word_of(high[0], high[1]),
-                             word_of(high[2], high[3])};
-#pragma unroll
-      for (int slices = 0; slices < SLICES / 2; slices++) {
-        uint32_t v[4];
-        const int token = pair * 16 + lane / 8 % 2 * 8 + lane % 8;
-        load_matrices_transposed(v, stage + place<HEAD_DIM>(token, CHUNKS / 2 + slices * 2, lane / 16));
-        mma(values[slices * 2], p, v[0], v[1]);
-        mma(values[slices * 2 + 1], p, v[2], v[3]);
       }
     }
     __syncthreads();  // before the next tile but one takes this one's place

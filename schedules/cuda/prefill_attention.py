@@ -1,12 +1,16 @@
 """Attention of prompts over the paged KV cache, where FlashAttention does not do it.
 
 Operations: 4 * H * D a pair of a query and a token that it sees.  Bytes: 4 * KH * D a cached token, read once for
-TOKENS = 128 / group queries.  Within a window of W tokens a prompt of T has T * W such pairs at most: 8,192 tokens of
-Gemma-2-9B's (H = 16, D = 256, W = 4,096) 25 million, as its first queries see less: 412 GFLOP a layer, 1.0 ms at
-400 TFLOP/s, which is about what mma.sync reaches on an H100.  What a thread block copies meanwhile is 4 * D bytes for
-512 * D operations (128 rows), one for 128: 3.1 TB/s, from L2.
+TOKENS = 128 // group queries.  Within a window of W tokens a prompt of T has T * W such pairs at most: 8,192 tokens of
+Gemma-2-9B's (H = 16, D = 256, W = 4,096) 25 million, as its first queries see less: 412 GFLOP a layer.
 
-Rows that are held: 16 a warp; sums take D / 2 registers of a thread, scores KEYS / 2.
+What bounds it is shared memory: each warp reads all keys and values for its 16 rows, and their queries again for each
+stage.  With what is copied there these are 12.8 operations a byte at D = 128, 11.6 at 256 (stages of 32 tokens): with
+128 bytes a cycle on 132 multiprocessors at 1.755 GHz 380 and 345 TFLOP/s, hence 1.2 ms a layer of that prompt.  A soft
+cap takes two more special functions a score, 16 a cycle on each multiprocessor: 0.2 ms there.  What thread blocks copy
+meanwhile, 4 * D bytes for 512 * D operations, is 3 TB/s, from L2.
+
+A thread holds D / 2 sums and KEYS / 2 scores of its warp's 16 rows in registers.
 """
 
 from __future__ import annotations
@@ -43,8 +47,9 @@ class PrefillAttention(KernelFamily):
         return bool(spec.option(PROMPTS)) and PagedAttention().serves(spec, target)
 
     def variants(self, spec: OpSpec, target: CudaTarget) -> Sequence[Variant]:
-        wide = spec.input("q").size(2) > 128
-        return (Variant(1, {"keys": 32 if wide else 64, "blocks": 1 if spec.input("q").size(2) > 64 else 2}),)
+        head_dim = spec.input("q").size(2)
+        roomy = head_dim <= 64 and not spec.option("soft_cap")  # two blocks leave a thread 128 registers
+        return (Variant(1, {"keys": 32 if head_dim > 128 else 64, "blocks": 2 if roomy else 1}),)
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         kv_heads, head_dim = spec.input("kv").size(1), spec.input("q").size(2)

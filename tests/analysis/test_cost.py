@@ -139,6 +139,17 @@ def test_a_library_takes_over_where_the_compiler_says():
     assert sum((kernel.cost for kernel in large), Cost()) == once + Cost(activation_bytes=2 * between)
 
 
+def test_what_takes_over_may_be_ours():
+    """FlashAttention for prompts, within a window another kernel of ours."""
+    module, _ = fuse_model(models.config(**SIZES), "bfloat16")
+    call = next(call for call in calls(module) if call.op == "paged_attention")
+    attributes = tuple(sorted((*call.spec.attributes, ("window", 8))))
+    within = replace(call, spec=replace(call.spec, attributes=attributes, options=frozenset({"window"})))
+    for attention, found in ((call, [True]), (within, [False])):
+        kernels = Chooser(resolve("cuda")).compiled(attention, Workload(1, 64, 0))
+        assert [kernel.library for kernel in kernels] == found
+
+
 def test_an_operator_without_a_cost_is_named(stages, monkeypatch):
     monkeypatch.setattr(cost, "COSTS", {name: how for name, how in COSTS.items() if name != "add_rms_norm"})
     with pytest.raises(UnsupportedError, match=r"what operator add_rms_norm costs; add it to analysis/cost\.py"):

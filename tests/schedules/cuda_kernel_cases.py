@@ -54,7 +54,7 @@ EXPERTS = {  # experts, chosen by a token, K, width of an expert's MLP
     "mixtral": (8, 2, 1024, 1024),
     "qwen_3_moe": (128, 8, 512, 256),
 }
-PROMPTS = ((1, 40), (150, 150), (37, 900), (0, 0), (1, 1), (300, 1200))
+PROMPTS = (*((1, 40 + i) for i in range(33)), (150, 150), (37, 900), (0, 0), (1, 1), (300, 1200))
 SHARED = ((1, 32), (1, 33), (20, 52), (1, 300))  # request 0 fills a block in this step that the others share
 
 

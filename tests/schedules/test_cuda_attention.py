@@ -55,7 +55,8 @@ def test_nothing_is_spilled(built):
     assert len(built[1]) == len(CALLS) + len(MANY)
     for symbol, used in built[1].items():
         assert used.spilled_bytes == 0, symbol
-        assert 0 < used.registers <= 255, symbol  # one block of 256 threads on a multiprocessor, or two of 128
+        # One block of 256 threads on a multiprocessor, or two of 128; of prompts with small heads two of 256.
+        assert 0 < used.registers <= (128 if symbol == "prompts_64" else 255), symbol
 
 
 def test_machine_code(built):

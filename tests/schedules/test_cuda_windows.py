@@ -21,16 +21,19 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux
 MIXED = ((1, 1), (1, 37), (9, 9), (5, 75), (0, 0), (1, 300), (1, 33))
 # Stretches of queries that end within requests, tiles that some of their queries see nothing of.
 PROMPTS = ((1, 1), (37, 37), (0, 0), (150, 210), (1, 300), (33, 70))
+MANY = (*((count, count + before) for count, before in zip([1, 0, 3, 2] * 10, range(40), strict=True)), (70, 90))
 # Operator, attributes, requests, heads: windows within a tile, over several, in a split cache, longer than contexts.
 CASES = {
     "window": (ops.PAGED_ATTENTION, {"window": 40}, MIXED, (8, 2, 64, 16)),
     "both": (ops.PAGED_ATTENTION, {"window": 23, "soft_cap": 1.5}, MIXED, (16, 1, 32, 32)),
     "newest": (ops.PAGED_ATTENTION, {"window": 1}, MIXED[:3], (2, 2, 32, 16)),
     "prompts": (ops.PAGED_ATTENTION, {"window": 40, "prompts": 1}, PROMPTS, (8, 2, 64, 16)),
-    "prompts_both": (ops.PAGED_ATTENTION, {"window": 23, "soft_cap": 1.5, "prompts": 1}, PROMPTS, (16, 1, 32, 32)),
-    "prompts_cap": (ops.PAGED_ATTENTION, {"soft_cap": 0.7, "prompts": 1}, PROMPTS[:4], (7, 1, 64, 16)),
+    "prompts_both": (ops.PAGED_ATTENTION, {"window": 23, "soft_cap": 1.5, "prompts": 1}, PROMPTS, (32, 2, 32, 32)),
+    "prompts_cap": (ops.PAGED_ATTENTION, {"soft_cap": 0.7, "prompts": 1}, PROMPTS[:4], (14, 2, 64, 16)),
+    "prompts_many": (ops.PAGED_ATTENTION, {"window": 12, "prompts": 1}, MANY, (2, 1, 32, 16)),
+    "prompts_160": (ops.PAGED_ATTENTION, {"window": 70, "prompts": 1}, PROMPTS[2:4], (11, 1, 160, 16)),
     "prompts_96": (ops.PAGED_ATTENTION, {"window": 70, "prompts": 1}, PROMPTS[2:], (2, 2, 96, 64)),
-    "prompts_wide": (ops.PAGED_ATTENTION, {"window": 40, "prompts": 1}, PROMPTS[2:5], (3, 1, 256, 16)),
+    "prompts_wide": (ops.PAGED_ATTENTION, {"window": 40, "prompts": 1}, PROMPTS[2:5], (6, 2, 256, 128)),
     "rope_window": (ops.QKV_ROPE_ATTENTION, {"window": 40}, MIXED, (8, 2, 64, 16)),
     "rope_both": (ops.QKV_ROPE_ATTENTION, {"window": 23, "soft_cap": 1.5}, MIXED, (16, 1, 32, 32)),
     "rope_cap": (ops.QKV_ROPE_ATTENTION, {"soft_cap": 0.7}, MIXED[:4], (3, 1, 64, 16)),
@@ -131,7 +134,7 @@ def test_shared_blocks_within_windows(case, generator):
     assert differs(op, result[filler:], stale[filler:])
 
 
-@pytest.mark.parametrize("case", ["window", "rope_window"])
+@pytest.mark.parametrize("case", ["window", "rope_window", "prompts"])
 def test_tokens_before_the_window_are_not_there(case, generator):
     """Negative control: a window one tile longer meets blocks that are none."""
     op, inputs, attributes = sample(generator, CASES[case])

@@ -54,7 +54,7 @@ class Chooser:
         return self._choices[spec]
 
     def compiled(self, call: Call, workload: Workload) -> tuple[Kernel, ...]:
-        """Ours, with weights as they are stored; in large batches the library that takes over, with plain ones."""
+        """Ours, with weights as they are stored; in large batches what takes over, mostly a library."""
         choice = self.choice(call.spec)
         if choice is None:
             return plain(call, workload)
@@ -67,13 +67,14 @@ class Chooser:
             variant = [v for v in choice.variants if v.min_tokens <= max(rows, 1)][-1]
             launches = choice.family.launches(call.spec, variant.config, rows, self._target)
             return (Kernel(step_cost(call, workload, choice.layouts), launches=launches),)
+        theirs = isinstance(vendor.function, str)
         if vendor.prologue is not None:
             first, rest = (replace(call, spec=part) for part in (vendor.prologue.call, vendor.prologue.rest))
-            return (Kernel(step_cost(first, workload)), Kernel(step_cost(rest, workload), library=True))
+            return (Kernel(step_cost(first, workload)), Kernel(step_cost(rest, workload), theirs))
         if vendor.epilogue is None:
-            return (Kernel(step_cost(call, workload), library=True),)
+            return (Kernel(step_cost(call, workload), theirs),)
         product, gate = gated_parts(call, workload)
-        return (Kernel(product, library=True), Kernel(gate))
+        return (Kernel(product, theirs), Kernel(gate))
 
 
 def in_torch(call: Call, workload: Workload, parts: Sequence[TorchCall]) -> tuple[Kernel, ...]:
