@@ -39,7 +39,7 @@ class VendorCall:
 class KernelStep:
     """Runs one kernel: the variant with the largest min_tokens that is not above T.
 
-    `large` is what runs instead in large batches, where a library of the serving environment or another kernel is faster.
+    `large` is what runs instead in large batches: a library of the serving environment, or kernels faster then.
     """
 
     op: str

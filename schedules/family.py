@@ -74,8 +74,8 @@ class Vendor:
     """What takes over in large batches: a library of the serving environment, or another kernel of ours.
 
     Attributes:
-        function: of `runtime/vendor.py`; it is called with the call's inputs (weights plain), attributes and `out`.  Or a
-            call of ours, with the call's inputs.
+        function: of `runtime/vendor.py`; it is called with the call's inputs (weights plain), attributes and `out`.  Or
+            a call of ours, with the call's inputs.
         min_tokens: from so many tokens on.
         prefill: only where a request has several tokens.
         epilogue: the call of ours that makes the result of what the function leaves in its one input; None if

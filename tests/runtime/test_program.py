@@ -286,6 +286,9 @@ class TestWeights:
         other.load_weights(weights.items())
         assert run(other, [prompt], [[20]])[0].equal(run(program, [prompt], [[20]])[0])
 
+    def test_bytes(self, tiny_fp32, program, weights):
+        assert program.stored_bytes() == sum(tensor.nbytes for tensor in weights.values())
+
     def test_missing(self, tiny_fp32, weights):
         name = sorted(weights)[0]
         del weights[name]

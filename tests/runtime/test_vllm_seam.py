@@ -322,13 +322,13 @@ class TestWorkerProcess:
     def backend(self, artifact, h200, monkeypatch):
         """What vLLM's configuration comes to have as its executor."""
 
-        def configured(size: int = 0, multiprocessing: str = "1", cores: int = 4, **options) -> str:
+        def configured(size: int = 0, multiprocessing: str = "1", cores: float = 4, **options) -> str:
             h200(size)
             config = EngineArgs(artifact, **OPTIONS | options).create_engine_config()
             config.parallel_config.distributed_executor_backend = options.get("distributed_executor_backend", "uni")
             with monkeypatch.context() as patch:
                 patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", multiprocessing)
-                patch.setattr(os, "sched_getaffinity", lambda process: range(cores))
+                patch.setattr(vllm_config, "usable_cores", lambda: cores)
                 patch.setattr(current_platform, "is_cpu", lambda: False)
                 ServingConfig.verify_and_update_config(config)
             return config.parallel_config.distributed_executor_backend
@@ -340,11 +340,34 @@ class TestWorkerProcess:
 
     @pytest.mark.parametrize(
         "otherwise",
-        [{"size": 12 << 30}, {"multiprocessing": "0"}, {"cores": 3}],
-        ids=["a large model", "an engine in the user's process", "few cores"],
+        [
+            {"size": 12 << 30},
+            {"multiprocessing": "0"},
+            {"cores": 3.5},
+            {"additional_config": {"worker_process": False}},
+        ],
+        ids=["a large model", "an engine in the user's process", "few cores", "a user who chose"],
     )
     def test_not_of(self, backend, otherwise):
         assert backend(**otherwise) == "uni"
+
+    def test_several_engines_of_a_host_share_its_cores(self, h200, artifact, monkeypatch):
+        config = EngineArgs(artifact, **OPTIONS).create_engine_config()
+        config.parallel_config.distributed_executor_backend = "uni"
+        config.parallel_config.data_parallel_size_local = 2
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        for cores, backend in ((7, "uni"), (8, "mp")):
+            monkeypatch.setattr(vllm_config, "usable_cores", lambda cores=cores: cores)
+            vllm_config.run_in_worker_process(config)
+            assert config.parallel_config.distributed_executor_backend == backend
+
+    @pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 1.5), ("max 100000", 6), ("", 6), (None, 6)])
+    def test_cores_of_a_control_group(self, tmp_path, monkeypatch, quota, cores):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6))
+        file = tmp_path / "cpu.max"
+        if quota is not None:
+            file.write_text(quota)
+        assert vllm_config.usable_cores(file) == cores
 
     def test_another_executor_is_left_as_it_is(self, backend):
         assert backend(distributed_executor_backend="external_launcher") == "external_launcher"

@@ -3,6 +3,7 @@
 vLLM's sampler is a stand-in that says what it was asked; requests' parameters and configurations are vLLM's.
 """
 
+from copy import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,15 +15,18 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import set_forward_context
 from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
 from vllm.v1.worker.gpu.model_states import init_model_state
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 
 from tests.conftest import SEED
 from tests.runtime import torch_program
 from tests.runtime.tiny_llama import as_artifact, save_model
 from vllm_compile.runtime import program as programs
 from vllm_compile.runtime.decode_tail import DecodeTail
+from vllm_compile.runtime.vllm_backend import PagedMetadata
 from vllm_compile.runtime.vllm_model import VllmCompileForCausalLM
 from vllm_compile.runtime.vllm_state import WITHOUT_A_SAY, CompiledModelState, GreedySampler, is_greedy
 
@@ -103,6 +107,43 @@ def batch(
     )
 
 
+class TestModel:
+    """The model class from capture to the logits of a replayed step; the stand-in computes what it is told."""
+
+    @pytest.fixture
+    def model(self, config, generator, monkeypatch) -> VllmCompileForCausalLM:
+        model = VllmCompileForCausalLM(vllm_config=config)
+        hidden_TD = torch.randn(8, model.program.hidden_size, generator=generator)
+        model.program.load_weights()
+        monkeypatch.setattr(model.program, "forward", lambda ids, *rest: hidden_TD[: len(ids)])
+        return model
+
+    def step(self, model, config, tokens: int, requests: int) -> torch.Tensor:
+        """Hidden states of a step of so many tokens, as vLLM has them computed."""
+        integers = torch.zeros(tokens, dtype=torch.int64)
+        metadata = PagedMetadata(integers[:0], integers[:requests], integers[:0], integers)
+        by_layer = {layer.layer_name: metadata for layer in model.layers}
+        with set_forward_context(by_layer, config, num_tokens=tokens):
+            return model(integers, integers)
+
+    def test_logits_and_tokens_of_a_captured_graph(self, model, config, monkeypatch):
+        monkeypatch.setattr(model.tail, "recording", True)
+        expected_RV = model.program.logits(self.step(model, config, 4, 4)).clone()
+        monkeypatch.setattr(model.tail, "recording", False)
+        model.tail.begin(3)
+        asked = torch.full((3, model.program.hidden_size), float("nan"))
+        assert torch.equal(model.compute_logits(asked), expected_RV[:3])
+        assert torch.equal(model.tail.tokens(3), expected_RV[:3].argmax(-1, keepdim=True))
+        assert model.compute_logits(asked).isnan().all(), "the second time of a step they are computed"
+
+    @pytest.mark.parametrize(("recording", "tokens", "requests"), [(False, 4, 4), (True, 4, 2)])
+    def test_nothing_is_recorded_otherwise(self, model, config, monkeypatch, recording, tokens, requests):
+        monkeypatch.setattr(model.tail, "recording", recording)
+        self.step(model, config, tokens, requests)
+        model.tail.begin(requests)
+        assert model.tail.tokens(requests) is None
+
+
 class TestState:
     def test_vllm_finds_it(self, config, tail):
         model = SimpleNamespace(tail=tail, get_model_state_cls=VllmCompileForCausalLM.get_model_state_cls)
@@ -155,6 +196,16 @@ class TestState:
     def test_vllms_sampler_is_kept_for_features_of_the_model(self, state, config, monkeypatch, feature):
         monkeypatch.setattr(config.model_config, feature, [object()])
         assert state.custom_sampler(Sampler()) is None
+
+    def test_vllms_sampler_is_kept_for_plugins(self, state):
+        sampler = Sampler()
+        sampler.logits_processors = [object.__new__(BadWordsState), SimpleNamespace()]
+        assert state.custom_sampler(sampler) is None
+
+    def test_vllms_own_processors_are_known_by_parameters(self, state):
+        sampler = Sampler()
+        sampler.logits_processors = [object.__new__(BadWordsState)]
+        assert state.custom_sampler(sampler) is not None
 
     def test_vllms_sampler_is_kept_where_nans_are_counted(self, state):
         sampler = Sampler()
@@ -216,6 +267,9 @@ class TestSampler:
         GreedySampler(base, tail, REQUESTS, CPU).apply_staged_writes()
         assert base.asked == ["write"]
 
+    def test_a_copy_is_no_endless_question(self, sampler):
+        assert copy(sampler).penalties_state is Sampler.penalties_state
+
     def test_all_else_is_vllms(self, sampler):
         assert sampler.penalties_state is Sampler.penalties_state
         with pytest.raises(AttributeError):
@@ -267,10 +321,15 @@ def test_not_greedy(field):
     assert not is_greedy(SamplingParams(**{"temperature": 0} | {field: NOT_GREEDY[field]}))
 
 
+# What vLLM sets itself, or what is for vLLM's developers.
+OTHERS = {"watermarking", "_watermarking_skipped", "_bad_words_token_ids", "trace_decode_token_ids"}
+
+
 def test_what_vllm_adds_has_a_say():
-    """Each of vLLM's parameters is known to have none, or is compared with its default."""
-    params = SamplingParams(temperature=0)
-    for field in set(SamplingParams.__struct_fields__) - WITHOUT_A_SAY - {"temperature"}:
+    """Each of vLLM's parameters is known to have none, or is compared with its default: what is new is decided here."""
+    params, compared = SamplingParams(temperature=0), set(SamplingParams.__struct_fields__) - WITHOUT_A_SAY
+    assert compared - set(GREEDY) == set(NOT_GREEDY) | OTHERS | {"n"}
+    for field in compared - {"temperature"}:
         kept = getattr(params, field)
         setattr(params, field, "something else")
         assert not is_greedy(params), field
