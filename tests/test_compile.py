@@ -78,7 +78,7 @@ def _tensors(directory: Path) -> dict[str, torch.Tensor]:
 def no_kernels(monkeypatch):
     """Compile without building kernels, which comes before the weights and takes long, nor running them."""
     monkeypatch.setattr(driver, "build_library", lambda kernels, target, path: path.write_bytes(b"none"))
-    monkeypatch.setattr(driver, "quick_verification", lambda *_: not_run("no kernels"))
+    monkeypatch.setattr("vllm_compile.quick_verification.quick_verification", lambda *_: not_run("no kernels"))
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ class TestWithoutKernels:
 
     def test_not_run_is_a_verdict(self, tiny, tmp_path, monkeypatch):
         """The library is no library: that is what the verdict says."""
-        monkeypatch.setattr(driver, "quick_verification", quick_verification)
+        monkeypatch.setattr("vllm_compile.quick_verification.quick_verification", quick_verification)
         result = vllm_compile.compile(tiny, out=tmp_path / "out")
         assert result.verdict["outcome"] == "not-run"
         assert manifest_of(result.artifact)["verdict"] == result.verdict

@@ -128,7 +128,9 @@ def no_kernels(monkeypatch):
         path.write_bytes(b"kernels")
 
     monkeypatch.setattr(driver, "build_library", build)
-    monkeypatch.setattr(driver, "quick_verification", lambda *_: nullcontext(lambda: {"outcome": "pass"}))
+    monkeypatch.setattr(
+        "vllm_compile.quick_verification.quick_verification", lambda *_: nullcontext(lambda: {"outcome": "pass"})
+    )
     return built
 
 
@@ -190,7 +192,7 @@ class TestWhatChanges:
         assert compile().unchanged
 
     def test_not_verified_where_it_could_be(self, compile, monkeypatch):
-        monkeypatch.setattr(driver, "quick_verification", lambda *_: not_run("no GPU"))
+        monkeypatch.setattr("vllm_compile.quick_verification.quick_verification", lambda *_: not_run("no GPU"))
         compile()
         assert not compile().unchanged
         monkeypatch.setattr(unchanged, "_runs_here", lambda *_: False)

@@ -11,17 +11,11 @@ only decode, is in both.  Prefill is what generating one token takes, of prompts
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import shutil
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +26,7 @@ from safetensors.torch import save_file
 
 from .artifact import write_plain_config
 from .bandwidth import read_bandwidth
+from .bench_engine import Engine
 from .errors import VllmCompileError
 from .frontend.checkpoint import DummyCheckpoint
 from .frontend.hf import read_config
@@ -41,8 +36,6 @@ from .runtime.manifest import PLAN, read_manifest
 from .runtime.plan import Plan, from_json
 from .runtime.program import device_of
 
-# By default vLLM keeps one core for its scheduler and computes on the others; on two cores that is one.
-ENVIRONMENTS = {"vllm-all-cores": {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))))}}
 DECODE_STEPS = {"cpu": 16, "cuda": 80, "rocm": 80}  # n, by default; a round takes 3n steps
 PEER_CACHE_BYTES = 2 << 30  # vLLM's KV cache on a CPU
 GPU_SHARE = 0.9  # of the GPU's memory, for all engines together
@@ -86,55 +79,6 @@ class Row:
     gigabytes_per_second: float
     bandwidth_share: float
     speedup: float
-
-
-class Engine:
-    """A worker process."""
-
-    def __init__(self, name: str, model: Path, options: dict[str, Any], log: Path) -> None:
-        self.name, self._log = name, log
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_compile.bench_worker", name, str(model), json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
-            start_new_session=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **ENVIRONMENTS.get(name, {})},
-        )
-        try:
-            ready = self._answer()
-        except BaseException:
-            self.close()
-            raise
-        self.load_seconds, self.first_token_seconds = ready["loaded"], ready["first_token"]
-
-    def seconds(self, prompts: list[list[int]], new_tokens: int) -> float:
-        """How long generating `new_tokens` tokens for each prompt takes."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # the answer that is missing then says so
-            print(json.dumps({"prompts": prompts, "new_tokens": new_tokens}), file=self._process.stdin, flush=True)
-        return self._answer()["seconds"]
-
-    def close(self) -> None:
-        """End the process and those it started, so that the next engine finds the memory free."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=20)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def _answer(self) -> dict[str, float]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            kept = Path(f"bench-{self.name}.log")
-            shutil.copy(self._log, kept)
-            raise VllmCompileError(f"engine {self.name} ended; why is in {kept}")
-        return json.loads(line)
 
 
 Measure = Callable[[Engine, list[list[int]]], float]  # seconds of an engine for prompts

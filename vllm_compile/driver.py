@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,33 +13,28 @@ from typing import Any
 
 import torch
 import tvm
-from tvm import relax, tirx
+from tvm import tirx
 
 from .artifact import source_digest, write_config, write_manifest
 from .cache import Cache
-from .call_specs import dimension, op_spec
 from .compilation import CompileOptions, CompileResult, remember, request_key
 from .errors import ArtifactError, DatabaseError, ModelError, TargetError, UnsupportedError
 from .file_digests import FileDigests, status_of
 from .frontend.families import max_positions
 from .frontend.hf import trace
 from .frontend.importer import import_model
-from .frontend.model import DTYPES, Model
+from .frontend.model import DTYPES
 from .frontend.read_model import read_model
-from .fused_calls import attention_of
 from .kernel_cache import KernelCache
 from .lowering import Lowered, lower
 from .model_files import ModelFiles, find_files
-from .ops import op_of
-from .quick_verification import Verdict, not_run, quick_verification
-from .relax_passes.base import Definitions
-from .relax_passes.outline_layers import FORWARD, LOGITS
+from .model_shape import model_shape
+from .quick_verification import verification_of
 from .relax_passes.pipeline import OPTIONAL, run_passes
 from .relax_passes.record import PassRecord
 from .runtime import manifest as files
 from .runtime.buckets import BucketPlan, read_buckets
-from .runtime.manifest import check_target
-from .runtime.plan import ModelShape, Plan
+from .runtime.plan import Plan
 from .schedules.build import build_library
 from .schedules.family import Tuned
 from .schedules.select import choose, operators
@@ -109,7 +104,7 @@ def compile_model(
         with stage("lowering"):
             lowered = lower(module, lambda spec: choose(spec, machine, lossless and spec not in unpacked, tuned))
         with staged(final) as directory:
-            plan = Plan(_model_shape(imported, module), lowered.functions, lowered.restored)
+            plan = Plan(model_shape(imported, module), lowered.functions, lowered.restored)
             (directory / files.PLAN).write_text(plan.to_json())
             write_config(imported.fields, found, imported.dtype, directory)
             if buckets is not None:
@@ -127,7 +122,7 @@ def compile_model(
                         write_shards(
                             lowered.weights.values(), partial(_unless_failed, built, weights.evaluate), directory
                         )
-                with _verification(directory, found, machine, options) as verify:
+                with verification_of(directory, found, machine, options) as verify:
                     with stage("kernels"):
                         built.result()
                     if known is not None and not restored:
@@ -231,22 +226,6 @@ def _tuned(url: str | None, machine: Target) -> Tuned | None:
     return open_tuned(url, machine)
 
 
-def _verification(
-    directory: Path, source: ModelFiles, machine: Target, options: CompileOptions
-) -> AbstractContextManager[Callable[[], Verdict]]:
-    """The quick verification, or why it is not run; what it yields gives the verdict once the kernels are there."""
-    if options.weightless:
-        return not_run("compiled without weights")
-    if source.graph is not None:
-        verifier = "`vllm-compile verify` takes the model that the graph was built from"
-        return not_run(f"made from the ONNX graph {source.graph}; {verifier}")
-    try:
-        check_target(machine.name, machine.features, directory)
-    except TargetError as error:
-        return not_run(str(error))
-    return quick_verification(directory, source.directory, machine.name, options.dummy_weights)
-
-
 def _dumper(directory: Path | None) -> Callable[[str, tvm.IRModule], None]:
     """Writes the module after each pass to a numbered file."""
     if directory is None:
@@ -295,31 +274,3 @@ def _kernel_records(lowered: Lowered) -> list[dict[str, Any]]:
         for kernels in lowered.kernels.values()
         for symbol, variant in sorted(kernels.distinct().items(), key=lambda item: item[1].min_tokens)
     ]
-
-
-def _model_shape(model: Model, module: tvm.IRModule) -> ModelShape:
-    """Shapes as the compiled functions have them."""
-    forward, logits = module[FORWARD], module[LOGITS]
-    caches = {tuple(map(dimension, p.ty.shape.values)) for p in forward.params if p.name.startswith("kv_")}
-    if len(caches) != 1:
-        raise UnsupportedError(
-            f"{model.config.model_type}: layers whose KV caches have different shapes are not supported"
-        )
-    (_, num_kv_heads, _, width) = caches.pop()
-    functions = (function for _, function in module.functions_items() if isinstance(function, relax.Function))
-    calls = ((op_of(b.value), b.value) for function in functions for b in Definitions(function).bindings)
-    specs = (attention_of(op_spec(op, call)) for op, call in calls if op is not None)
-    queries = next(spec for spec in specs if spec is not None).input("q")
-    num_heads, head_dim = queries.size(-2), queries.size(-1)
-    return ModelShape(
-        num_layers=sum(p.name.startswith("kv_") for p in forward.params),
-        num_heads=num_heads,
-        num_kv_heads=int(num_kv_heads),
-        head_dim=head_dim,
-        hidden_size=int(forward.ret_ty.shape.values[-1]),
-        vocab_size=int(logits.ret_ty.shape.values[-1]),
-        max_positions=model.max_positions,
-        dtype=model.dtype,
-        long_positions=model.long_positions,
-        value_dim=None if width == 2 * head_dim else int(width) - head_dim,
-    )

@@ -15,7 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .errors import TargetError
+from .runtime.manifest import check_target
+
+if TYPE_CHECKING:
+    from .compilation import CompileOptions
+    from .model_files import ModelFiles
+    from .targets import Target
 
 Verdict = dict[str, Any]
 REFERENCES = "the references have run"  # printed before any kernel runs
@@ -56,6 +64,22 @@ def quick_verification(
 def not_run(reason: str) -> AbstractContextManager[Callable[[], Verdict]]:
     """In the place of `quick_verification` where nothing can be verified."""
     return nullcontext(lambda: {"outcome": "not-run", "reason": reason})
+
+
+def verification_of(
+    directory: Path, source: ModelFiles, machine: Target, options: CompileOptions
+) -> AbstractContextManager[Callable[[], Verdict]]:
+    """The quick verification of a compile, or why it is not run; see `quick_verification`."""
+    if options.weightless:
+        return not_run("compiled without weights")
+    if source.graph is not None:
+        verifier = "`vllm-compile verify` takes the model that the graph was built from"
+        return not_run(f"made from the ONNX graph {source.graph}; {verifier}")
+    try:
+        check_target(machine.name, machine.features, directory)
+    except TargetError as error:
+        return not_run(str(error))
+    return quick_verification(directory, source.directory, machine.name, options.dummy_weights)
 
 
 def _verdict(code: int, printed: str, messages: str) -> Verdict:

@@ -34,7 +34,7 @@ from tests.runtime import torch_program
 from tests.runtime.tiny_llama import TEXT, as_artifact, save_model
 from vllm_compile.errors import ArtifactError, BucketError, UnsupportedError
 from vllm_compile.runtime import program as programs
-from vllm_compile.runtime import vllm_config
+from vllm_compile.runtime import vllm_config, vllm_processes
 from vllm_compile.runtime.buckets import BucketPlan, Limits, Work
 from vllm_compile.runtime.gpu import Gpu
 from vllm_compile.runtime.vllm_config import ServingConfig, refuse_uneven_cache, refuse_unknown_version
@@ -328,7 +328,7 @@ class TestWorkerProcess:
             config.parallel_config.distributed_executor_backend = options.get("distributed_executor_backend", "uni")
             with monkeypatch.context() as patch:
                 patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", multiprocessing)
-                patch.setattr(vllm_config, "usable_cores", lambda: cores)
+                patch.setattr(vllm_processes, "usable_cores", lambda: cores)
                 patch.setattr(current_platform, "is_cpu", lambda: False)
                 ServingConfig.verify_and_update_config(config)
             return config.parallel_config.distributed_executor_backend
@@ -357,8 +357,8 @@ class TestWorkerProcess:
         config.parallel_config.data_parallel_size_local = 2
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         for cores, backend in ((7, "uni"), (8, "mp")):
-            monkeypatch.setattr(vllm_config, "usable_cores", lambda cores=cores: cores)
-            vllm_config.run_in_worker_process(config)
+            monkeypatch.setattr(vllm_processes, "usable_cores", lambda cores=cores: cores)
+            vllm_processes.run_in_worker_process(config, 0)
             assert config.parallel_config.distributed_executor_backend == backend
 
     @pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 1.5), ("max 100000", 6), ("", 6), (None, 6)])
@@ -367,7 +367,7 @@ class TestWorkerProcess:
         file = tmp_path / "cpu.max"
         if quota is not None:
             file.write_text(quota)
-        assert vllm_config.usable_cores(file) == cores
+        assert vllm_processes.usable_cores(file) == cores
 
     def test_another_executor_is_left_as_it_is(self, backend):
         assert backend(distributed_executor_backend="external_launcher") == "external_launcher"
