@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import vllm_compile
 from tests.conftest import SEED
-from vllm_compile import driver
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.quick_verification import not_run
 from vllm_compile.schedules.cpu import gate_up, linear
