@@ -14,7 +14,7 @@ from vllm_compile.targets import cpu, cuda, gaudi, rocm
 
 from . import gpu, kfd
 
-SCHEMA = 1
+SCHEMA = 2  # since prompts within windows have a kernel of ours: those of 1 ask FlashAttention for it
 MANIFEST, PLAN, LIBRARY, CONFIG = "manifest.json", "plan.json", "kernels.so", "config.json"
 TPC_SOURCES = "tpc.zip"  # instead of a library, where kernels are compiled by the chip's own tools
 BUCKETS = "buckets.json"

@@ -18,7 +18,7 @@ from vllm_compile.accuracy import relative_error
 from vllm_compile.errors import ArtifactError, TargetError
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.runtime import executor
-from vllm_compile.runtime.manifest import content_digest, sha256
+from vllm_compile.runtime.manifest import SCHEMA, content_digest, sha256
 from vllm_compile.runtime.program import Program, device_of, load, read_weights
 from vllm_compile.targets import DETECT
 
@@ -344,13 +344,13 @@ class TestDamage:
         with pytest.raises(ArtifactError, match="no compiled artifact here"):
             load(copy)
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 1}'], ids=repr)
+    @pytest.mark.parametrize("text", ["", "{", "[]", "{}", f'{{"schema": {SCHEMA}}}'], ids=repr)
     def test_not_a_manifest(self, copy, text):
         (copy / "manifest.json").write_text(text)
         with pytest.raises(ArtifactError, match="not a manifest"):
             load(copy)
 
-    @pytest.mark.parametrize(("schema", "advice"), [(99, "update vllm-compile"), (0, "compile the model again")])
+    @pytest.mark.parametrize(("schema", "advice"), [(99, "update vllm-compile"), (1, "compile the model again")])
     def test_another_schema(self, copy, schema, advice):
         self.change_manifest(copy, schema=schema)
         with pytest.raises(ArtifactError, match=f"artifact schema {schema}.*{advice}"):
