@@ -21,18 +21,20 @@ def run_in_worker_process(vllm_config: Any, weight_bytes: int) -> None:
     """Runs the one worker in a process beside the engine's: for steps that take the GPU less time than the host.
 
     By default vLLM does so for several GPUs only.  While the worker launches a step, the engine schedules the next and
-    hands out the tokens of the one before.  An engine that is to run in the user's process has its worker there, too;
-    `--additional-config '{"worker_process": false}'` leaves it in the engine's.
+    hands out the tokens of the one before.  An engine that is to run in the user's process has its worker there, too.
+
+    `--additional-config '{"worker_process": true}'` asks for it, and false for the opposite.  Where neither is said, a
+    small model's worker gets a process if that is forked, as it is of an `LLM`.  The one that `vllm serve` would spawn
+    imports everything once more, which a server's start has to wait for.
     """
     from vllm import envs
 
     parallel, more = vllm_config.parallel_config, vllm_config.additional_config
-    chosen = isinstance(more, dict) and not more.get("worker_process", True)
-    if chosen or weight_bytes >= HOST_BOUND_BYTES:
-        return
-    default = parallel.distributed_executor_backend == "uni"
-    enough = usable_cores() >= WORKER_CORES * parallel.data_parallel_size_local
-    if default and enough and envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+    wanted = more.get("worker_process") if isinstance(more, dict) else None
+    if wanted is None:
+        enough = usable_cores() >= WORKER_CORES * parallel.data_parallel_size_local
+        wanted = weight_bytes < HOST_BOUND_BYTES and enough and envs.VLLM_WORKER_MULTIPROC_METHOD == "fork"
+    if wanted and parallel.distributed_executor_backend == "uni" and envs.VLLM_ENABLE_V1_MULTIPROCESSING:
         logger.info(
             "The worker gets a process of its own (--additional-config '{\"worker_process\": false}': it does not)"
         )

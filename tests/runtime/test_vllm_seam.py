@@ -322,12 +322,15 @@ class TestWorkerProcess:
     def backend(self, artifact, h200, monkeypatch):
         """What vLLM's configuration comes to have as its executor."""
 
-        def configured(size: int = 0, multiprocessing: str = "1", cores: float = 4, **options) -> str:
+        def configured(
+            size: int = 0, multiprocessing: str = "1", cores: float = 4, method: str = "fork", **options
+        ) -> str:
             h200(size)
             config = EngineArgs(artifact, **OPTIONS | options).create_engine_config()
             config.parallel_config.distributed_executor_backend = options.get("distributed_executor_backend", "uni")
             with monkeypatch.context() as patch:
                 patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", multiprocessing)
+                patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", method)
                 patch.setattr(vllm_processes, "usable_cores", lambda: cores)
                 patch.setattr(current_platform, "is_cpu", lambda: False)
                 ServingConfig.verify_and_update_config(config)
@@ -344,9 +347,10 @@ class TestWorkerProcess:
             {"size": 12 << 30},
             {"multiprocessing": "0"},
             {"cores": 3.5},
+            {"method": "spawn"},
             {"additional_config": {"worker_process": False}},
         ],
-        ids=["a large model", "an engine in the user's process", "few cores", "a user who chose"],
+        ids=["a large model", "an engine in the user's process", "few cores", "a server", "a user who chose"],
     )
     def test_not_of(self, backend, otherwise):
         assert backend(**otherwise) == "uni"
@@ -356,6 +360,7 @@ class TestWorkerProcess:
         config.parallel_config.distributed_executor_backend = "uni"
         config.parallel_config.data_parallel_size_local = 2
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
         for cores, backend in ((7, "uni"), (8, "mp")):
             monkeypatch.setattr(vllm_processes, "usable_cores", lambda cores=cores: cores)
             vllm_processes.run_in_worker_process(config, 0)
@@ -368,6 +373,10 @@ class TestWorkerProcess:
         if quota is not None:
             file.write_text(quota)
         assert vllm_processes.usable_cores(file) == cores
+
+    @pytest.mark.parametrize("otherwise", [{"size": 12 << 30}, {"cores": 1}, {"method": "spawn"}], ids=str)
+    def test_of_those_who_ask(self, backend, otherwise):
+        assert backend(additional_config={"worker_process": True}, **otherwise) == "mp"
 
     def test_another_executor_is_left_as_it_is(self, backend):
         assert backend(distributed_executor_backend="external_launcher") == "external_launcher"
