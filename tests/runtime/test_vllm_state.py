@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 
 from tests.conftest import SEED
 from tests.runtime import torch_program
-from tests.runtime.tiny_llama import as_artifact, save_model
+from tests.runtime.tiny_llama import save_artifact
 from vllm_compile.runtime import program as programs
 from vllm_compile.runtime.decode_tail import DecodeTail
 from vllm_compile.runtime.vllm_backend import PagedMetadata
@@ -58,9 +58,7 @@ class Sampler:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    save_model(folder / "source", SEED)
-    return str(as_artifact(folder / "source", folder / "artifact"))
+    return str(save_artifact(tmp_path_factory.mktemp("model"), SEED))
 
 
 @pytest.fixture

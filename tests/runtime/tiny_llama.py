@@ -52,3 +52,9 @@ def as_artifact(source: Path, directory: Path, **changes: object) -> Path:
     config |= {"architectures": ["VllmCompileForCausalLM"], "vllm_compile": {"schema": 1}, **changes}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+def save_artifact(folder: Path, seed: int) -> Path:
+    """Of a model that is saved beside it, in a new folder."""
+    save_model(folder / "source", seed)
+    return as_artifact(folder / "source", folder / "artifact")

@@ -16,6 +16,16 @@ from vllm_compile.errors import ArtifactError
 NEVER_PREPARED = "forward() before prepare()"
 
 
+# Of engines that serve it.
+OPTIONS = {
+    "kv_cache_memory_bytes": 1 << 24,
+    "block_size": 32,
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 8,
+    "disable_log_stats": False,
+}
+
+
 class TorchProgram:
     """Llama without biases or rope scaling.
 
