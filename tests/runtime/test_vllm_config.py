@@ -33,12 +33,7 @@ from vllm_compile.runtime.vllm_config import ServingConfig, refuse_uneven_cache,
 from vllm_compile.targets import resolve
 from vllm_compile.targets.cuda import CHIPS
 
-
-@pytest.fixture(scope="module", autouse=True)
-def stand_in():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(programs, "load", torch_program.load)
-        yield
+pytestmark = pytest.mark.usefixtures("stand_in")
 
 
 @pytest.fixture(scope="module")

@@ -33,11 +33,7 @@ from vllm_compile.runtime import program as programs
 NEW_TOKENS = 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def stand_in():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(programs, "load", torch_program.load)
-        yield
+pytestmark = pytest.mark.usefixtures("stand_in")
 
 
 @pytest.fixture(scope="module")
