@@ -7,9 +7,10 @@ from typing import Any
 
 import tvm
 
-from vllm_compile.ops import QKV_ROPE_ATTENTION
+from vllm_compile.ops import ARGMAX, QKV_ROPE_ATTENTION
 
 from .absorb_latent import absorb_latent
+from .add_greedy import add_greedy
 from .base import match_counts
 from .fuse_add_rms_norm import fuse_add_rms_norm
 from .fuse_elementwise import fuse_elementwise
@@ -41,6 +42,7 @@ PIPELINE = (
     fuse_residual,  # the other residual adds -> epilogue of their linear layer
     lift_weights,  # what depends on weights alone -> runs once, at compile time
     fuse_elementwise,  # whatever is left between two operators of ours -> one operator
+    add_greedy,  # the most probable token, where there is a kernel for it
 )
 
 # Passes for what only some families have: without a match they are no cause for a warning.
@@ -48,7 +50,7 @@ OPTIONAL = frozenset({"absorb_latent", "fuse_layer_norm", "route_experts", "fuse
 
 
 # Passes whose operator not every target has kernels for.
-IF_SERVED = {"fuse_rope_attention": QKV_ROPE_ATTENTION.name}
+IF_SERVED = {"fuse_rope_attention": QKV_ROPE_ATTENTION.name, "add_greedy": ARGMAX.name}
 
 
 def passes_for(operators: Collection[str] = ()) -> list[Any]:

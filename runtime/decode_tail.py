@@ -19,21 +19,26 @@ class DecodeTail:
     recorded, the largest among them.
 
     Args:
-        logits: hidden states [R, D] -> logits [R, V], of up to `max_requests` rows in the same memory each time.
+        logits: hidden states [R, D] -> logits [R, V].
+        greedy: logits [R, V] -> their most probable tokens, int64 [R, 1].
         max_requests: R at most.
-        device: where.
+
+    Up to that many rows both give their results in the same memory each time, whatever their number.
 
     Attributes:
         recording: a graph is about to be captured, or warmed up.
     """
 
-    def __init__(self, logits: Callable[[torch.Tensor], torch.Tensor], max_requests: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        logits: Callable[[torch.Tensor], torch.Tensor],
+        greedy: Callable[[torch.Tensor], torch.Tensor],
+        max_requests: int,
+    ) -> None:
         self.recording = False
-        self._compute_logits = logits
-        tokens_R1 = torch.zeros(max_requests, 1, dtype=torch.int64, device=device)
-        self._max_requests = max_requests
-        self._tokens_by_rows = [tokens_R1[:rows] for rows in range(max_requests + 1)]
+        self._compute_logits, self._greedy, self._max_requests = logits, greedy, max_requests
         self._logits_RV: torch.Tensor | None = None  # of the largest step recorded
+        self._tokens_by_rows: list[torch.Tensor] = []  # slices take longer to make than to look up
         self._rows = 0  # of the step at hand
         self._asked = True  # its logits have been handed out
 
@@ -43,10 +48,10 @@ class DecodeTail:
         if rows > self._max_requests:
             return
         logits_RV = self._compute_logits(hidden_RD)
-        # Of equal ones the first, as samplers of engines do.
-        torch.argmax(logits_RV, dim=-1, keepdim=True, out=self._tokens_by_rows[rows])
+        tokens_R1 = self._greedy(logits_RV)
         if self._logits_RV is None or rows > self._logits_RV.shape[0]:
             self._logits_RV = logits_RV
+            self._tokens_by_rows = [tokens_R1[:fewer] for fewer in range(rows + 1)]
 
     def begin(self, rows: int) -> None:
         """A step begins: the replay of a graph with these rows recorded, padding left out; 0 for any other."""

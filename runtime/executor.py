@@ -97,8 +97,9 @@ class Executor:
                 self._slots[name].append(arena[offset : offset + size])
                 offset += size
         self._results.clear()
-        for name, rows in (("forward", max_tokens), ("logits", max_rows)):
-            self._result(name, self.plan.functions[name].results[0].spec, rows)
+        for name, rows in (("forward", max_tokens), ("logits", max_rows), ("greedy", max_rows)):
+            if name in self.plan.functions:
+                self._result(name, self.plan.functions[name].results[0].spec, rows)
 
     def run(
         self,

@@ -144,6 +144,7 @@ class ModelShape:
 class Plan:
     """`forward` and `logits` are the entry points; the other functions are layers they call.
 
+    `greedy`, if there is one, is an entry point too: logits [T, V] -> the most probable tokens, int64 [T, 1].
     `restored` names the weights that are not stored: plain copies, for vendor calls, of the lossless ones it gives.
     """
 

@@ -64,7 +64,7 @@ class VllmCompileForCausalLM(nn.Module):
         scheduler = vllm_config.scheduler_config
         program.prepare(max_tokens=scheduler.max_num_batched_tokens, max_requests=scheduler.max_num_seqs)
         self.program = program
-        self.tail = DecodeTail(program.logits, scheduler.max_num_seqs, program.device)
+        self.tail = DecodeTail(program.logits, program.greedy, scheduler.max_num_seqs)
         longest = vllm_config.model_config.max_model_len
         # Which angles serve a request must not change while it grows: it is the longest that could come that counts.
         self.first_position = program.max_positions if longest > program.max_positions else 0

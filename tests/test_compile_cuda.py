@@ -96,6 +96,14 @@ def test_large_batches_go_to_vendors_with_plain_weights(packed):
     assert arguments["out"].buffer == epilogue.arguments[0].buffer
 
 
+def test_the_most_probable_token_is_an_entry_point(packed):
+    greedy = from_json((packed.artifact / "plan.json").read_text()).functions["greedy"]
+    (step,) = greedy.steps
+    assert (step.op, step.family) == ("argmax", "cuda.argmax")
+    assert step.arguments == (*greedy.inputs, *greedy.results)
+    assert (greedy.results[0].spec.dtype, greedy.weights) == ("int64", ())
+
+
 def test_windows_and_soft_caps(tmp_path, monkeypatch):
     """Gemma 2's, layer by layer: FlashAttention is told of caps; prompts with a window go to a kernel of ours."""
     sources = []

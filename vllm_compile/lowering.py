@@ -17,6 +17,7 @@ from .errors import UnsupportedError
 from .kernel_table import Kernels, KernelTable
 from .ops import OwnOp, op_of
 from .ops.base import arguments_of
+from .relax_passes.add_greedy import GREEDY
 from .relax_passes.base import Definitions
 from .relax_passes.lift_weights import WEIGHTS
 from .relax_passes.outline_layers import FORWARD, LOGITS, place
@@ -68,7 +69,7 @@ class Lowered:
 
 
 def lower(module: tvm.IRModule, choose: Callable[[OpSpec], Choice]) -> Lowered:
-    """Lower `forward`, `logits` and the layers they call; `choose` names the kernels for a call.
+    """Lower the entry points and the layers they call; `choose` names the kernels for a call.
 
     Raises:
         UnsupportedError: an operator is left that no pass turned into one of ours, or for which there is no kernel;
@@ -99,7 +100,7 @@ def lower(module: tvm.IRModule, choose: Callable[[OpSpec], Choice]) -> Lowered:
 def _weight_parameters(functions: dict[str, relax.Function]) -> dict[str, set[str]]:
     """Names of the parameters of each function that are weights."""
     stored = {str(name) for name in functions[WEIGHTS].attrs["stored"]}
-    names = {FORWARD: stored, LOGITS: stored}
+    names = {FORWARD: stored, LOGITS: stored, GREEDY: set()}
     for binding in Definitions(functions[FORWARD]).bindings:
         call = binding.value
         if isinstance(call, relax.Call) and isinstance(call.op, tvm.ir.GlobalVar):

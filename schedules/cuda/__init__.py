@@ -1,6 +1,7 @@
 """Kernel families for NVIDIA GPUs, in order of preference: the first that serves a call is the default."""
 
 from ..family import KernelFamily
+from .argmax import Argmax
 from .attention import PagedAttention
 from .elementwise import Embedding, SiluMul
 from .experts import ExpertGateUpSilu, ExpertLinear
@@ -34,4 +35,5 @@ FAMILIES: tuple[KernelFamily, ...] = (
     KVCacheWrite(),
     PagedAttention(),
     PrefillAttention(),
+    Argmax(),
 )

@@ -94,6 +94,18 @@ class TestForward:
         first, second = (run(program, [prompt], [[47], [48]])[0] for _ in range(2))
         assert first.equal(second)
 
+    def test_most_probable_tokens(self, program, generator):
+        """In the same memory each time; of equal ones the first."""
+        logits_SV = torch.randn(5, VOCABULARY, generator=generator).round()
+        program.prepare(max_tokens=64, max_requests=8)
+        tokens_S1 = program.greedy(logits_SV)
+        expected = [[row.index(max(row))] for row in logits_SV.tolist()]
+        assert tokens_S1.tolist() == expected
+        assert tokens_S1.dtype == torch.int64
+        fewer = program.greedy(-logits_SV[:2])
+        assert fewer.data_ptr() == tokens_S1.data_ptr()
+        assert fewer.tolist() == [[row.index(min(row))] for row in logits_SV[:2].tolist()]
+
     def test_padding_does_no_harm(self, program, generator):
         """Rows of length 0 and tokens without a slot, as an engine pads a batch for a captured graph."""
         ids = tokens(20, generator)

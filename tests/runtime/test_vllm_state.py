@@ -4,6 +4,7 @@ vLLM's sampler is a stand-in that says what it was asked; requests' parameters a
 """
 
 from copy import copy
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -75,7 +76,8 @@ def logits(generator) -> torch.Tensor:
 
 @pytest.fixture
 def tail(logits_RV) -> DecodeTail:
-    tail = DecodeTail(lambda hidden_RD: logits_RV[: len(hidden_RD)], REQUESTS, CPU)
+    greedy = partial(torch.argmax, dim=-1, keepdim=True)
+    tail = DecodeTail(lambda hidden_RD: logits_RV[: len(hidden_RD)], greedy, REQUESTS)
     tail.record(torch.zeros(REQUESTS, 1))
     return tail
 

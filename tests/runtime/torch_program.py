@@ -67,6 +67,7 @@ class TorchProgram:
         self.limits = max_tokens, max_requests
         self.hidden_TD = torch.empty(max_tokens, self.hidden_size, dtype=self.dtype)
         self.logits_SV = torch.empty(max_tokens, self.vocab_size, dtype=self.dtype)
+        self.tokens_S1 = torch.empty(max_tokens, 1, dtype=torch.int64)
 
     def embed(self, input_ids_T: torch.Tensor) -> torch.Tensor:
         return self.weights["model.embed_tokens.weight"][input_ids_T]
@@ -74,6 +75,10 @@ class TorchProgram:
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         self.logits_SV.fill_(float("nan"))
         return self.logits_SV[: len(hidden_SD)].copy_(F.linear(hidden_SD, self.weights["lm_head.weight"]))
+
+    def greedy(self, logits_SV: torch.Tensor) -> torch.Tensor:
+        self.tokens_S1.fill_(-1)
+        return self.tokens_S1[: len(logits_SV)].copy_(logits_SV.argmax(-1, keepdim=True))
 
     def forward(self, ids_T, positions_T, kv, table_RW, lens_R, starts_R1, slots_T):
         # The references live beside TVM, which a serving process must not import before it has to.

@@ -95,6 +95,9 @@ def cases(generator: torch.Generator) -> Iterator[Case]:
         inputs, attributes = ops.EMBEDDING.sample(generator, bf16, 9, 40, 136)
         inputs["ids"] = inputs["ids"].to(dtype)
         yield Case("embedding", ops.EMBEDDING, inputs, attributes, "ids")
+    for width in (24, 50257, 128256):
+        for tokens in (1, 9, 300):
+            yield Case(f"argmax {tokens}", ops.ARGMAX, *ops.ARGMAX.sample(generator, bf16, tokens, width), "logits")
     yield from experts(generator)
     for name, (heads, kv_heads, head_dim) in HEADS.items():
         for block_size in (16, 64, 128):

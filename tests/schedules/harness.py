@@ -16,7 +16,7 @@ from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets import Target
 
 T, R, R1, W, B, N = Sym.TOKENS, Sym.REQUESTS, Sym.BOUNDARIES, Sym.TABLE_WIDTH, Sym.BLOCKS, Sym.BLOCK_SIZE
-POISON = {"float32": float("nan"), "bfloat16": float("nan"), "int32": -(2**31)}
+POISON = {"float32": float("nan"), "bfloat16": float("nan"), "int32": -(2**31), "int64": -(2**63)}
 # Axes that are bound at each call, by input name; all others are known when a kernel is built.
 SYMBOLIC: dict[str, dict[int, Sym]] = {
     **{name: {0: T} for name in ("x", "residual", "q", "k", "v", "qkv", "cos", "sin", "ids", "slot_mapping")},

@@ -14,7 +14,7 @@ from vllm_compile.schedules.select import choose
 from vllm_compile.targets import cuda
 
 from . import harness
-from .cuda_kernel_cases import mismatch, owned_rows, sharing
+from .cuda_kernel_cases import mismatch, owned_rows, poison_of, sharing
 from .expressions import every_function, inputs_of, rotation, spec_of
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux")
@@ -35,6 +35,11 @@ CASES = {  # operator, arguments of its samples, the input that the negative con
     "silu": (ops.SILU_MUL, (5, 2056), "x"),
     "embedding": (ops.EMBEDDING, (9, 40, 136), "ids"),
     "embedding_float": (ops.EMBEDDING, (9, 40, 4), "ids"),
+    "argmax": (ops.ARGMAX, (5, 2056), "logits"),
+    "argmax_one_warp": (ops.ARGMAX, (3, 24), "logits"),
+    "argmax_wide": (ops.ARGMAX, (2, 17000), "logits"),
+    "argmax_unaligned": (ops.ARGMAX, (5, 1027), "logits"),
+    "argmax_float": (ops.ARGMAX, (3, 200), "logits"),
     "cache_write": (ops.KV_CACHE_WRITE, (9, 3, 64, 16, 32), "k"),
     "cache_write_keys": (ops.KV_CACHE_WRITE, (9, 1, 576, 16, 0), "k"),
     "rope": (ops.QKV_ROPE_CACHE, (9, 8, 2, 64, 16), "qkv"),
@@ -59,6 +64,7 @@ CHANGES = {  # of a case's samples, which have bf16 weights, rows of tokens, a b
     "norm_of_heads": lambda inputs: inputs | {"x": inputs["x"].view(2, 3, 64)},
     "norm_float_weight": lambda inputs: inputs | {"weight": inputs["weight"].float()},
     "layer_norm_float_weight": lambda inputs: {"x": inputs["x"], "weight": inputs["weight"].float()},
+    "argmax_float": lambda inputs: {"logits": inputs["logits"].float()},
     "embedding_float": lambda inputs: inputs | {"table": inputs["table"].float()},
     "attention_shared": sharing(0, 0, 2),
     "rope_attention_shared": sharing(0, 1, 2),
@@ -84,7 +90,7 @@ class OnHost:
 
     def run(self, inputs, kernel, **options):
         given = {name: tensor.clone() for name, tensor in inputs.items()}
-        outputs = [torch.full_like(result, float("nan")) for result in self.written]
+        outputs = [torch.full_like(result, poison_of(result)) for result in self.written]
         # Tokens of prompts are cached by the kernel before.
         early = EARLY - {"kv"} if "prompts" in self.attributes else EARLY
         report = run_kernel(kernel, *given.values(), *outputs, early=early, **options)
@@ -111,9 +117,22 @@ def test_matches_reference_in_every_order_of_threads(case, generator):
     changed = call.inputs[name].clone()
     if call.op is ops.EMBEDDING:
         changed[0] = (changed[0] + 4) % len(call.inputs["table"])
+    elif call.op is ops.ARGMAX:
+        changed[0, -1] = 9  # the largest, but the last
     else:
         changed[call.rows[-1]] += 4  # of a request with several cached tokens
     assert call.problems(call.run({**call.inputs, name: changed}, call.kernels[0]), expected)
+
+
+@pytest.mark.parametrize("width", [1032, 37])
+def test_argmax_of_rows_that_have_no_largest(width, generator):
+    """NaN is passed over; where nothing is left, a token that there is comes out."""
+    logits_TV = torch.randn(4, width, generator=generator).to(torch.bfloat16)
+    logits_TV[0, :-1], logits_TV[1], logits_TV[2] = float("nan"), float("nan"), float("-inf")
+    call = OnHost(ops.ARGMAX, {"logits": logits_TV}, {})
+    expected = call.expected()[0]
+    (found,) = call.run(call.inputs, call.kernels[0])
+    assert found.tolist() == [[width - 1], [0], [0], expected[3].tolist()]
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 64), ("bfloat16", 37), ("float32", 64)])

@@ -3,6 +3,7 @@
 from typing import Any
 
 from .add_rms_norm import ADD_RMS_NORM
+from .argmax import ARGMAX
 from .base import OwnOp, Tolerance
 from .causal_attention import CAUSAL_ATTENTION
 from .elementwise import ELEMENTWISE
@@ -28,6 +29,7 @@ OPS: dict[str, OwnOp] = {
     op.name: op
     for op in (
         ADD_RMS_NORM,
+        ARGMAX,
         CAUSAL_ATTENTION,
         ELEMENTWISE,
         EMBEDDING,
