@@ -72,7 +72,7 @@ class Program:
             else Executor(plan, self.kernels(), self.device)
         )
         self._caches = [f"kv_{layer}" for layer in range(model.num_layers)]
-        self._tokens = torch.zeros(0, 1, dtype=torch.int64, device=self.device)
+        self._tokens: torch.Tensor | None = None  # no device is touched before memory of it is asked for
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> None:
         """Take the weights into use: on a CPU where they are (those of the artifact mapped), else on the device.
@@ -191,7 +191,7 @@ class Program:
         rows = logits.shape[0]
         if "greedy" in self.plan.functions:
             return self._executor.run("greedy", rows, {"logits": logits})
-        if rows > len(self._tokens):
+        if self._tokens is None or rows > len(self._tokens):
             self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         return torch.argmax(logits, dim=-1, keepdim=True, out=self._tokens[:rows])
 

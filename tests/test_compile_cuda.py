@@ -26,7 +26,7 @@ from vllm_compile.errors import ArtifactError, TargetError
 from vllm_compile.runtime import gpu
 from vllm_compile.runtime.manifest import check_target, read_manifest
 from vllm_compile.runtime.plan import KernelStep, Large, VendorCall, from_json
-from vllm_compile.runtime.program import load, read_weights
+from vllm_compile.runtime.program import Program, load, read_weights
 from vllm_compile.schedules.cuda import build
 from vllm_compile.schedules.cuda.build import build_library, source
 from vllm_compile.schedules.select import choose
@@ -94,6 +94,16 @@ def test_large_batches_go_to_vendors_with_plain_weights(packed):
     arguments = dict(vendor.arguments)
     assert arguments["weight"].spec.dtype == "bfloat16"
     assert arguments["out"].buffer == epilogue.arguments[0].buffer
+
+
+@without_driver
+def test_a_program_is_made_without_its_device(packed):
+    """The front end does so: where it initialized CUDA, vLLM would spawn the engine, which imports everything again."""
+    manifest, plan = read_manifest(packed.artifact), from_json((packed.artifact / "plan.json").read_text())
+    program = Program(packed.artifact, plan, manifest)
+    assert program.device.type == "cuda"
+    with pytest.raises((RuntimeError, AssertionError)):  # as anything would that touches it
+        program.prepare(max_tokens=1)
 
 
 def test_the_most_probable_token_is_an_entry_point(packed):
