@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from vllm.logger import init_logger
 logger = init_logger("vllm.compiled_artifact")  # below vLLM's own, which says where lines go
 
 UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+FORKED = "vllm_compile.runtime.vllm_executor.ForkedWorkerExecutor"
+METHOD = "VLLM_WORKER_MULTIPROC_METHOD"  # how vLLM starts processes: fork or spawn
 # A model of fewer bytes is read by an H200 in 2 ms, which is about what vLLM's scheduler and runner together take for a
 # step of 64 requests (benchmarks/baseline.md).
 HOST_BOUND_BYTES = 8 << 30
@@ -24,21 +27,37 @@ def run_in_worker_process(vllm_config: Any, weight_bytes: int) -> None:
     hands out the tokens of the one before.  An engine that is to run in the user's process has its worker there, too.
 
     `--additional-config '{"worker_process": true}'` asks for it, and false for the opposite.  Where neither is said, a
-    small model's worker gets a process if that is forked, as it is of an `LLM`.  The one that `vllm serve` would spawn
-    imports everything once more, which a server's start has to wait for.
+    small model's worker gets a process if that can be forked: by vLLM, of an `LLM`, or by an executor of ours, of
+    `vllm serve`.  One that is spawned imports everything once more, which a start has to wait for.
     """
     from vllm import envs
 
     parallel, more = vllm_config.parallel_config, vllm_config.additional_config
+    vllm_forks = envs.VLLM_WORKER_MULTIPROC_METHOD == "fork"
+    we_fork = command_line_spawns() and not parallel.numa_bind  # which has numactl start processes
     wanted = more.get("worker_process") if isinstance(more, dict) else None
     if wanted is None:
         enough = usable_cores() >= WORKER_CORES * parallel.data_parallel_size_local
-        wanted = weight_bytes < HOST_BOUND_BYTES and enough and envs.VLLM_WORKER_MULTIPROC_METHOD == "fork"
+        wanted = weight_bytes < HOST_BOUND_BYTES and enough and (vllm_forks or we_fork)
     if wanted and parallel.distributed_executor_backend == "uni" and envs.VLLM_ENABLE_V1_MULTIPROCESSING:
         logger.info(
             "The worker gets a process of its own (--additional-config '{\"worker_process\": false}': it does not)"
         )
-        parallel.distributed_executor_backend = "mp"
+        parallel.distributed_executor_backend = FORKED if we_fork else "mp"
+
+
+def command_line_spawns(environment: Path = Path("/proc/self/environ")) -> bool:
+    """Whether processes are spawned for no other reason than that vLLM's command line has it so by default.
+
+    It sets the variable where the user has not.  Linux keeps in `environment` what a process was started with; where
+    that cannot be read, the user is taken to have set it, and so is the program that is not vLLM's command line.
+    """
+    try:
+        given = environment.read_bytes().split(b"\0")
+    except OSError:
+        return False
+    by_user = any(entry.startswith(f"{METHOD}=".encode()) for entry in given)
+    return "vllm.entrypoints.cli.main" in sys.modules and not by_user and os.environ.get(METHOD) == "spawn"
 
 
 def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -30,6 +32,7 @@ from vllm_compile.runtime import vllm_config, vllm_processes
 from vllm_compile.runtime.buckets import BucketPlan, Limits, Work
 from vllm_compile.runtime.gpu import Gpu
 from vllm_compile.runtime.vllm_config import ServingConfig, refuse_uneven_cache, refuse_unknown_version
+from vllm_compile.runtime.vllm_processes import FORKED, METHOD
 from vllm_compile.targets import resolve
 from vllm_compile.targets.cuda import CHIPS
 
@@ -137,6 +140,16 @@ def h200(monkeypatch):
     return weigh
 
 
+COMMAND_LINE = f"""
+import os
+import vllm.entrypoints.cli.main
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm_compile.runtime.vllm_processes import command_line_spawns
+cli_env_setup()
+print(os.environ[{METHOD!r}], command_line_spawns())
+"""
+
+
 class TestWorkerProcess:
     """Beside the engine's, for models whose steps take the GPU less time than the host."""
 
@@ -145,15 +158,23 @@ class TestWorkerProcess:
         """What vLLM's configuration comes to have as its executor."""
 
         def configured(
-            size: int = 0, multiprocessing: str = "1", cores: float = 4, method: str = "fork", **options
+            size: int = 0,
+            multiprocessing: str = "1",
+            cores: float = 4,
+            method: str = "fork",
+            by_user: bool = False,
+            numa_bind: bool = False,
+            **options,
         ) -> str:
             h200(size)
             config = EngineArgs(artifact, **OPTIONS | options).create_engine_config()
             config.parallel_config.distributed_executor_backend = options.get("distributed_executor_backend", "uni")
+            config.parallel_config.numa_bind = numa_bind
             with monkeypatch.context() as patch:
                 patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", multiprocessing)
-                patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", method)
+                patch.setenv(METHOD, method)
                 patch.setattr(vllm_processes, "usable_cores", lambda: cores)
+                patch.setattr(vllm_processes, "command_line_spawns", lambda: method == "spawn" and not by_user)
                 patch.setattr(current_platform, "is_cpu", lambda: False)
                 ServingConfig.verify_and_update_config(config)
             return config.parallel_config.distributed_executor_backend
@@ -163,26 +184,65 @@ class TestWorkerProcess:
     def test_of_a_small_model(self, backend):
         assert backend(4 << 30) == "mp"
 
+    def test_of_a_server(self, backend):
+        """Whose processes vLLM spawns: an executor of ours forks the worker."""
+        assert backend(4 << 30, method="spawn") == FORKED
+
     @pytest.mark.parametrize(
         "otherwise",
         [
             {"size": 12 << 30},
             {"multiprocessing": "0"},
             {"cores": 3.5},
-            {"method": "spawn"},
             {"additional_config": {"worker_process": False}},
         ],
-        ids=["a large model", "an engine in the user's process", "few cores", "a server", "a user who chose"],
+        ids=["a large model", "an engine in the user's process", "few cores", "a user who chose"],
     )
-    def test_not_of(self, backend, otherwise):
-        assert backend(**otherwise) == "uni"
+    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    def test_not_of(self, backend, method, otherwise):
+        assert backend(method=method, **otherwise) == "uni"
+
+    @pytest.mark.parametrize("otherwise", [{"by_user": True}, {"numa_bind": True}], ids=str)
+    def test_that_is_to_be_spawned(self, backend, otherwise):
+        """By the user's word, or as numactl's: vLLM spawns it for those who ask, and there is none for others."""
+        assert backend(method="spawn", **otherwise) == "uni"
+        assert backend(method="spawn", **otherwise, additional_config={"worker_process": True}) == "mp"
+        assert backend(**otherwise) == "mp", "an LLM's, as ever"
+
+    @pytest.mark.parametrize(
+        ("by", "given", "now", "spawns"),
+        [
+            ("vllm.entrypoints.cli.main", b"", "spawn", True),
+            ("vllm.entrypoints.cli.main", f"{METHOD}=spawn".encode(), "spawn", False),
+            ("vllm.entrypoints.cli.main", None, "spawn", False),
+            ("vllm.entrypoints.cli.main", b"", "fork", False),
+            ("a program of the user's", b"", "spawn", False),
+        ],
+        ids=["vLLM's command line", "the user", "who cannot be known", "nobody", "the user's program"],
+    )
+    def test_who_has_processes_spawned(self, by, given, now, spawns, tmp_path, monkeypatch):
+        monkeypatch.setenv(METHOD, now)
+        monkeypatch.delitem(sys.modules, "vllm.entrypoints.cli.main", raising=False)
+        monkeypatch.setitem(sys.modules, by, None)
+        if given is not None:
+            (tmp_path / "environ").write_bytes(b"\0".join([b"HOME=/root", given, b""]))
+        assert vllm_processes.command_line_spawns(tmp_path / "environ") == spawns
+
+    @pytest.mark.parametrize("given", [True, False])
+    def test_what_a_process_was_started_with(self, given):
+        """vLLM's command line sets the variable in any case; Linux says whether it was there before."""
+        environment = {name: value for name, value in os.environ.items() if name != METHOD}
+        environment |= {METHOD: "spawn"} if given else {}
+        command = [sys.executable, "-c", COMMAND_LINE]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == f"spawn {not given}"
 
     def test_several_engines_of_a_host_share_its_cores(self, h200, artifact, monkeypatch):
         config = EngineArgs(artifact, **OPTIONS).create_engine_config()
         config.parallel_config.distributed_executor_backend = "uni"
         config.parallel_config.data_parallel_size_local = 2
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+        monkeypatch.setenv(METHOD, "fork")
         for cores, backend in ((7, "uni"), (8, "mp")):
             monkeypatch.setattr(vllm_processes, "usable_cores", lambda cores=cores: cores)
             vllm_processes.run_in_worker_process(config, 0)
@@ -196,9 +256,10 @@ class TestWorkerProcess:
             file.write_text(quota)
         assert vllm_processes.usable_cores(file) == cores
 
-    @pytest.mark.parametrize("otherwise", [{"size": 12 << 30}, {"cores": 1}, {"method": "spawn"}], ids=str)
+    @pytest.mark.parametrize("otherwise", [{"size": 12 << 30}, {"cores": 1}], ids=str)
     def test_of_those_who_ask(self, backend, otherwise):
-        assert backend(additional_config={"worker_process": True}, **otherwise) == "mp"
+        for method, executor in (("fork", "mp"), ("spawn", FORKED)):
+            assert backend(additional_config={"worker_process": True}, method=method, **otherwise) == executor
 
     def test_another_executor_is_left_as_it_is(self, backend):
         assert backend(distributed_executor_backend="external_launcher") == "external_launcher"
