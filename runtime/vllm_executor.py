@@ -1,4 +1,7 @@
-"""vLLM's executor of worker processes, which forks them from an engine that was itself spawned, as a server's is.
+"""vLLM's executor of worker processes, for a small model's one worker: a message a step, and a worker that is forked.
+
+vLLM sends a step in two messages, to compute it and to sample from it, and has an answer to each (what they cost:
+benchmarks/baseline.md).
 
 vLLM's command line has every process spawned, and a worker that is spawned imports everything once more: a third round
 after the front end's and the engine's.  What spawning is for is over by then: the engine is no copy of the front end,
@@ -9,26 +12,70 @@ same state, from an engine that is itself a fork of the user's process, with wha
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 from typing import Any
 
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.utils.system_utils import set_env_var
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
+from .vllm_processes import METHOD, WHOLE_STEPS
+
 logger = init_logger("vllm.compiled_artifact")  # below vLLM's own, which says where lines go
 
 
-class ForkedWorkerExecutor(MultiprocExecutor):
-    """Named in vLLM's configuration by `vllm_processes.FORKED`; of one worker, which is ready when this returns.
+class WholeSteps:
+    """What vLLM adds to its worker class (`worker_extension_cls`)."""
 
-    vLLM asks an environment variable for each process that it starts, and spawns all the same, with a warning, where
-    CUDA is initialized, in Ray's actors and in WSL.  The worker keeps the variable, as an `LLM`'s has it.
+    def run_step(self: Any, scheduler_output: Any, grammar_output: Any) -> Any:
+        """Computes a step and samples from it; returns what vLLM's worker does."""
+        output = self.execute_model(scheduler_output)
+        return self.sample_tokens(grammar_output) if output is None else output
+
+
+class OneWorkerExecutor(MultiprocExecutor):
+    """Named in vLLM's configuration by `vllm_processes.ONE_WORKER`; its worker is ready when it is made.
+
+    vLLM asks an environment variable how to start a process, and spawns all the same, with a warning, where CUDA is
+    initialized, in Ray's actors and in WSL.  The worker keeps the variable, as an `LLM`'s has it.
     """
 
     def __init__(self, vllm_config: Any, *args: Any, **options: Any):
-        if (threads := threading.active_count()) > 1:  # what one of them holds locked would stay so in the worker
+        self._whole_steps = vllm_config.parallel_config.worker_extension_cls == WHOLE_STEPS
+        self._step: Any = None  # announced, and not sent yet
+        if envs.VLLM_WORKER_MULTIPROC_METHOD == "fork":
+            super().__init__(vllm_config, *args, **options)
+        elif (threads := threading.active_count()) > 1:  # what one of them holds locked would stay so in the worker
             logger.warning("The worker is not forked, as %d Python threads run beside the engine's", threads - 1)
             super().__init__(vllm_config, *args, **options)
-            return
-        with set_env_var("VLLM_WORKER_MULTIPROC_METHOD", "fork"):
-            super().__init__(vllm_config, *args, **options)
+        else:
+            with set_env_var(METHOD, "fork"):
+                super().__init__(vllm_config, *args, **options)
+
+    def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+        """As vLLM's, but a step that is sampled from at once goes with the call of `sample_tokens` that follows.
+
+        The engine asks this call's result for None, and for errors, which that one reports instead.
+        """
+        tokens = scheduler_output.total_num_scheduled_tokens  # without any, nothing is sampled
+        # What a grammar allows is found out by the engine while the worker computes.
+        if not (self._whole_steps and non_block and tokens) or scheduler_output.has_structured_output_requests:
+            return super().execute_model(scheduler_output, non_block)
+        self._step = scheduler_output
+        announced: Future[None] = Future()
+        announced.set_result(None)
+        return announced
+
+    def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
+        """As vLLM's."""
+        step, self._step = self._step, None
+        if step is None:
+            return super().sample_tokens(grammar_output, non_block)
+        return self.collective_rpc(
+            "run_step",
+            args=(step, grammar_output),
+            unique_reply_rank=self.output_rank,
+            non_block=non_block,
+            timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+        )

@@ -12,7 +12,8 @@ from vllm.logger import init_logger
 logger = init_logger("vllm.compiled_artifact")  # below vLLM's own, which says where lines go
 
 UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-FORKED = "vllm_compile.runtime.vllm_executor.ForkedWorkerExecutor"
+ONE_WORKER = "vllm_compile.runtime.vllm_executor.OneWorkerExecutor"
+WHOLE_STEPS = "vllm_compile.runtime.vllm_executor.WholeSteps"
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"  # how vLLM starts processes: fork or spawn
 # A model of fewer bytes is read by an H200 in 2 ms, which is about what vLLM's scheduler and runner together take for a
 # step of 64 requests (benchmarks/baseline.md).
@@ -27,7 +28,7 @@ def run_in_worker_process(vllm_config: Any, weight_bytes: int) -> None:
     hands out the tokens of the one before.  An engine that is to run in the user's process has its worker there, too.
 
     `--additional-config '{"worker_process": true}'` asks for it, and false for the opposite.  Where neither is said, a
-    small model's worker gets a process if that can be forked: by vLLM, of an `LLM`, or by an executor of ours, of
+    small model's worker gets a process if that can be forked: by vLLM, of an `LLM`, or by our executor, of
     `vllm serve`.  One that is spawned imports everything once more, which a start has to wait for.
     """
     from vllm import envs
@@ -43,7 +44,14 @@ def run_in_worker_process(vllm_config: Any, weight_bytes: int) -> None:
         logger.info(
             "The worker gets a process of its own (--additional-config '{\"worker_process\": false}': it does not)"
         )
-        parallel.distributed_executor_backend = FORKED if we_fork else "mp"
+        if not (vllm_forks or we_fork):
+            parallel.distributed_executor_backend = "mp"
+            return
+        parallel.distributed_executor_backend = ONE_WORKER
+        # These have more to say to a worker, and hear more of it.
+        others = vllm_config.speculative_config, vllm_config.kv_transfer_config, vllm_config.ec_transfer_config
+        if not parallel.worker_extension_cls and all(config is None for config in others):
+            parallel.worker_extension_cls = WHOLE_STEPS
 
 
 def command_line_spawns(environment: Path = Path("/proc/self/environ")) -> bool:

@@ -32,7 +32,7 @@ from vllm_compile.runtime import vllm_config, vllm_processes
 from vllm_compile.runtime.buckets import BucketPlan, Limits, Work
 from vllm_compile.runtime.gpu import Gpu
 from vllm_compile.runtime.vllm_config import ServingConfig, refuse_uneven_cache, refuse_unknown_version
-from vllm_compile.runtime.vllm_processes import FORKED, METHOD
+from vllm_compile.runtime.vllm_processes import METHOD, ONE_WORKER, WHOLE_STEPS
 from vllm_compile.targets import resolve
 from vllm_compile.targets.cuda import CHIPS
 
@@ -182,11 +182,11 @@ class TestWorkerProcess:
         return configured
 
     def test_of_a_small_model(self, backend):
-        assert backend(4 << 30) == "mp"
+        assert backend(4 << 30) == ONE_WORKER
 
     def test_of_a_server(self, backend):
         """Whose processes vLLM spawns: an executor of ours forks the worker."""
-        assert backend(4 << 30, method="spawn") == FORKED
+        assert backend(4 << 30, method="spawn") == ONE_WORKER
 
     @pytest.mark.parametrize(
         "otherwise",
@@ -207,7 +207,7 @@ class TestWorkerProcess:
         """By the user's word, or as numactl's: vLLM spawns it for those who ask, and there is none for others."""
         assert backend(method="spawn", **otherwise) == "uni"
         assert backend(method="spawn", **otherwise, additional_config={"worker_process": True}) == "mp"
-        assert backend(**otherwise) == "mp", "an LLM's, as ever"
+        assert backend(**otherwise) == ONE_WORKER, "an LLM's, as ever"
 
     @pytest.mark.parametrize(
         ("by", "given", "now", "spawns"),
@@ -243,7 +243,7 @@ class TestWorkerProcess:
         config.parallel_config.data_parallel_size_local = 2
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         monkeypatch.setenv(METHOD, "fork")
-        for cores, backend in ((7, "uni"), (8, "mp")):
+        for cores, backend in ((7, "uni"), (8, ONE_WORKER)):
             monkeypatch.setattr(vllm_processes, "usable_cores", lambda cores=cores: cores)
             vllm_processes.run_in_worker_process(config, 0)
             assert config.parallel_config.distributed_executor_backend == backend
@@ -258,8 +258,31 @@ class TestWorkerProcess:
 
     @pytest.mark.parametrize("otherwise", [{"size": 12 << 30}, {"cores": 1}], ids=str)
     def test_of_those_who_ask(self, backend, otherwise):
-        for method, executor in (("fork", "mp"), ("spawn", FORKED)):
-            assert backend(additional_config={"worker_process": True}, method=method, **otherwise) == executor
+        for method in ("fork", "spawn"):
+            assert backend(additional_config={"worker_process": True}, method=method, **otherwise) == ONE_WORKER
+
+    @pytest.mark.parametrize(
+        ("field", "given", "expected"),
+        [
+            ("worker_extension_cls", "", WHOLE_STEPS),
+            ("worker_extension_cls", "the.users", "the.users"),
+            ("speculative_config", "one", ""),
+            ("kv_transfer_config", "one", ""),
+            ("ec_transfer_config", "one", ""),
+        ],
+    )
+    def test_messages_of_whole_steps(self, h200, artifact, monkeypatch, field, given, expected):
+        """Unless a user has an extension of their own, or others want to know what happens in between."""
+        config = EngineArgs(artifact, **OPTIONS).create_engine_config()
+        parallel = config.parallel_config
+        parallel.distributed_executor_backend = "uni"
+        monkeypatch.setattr(parallel if hasattr(parallel, field) else config, field, given)
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        monkeypatch.setenv(METHOD, "fork")
+        monkeypatch.setattr(vllm_processes, "usable_cores", lambda: 4)
+        vllm_processes.run_in_worker_process(config, 0)
+        assert parallel.distributed_executor_backend == ONE_WORKER
+        assert parallel.worker_extension_cls == expected
 
     def test_another_executor_is_left_as_it_is(self, backend):
         assert backend(distributed_executor_backend="external_launcher") == "external_launcher"

@@ -23,9 +23,10 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from examples import demo
 from vllm_compile.runtime import vllm_executor
-from vllm_compile.runtime.vllm_executor import ForkedWorkerExecutor
-from vllm_compile.runtime.vllm_processes import FORKED, METHOD
+from vllm_compile.runtime.vllm_executor import OneWorkerExecutor, WholeSteps
+from vllm_compile.runtime.vllm_processes import METHOD, ONE_WORKER, WHOLE_STEPS
 
+CONFIGURATION = SimpleNamespace(parallel_config=SimpleNamespace(worker_extension_cls=""))
 PROMPT = [5, 6, 7, 8]
 END_LIMIT = 60  # seconds that a server and its processes may take to end
 
@@ -39,22 +40,26 @@ class TestMethod:
         used = []
 
         def init(self, vllm_config, monitor_workers=True):
-            assert (vllm_config, monitor_workers) == ("configuration", False)
+            assert (vllm_config, monitor_workers) == (CONFIGURATION, False)
             used.append(system_utils.get_mp_context().get_start_method())
 
         monkeypatch.setattr(MultiprocExecutor, "__init__", init)
-        monkeypatch.setenv(METHOD, "spawn")
 
-        def start(threads: int = 1) -> str:
+        def start(threads: int = 1, method: str = "spawn") -> str:
+            monkeypatch.setenv(METHOD, method)
             monkeypatch.setattr(vllm_executor.threading, "active_count", lambda: threads)
-            ForkedWorkerExecutor("configuration", monitor_workers=False)
-            assert os.environ[METHOD] == "spawn"
+            OneWorkerExecutor(CONFIGURATION, monitor_workers=False)
+            assert os.environ[METHOD] == method
             return used.pop()
 
         return start
 
     def test_is_fork(self, method):
         assert method() == "fork"
+
+    def test_is_vllms_own_of_an_llm(self, method):
+        """Which forks beside threads, too."""
+        assert method(threads=3, method="fork") == "fork"
 
     def test_is_vllms_beside_threads(self, method, monkeypatch):
         lines = []
@@ -78,10 +83,80 @@ class TestMethod:
         assert os.environ[METHOD] == "spawn"
 
 
+class TestSteps:
+    """What is sent for a step, by the calls that the engine makes."""
+
+    @pytest.fixture
+    def sent(self, monkeypatch) -> list[tuple]:
+        sent = []
+
+        def collective_rpc(self, method, args=(), non_block=False, **options):
+            sent.append((method, args, non_block, options["unique_reply_rank"]))
+            return "the answer"
+
+        monkeypatch.setattr(MultiprocExecutor, "collective_rpc", collective_rpc)
+        return sent
+
+    @pytest.fixture
+    def executor(self, monkeypatch, sent):
+        monkeypatch.setattr(MultiprocExecutor, "__init__", lambda self, vllm_config: None)
+
+        def made(extension: str = WHOLE_STEPS) -> OneWorkerExecutor:
+            parallel = SimpleNamespace(worker_extension_cls=extension)
+            executor = OneWorkerExecutor(SimpleNamespace(parallel_config=parallel))
+            executor.output_rank = 0
+            executor.kv_output_aggregator = executor.ec_output_aggregator = None
+            return executor
+
+        return made
+
+    def test_a_message_a_step(self, executor, sent):
+        executor = executor()
+        for step in (scheduled(), scheduled()):
+            assert executor.execute_model(step, non_block=True).result() is None
+            assert not sent, "before it is known how to sample"
+            assert executor.sample_tokens("grammar", non_block=True) == "the answer"
+            assert [sent.pop()] == [("run_step", (step, "grammar"), True, 0)]
+            assert not sent
+
+    @pytest.mark.parametrize(
+        ("step", "non_block", "extension"),
+        [
+            ({"total_num_scheduled_tokens": 0}, True, WHOLE_STEPS),
+            ({"has_structured_output_requests": True}, True, WHOLE_STEPS),
+            ({}, False, WHOLE_STEPS),
+            ({}, True, "another"),
+        ],
+        ids=["nothing to sample", "a grammar", "who waits for it", "a worker that knows no such message"],
+    )
+    def test_two_as_vllms(self, executor, sent, step, non_block, extension):
+        executor, step = executor(extension), scheduled(**step)
+        assert executor.execute_model(step, non_block=non_block) == "the answer"
+        assert executor.sample_tokens(None, non_block=True) == "the answer"
+        assert sent == [("execute_model", (step,), non_block, 0), ("sample_tokens", (None,), True, 0)]
+
+    @pytest.mark.parametrize(("computed", "expected"), [(None, ("sampled", "grammar")), ("nothing to sample", None)])
+    def test_what_the_worker_does(self, computed, expected):
+        class Worker(WholeSteps):
+            def execute_model(self, scheduler_output):
+                assert scheduler_output == "step"
+                return computed
+
+            def sample_tokens(self, grammar_output):
+                return "sampled", grammar_output
+
+        assert Worker().run_step("step", "grammar") == (expected or computed)
+
+
+def scheduled(**changed) -> SimpleNamespace:
+    """What the scheduler says of a step."""
+    return SimpleNamespace(**{"total_num_scheduled_tokens": 3, "has_structured_output_requests": False} | changed)
+
+
 def test_vllm_finds_it_by_its_name():
-    named = SimpleNamespace(parallel_config=SimpleNamespace(distributed_executor_backend=FORKED))
-    assert Executor.get_class(named) is ForkedWorkerExecutor
-    assert ForkedWorkerExecutor.supports_async_scheduling()
+    named = SimpleNamespace(parallel_config=SimpleNamespace(distributed_executor_backend=ONE_WORKER))
+    assert Executor.get_class(named) is OneWorkerExecutor
+    assert OneWorkerExecutor.supports_async_scheduling()
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +177,8 @@ def server(tiny_fp32, tmp_path):
     environment |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     port, log = demo.free_port(), tmp_path / "log"
     command = [demo.installed("vllm"), "serve", tiny_fp32, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--distributed-executor-backend", FORKED, "--kv-cache-memory-bytes", str(1 << 24)]
+    command += ["--distributed-executor-backend", ONE_WORKER, "--worker-extension-cls", WHOLE_STEPS]
+    command += ["--kv-cache-memory-bytes", str(1 << 24)]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
