@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_compile.errors import UnsupportedError
 from vllm_compile.lowering import Lowered, lower
-from vllm_compile.relax_passes.pipeline import PIPELINE, run_passes
+from vllm_compile.relax_passes.pipeline import passes_for, run_passes
 from vllm_compile.runtime.plan import Argument, CallStep, KernelStep, ModelShape, Plan, from_json
 from vllm_compile.schedules.family import Variant
 from vllm_compile.schedules.layouts import Panels
@@ -199,7 +199,7 @@ def test_deterministic(lowered, pairs):
 def test_leftover_operator_is_named(pairs):
     """What no pass turned into an operator of ours is an error, here for want of the last pass."""
     module = pairs("mlp bias").imported.module
-    for transform in PIPELINE[:-1]:
+    for transform in passes_for()[:-1]:
         module = transform(module)
     with pytest.raises(UnsupportedError, match=r"operator relax\.split .* has no kernel"):
         lower(module, choose)
