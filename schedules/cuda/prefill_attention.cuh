@@ -1,11 +1,15 @@
 // Attention of prompts over a paged KV cache, on the tensor cores: what paged_attention.cuh does for single queries.
 //
 // A thread block takes consecutive queries of one request, for one KV head: each of them with each of the GROUP query
-// heads is a row of a tile of 16 * WARPS rows, 16 to a warp.  All rows go through the cached tokens together, KEYS at a
-// time, which are copied to shared memory a stage ahead (cp.async); sums stay in registers (FlashAttention-2, Dao 2023).
+// heads is a row, WARP_ROWS to a warp.  All rows go through the cached tokens together, a tile of KEYS at a time; sums
+// stay in registers (FlashAttention-2, Dao 2023).  Tiles are copied to shared memory (cp.async) in halves, keys and
+// values in turn, SLOTS - 1 halves ahead; threads meet once a half: then it is there, and the slot of the one before
+// is free.
 //
-// Within a window (scores.cuh) the block starts where its first query's begins.  Tokens that none of its queries sees are
-// not read: zeros stand for them.  Warps whose rows are nobody's only copy.
+// Within a window (scores.cuh) the block starts where its first query's begins.  Tokens that none of its queries sees
+// are not read: zeros stand for them.  A warp leaves out tiles that its rows see nothing of, and compares positions in
+// those that they do not see whole: where the window starts and where the queries are.  Blocks with the last queries,
+// which see most, start first.
 #ifndef VLLM_COMPILE_PREFILL_ATTENTION
 #define VLLM_COMPILE_PREFILL_ATTENTION
 
@@ -42,29 +46,36 @@ __device__ __forceinline__ QueryTile find_queries(const int* query_start_loc, in
   return {-1, 0};
 }
 
-// q, out [tokens, KV_HEADS * GROUP, HEAD_DIM]; the cache holds all tokens.  Block (stretch, KV head).  scale is that of
-// the scores times log2(e).
-template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int KEYS, int WINDOW = 0, uint32_t SOFT_CAP = 0>
+// What probabilities are relative to follows a row's largest score only when that has risen by more, as an exponent of
+// 2: sums are seldom multiplied then, and stay far from overflow (FlashAttention-4).
+constexpr float RISE = 8.f;
+
+// q, out [tokens, KV_HEADS * GROUP, HEAD_DIM]; the cache holds all tokens.  Blocks: KV heads, then stretches, the last
+// first.  scale is that of the scores times log2(e), above 0.  HELD: queries are in registers.
+template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int WARP_ROWS, int KEYS, int SLOTS, bool HELD,
+          int WINDOW = 0, uint32_t SOFT_CAP = 0>
 __device__ __forceinline__ void prefill_attention(const void* q, const void* kv,
                                                   const int* block_table, const int* seq_lens,
                                                   const int* query_start_loc, void* out,
                                                   float scale, int requests, int block_size, int table_width,
                                                   int64_t block_stride, int64_t head_stride, int64_t token_stride,
                                                   void* shared) {
-  constexpr int HEADS = KV_HEADS * GROUP, THREADS = 32 * WARPS, ROWS = 16 * WARPS, TOKENS = ROWS / GROUP;
-  constexpr int CHUNKS = HEAD_DIM / 4, STAGE = KEYS * CHUNKS;      // of 16 bytes: of a cached token, of a stage
-  constexpr int Q_CHUNKS = HEAD_DIM / 8, Q_ROW = Q_CHUNKS + 1;     // odd: eight rows are in eight groups of banks
-  constexpr int STEPS = HEAD_DIM / 16, SLICES = HEAD_DIM / 8, PAIRS = KEYS / 16;
+  constexpr int HEADS = KV_HEADS * GROUP, THREADS = 32 * WARPS, ROWS = WARP_ROWS * WARPS, TOKENS = ROWS / GROUP;
+  constexpr int CHUNKS = HEAD_DIM / 8, ROW = CHUNKS + 1;  // of 16 bytes; odd: eight rows are in eight groups of banks
+  constexpr int SLOT = KEYS * ROW * 16;                   // bytes
+  constexpr int COLUMNS = CHUNKS % 8 ? 4 : 8, PASS = THREADS / COLUMNS;  // threads that copy a token; tokens at once
+  constexpr int TALL = WARP_ROWS / 16, STEPS = HEAD_DIM / 16, SLICES = HEAD_DIM / 8, PAIRS = KEYS / 16;
   using Seen = Scores<WINDOW, SOFT_CAP>;
   static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM <= MOST_HEAD_DIM && TOKENS > 0 && PAIRS <= 32, "beyond this kernel");
+  static_assert(PASS % 16 == 0 && KEYS % PASS == 0 && ROWS % PASS == 0, "threads copy the same number of tokens");
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, head = blockIdx.y;
-  uint4* const queries_at = static_cast<uint4*>(shared);
-  const uint32_t queries_address = shared_address(queries_at), ring_address = queries_address + ROWS * Q_ROW * 16;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int head = blockIdx.x % KV_HEADS, number = (gridDim.x - 1 - blockIdx.x) / KV_HEADS;
+  const uint32_t queries_address = shared_address(shared);
 
   launch_dependents();
   // Arguments of the whole program: no kernel before writes them.
-  const QueryTile found = find_queries<TOKENS>(query_start_loc, requests, blockIdx.x);
+  const QueryTile found = find_queries<TOKENS>(query_start_loc, requests, number);
   wait_for_kernels_before();
   if (found.request < 0) return;
   const int first_row = query_start_loc[found.request] + found.tile * TOKENS;
@@ -72,130 +83,196 @@ __device__ __forceinline__ void prefill_attention(const void* q, const void* kv,
   const int first_visible = seq_lens[found.request] - left + 1, visible = first_visible + count - 1;  // to first, last
   const int begin = Seen::first(first_visible), first_tile = begin / KEYS, tiles = (visible + KEYS - 1) / KEYS;
   const int* const table = block_table + (size_t)found.request * table_width;
-  const __nv_bfloat16* const cache = static_cast<const __nv_bfloat16*>(kv) + head * head_stride;
 
-  for (int i = threadIdx.x; i < ROWS * Q_CHUNKS; i += THREADS) {
-    const int row = i / Q_CHUNKS, chunk = i % Q_CHUNKS, token = row / GROUP;
-    const size_t at = ((size_t)(first_row + token) * HEADS + head * GROUP + row % GROUP) * Q_CHUNKS + chunk;
-    queries_at[row * Q_ROW + chunk] = token < count ? load_vector(q, at) : make_uint4(0, 0, 0, 0);
+  const int copied = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;  // this thread's row of a pass
+  const uint32_t copied_address = queries_address + (copied * ROW + column) * 16;
+  auto copy = [&](uint32_t to, const __nv_bfloat16* from, bool there) {
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; chunk += COLUMNS)
+      copy_async_or_zero(copied_address + to + chunk * 16, from + chunk * 8, there);
+  };
+#pragma unroll
+  for (int pass = 0; pass < ROWS; pass += PASS) {
+    const int row = pass + copied, token = row / GROUP;
+    const size_t at = ((size_t)(first_row + token) * HEADS + head * GROUP + row % GROUP) * HEAD_DIM + column * 8;
+    copy(pass * ROW * 16, static_cast<const __nv_bfloat16*>(q) + (token < count ? at : 0), token < count);
   }
 
-  const bool works = warp * 16 < count * GROUP;
-  auto load = [&](int tile) {
-    // Lane i knows where the tile's i-th 16 tokens lie.
-    int block = 0, row = 0;
+  // Lane i knows where the i-th 16 tokens lie of the tile that is copied next; it looks them up half a tile before.
+  int block, block_row;
+  auto look_up = [&](int tile) {
     const int own = tile * KEYS + lane * 16;
-    if (lane < PAIRS && own < visible && own + 15 >= begin) block = table[own / block_size], row = own % block_size;
-    const uint32_t to = ring_address + tile % 2 * (STAGE * 16);
+    block = block_row = 0;
+    if (lane < PAIRS && own < visible && own + 15 >= begin)
+      block = table[(unsigned)own / block_size], block_row = (unsigned)own % block_size;
+  };
+  const __nv_bfloat16* const cache =
+      static_cast<const __nv_bfloat16*>(kv) + (head * head_stride + copied % 16 * token_stride + column * 8);
+  auto load = [&](int half) {
+    const int tile = half / 2, values = half % 2;
+    if (tile < tiles) {
+      const int64_t own = block * block_stride + block_row * token_stride + values * HEAD_DIM;
+      const uint32_t to = ROWS * ROW * 16 + (unsigned)half % SLOTS * SLOT;
+      const int before = begin - tile * KEYS - copied, end = visible - tile * KEYS - copied;
 #pragma unroll
-    for (int i = 0; i < STAGE / THREADS; i++) {
-      const int token = (i * THREADS + threadIdx.x) / CHUNKS, chunk = (i * THREADS + threadIdx.x) % CHUNKS;
-      const int position = tile * KEYS + token;
-      const int64_t at_block = __shfl_sync(0xffffffff, block, token / 16);
-      const int at_row = __shfl_sync(0xffffffff, row, token / 16) + token % 16;
-      copy_async_or_zero(to + (token * CHUNKS + (chunk ^ (token & 7))) * 16,
-                         cache + at_block * block_stride + at_row * token_stride + chunk * 8,
-                         position < visible && position >= begin);
+      for (int pass = 0; pass < KEYS; pass += PASS)
+        copy(to + pass * ROW * 16, cache + __shfl_sync(0xffffffff, own, pass / 16 + (PASS > 16 ? copied / 16 : 0)),
+             pass >= before && pass < end);
+      if (values) look_up(tile + 1);
     }
     commit_copies();
   };
-  static_assert(STAGE % THREADS == 0, "threads copy the same number of chunks");
-
-  float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
-  float values[SLICES][4] = {};
-  load(first_tile);
-  for (int tile = first_tile; tile < tiles; tile++) {
-    if (tile + 1 < tiles) {
-      load(tile + 1);
-      wait_copies<1>();
-    } else {
-      wait_copies<0>();
-    }
+  // Returns where the half lies.
+  auto arrive = [&](int half) {
+    wait_copies<SLOTS - 2>();
     __syncthreads();
-    const uint32_t stage = ring_address + tile % 2 * (STAGE * 16);
+    load(half + SLOTS - 1);
+    return queries_address + ROWS * ROW * 16 + (unsigned)half % SLOTS * SLOT;
+  };
+  look_up(first_tile);
+#pragma unroll
+  for (int ahead = 0; ahead < SLOTS - 1; ahead++) load(first_tile * 2 + ahead);
 
-    if (works) {
+  // This lane's part of load_matrices: of 16 rows of queries or values, and of 16 keys.
+  const uint32_t plain = (lane % 16 * ROW + lane / 16) * 16;
+  const uint32_t paired = ((lane / 16 * 8 + lane % 8) * ROW + lane / 8 % 2) * 16;
+  const uint32_t warp_address = queries_address + warp * WARP_ROWS * ROW * 16 + plain;
+  auto load_queries = [&](uint32_t (&to)[TALL][4], int step) {
+#pragma unroll
+    for (int high = 0; high < TALL; high++)
+      load_matrices(to[high], warp_address + (high * 16 * ROW + step * 2) * 16);
+  };
+  uint32_t queries[HELD ? STEPS : 1][TALL][4];
+  if constexpr (HELD) {
+    wait_copies<SLOTS - 2>();
+    __syncthreads();
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) load_queries(queries[step], step);
+  }
+
+  // Cached tokens up to the queries of the warp's first and last row.
+  const bool works = warp * WARP_ROWS < count * GROUP;
+  const int least = first_visible + warp * WARP_ROWS / GROUP;
+  const int most = first_visible + (warp * WARP_ROWS + WARP_ROWS - 1) / GROUP;
+  const float unit = SOFT_CAP == 0 ? scale : 1.f;  // of scores, in exponents of 2
+  float base_of[TALL][2], sum[TALL][2] = {}, values[TALL][SLICES][4] = {};  // base: a score that it saw, see RISE
+  // function(high, half) of this lane's rows, function(score, its token's place in the tile) of a row's scores.
+  auto each_row = [](auto function) {
+#pragma unroll
+    for (int high = 0; high < TALL; high++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) function(high, half);
+  };
+  each_row([&](int high, int half) { base_of[high][half] = -INFINITY; });
+  float scores[TALL][KEYS / 8][4];
+  auto each_score = [&](int high, int half, auto function) {
+#pragma unroll
+    for (int eight = 0; eight < KEYS / 8; eight++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) function(scores[high][eight][half * 2 + i], eight * 8 + 2 * t + i);
+  };
+
+  for (int tile = first_tile; tile < tiles; tile++) {
+    const int from = tile * KEYS, to = from + KEYS;
+    const bool seen = works && from < most && Seen::reaches(to - 1, least);
+    uint32_t p[TALL][PAIRS][4];
+    const uint32_t keys_address = arrive(tile * 2) + paired;
+    if (seen) {
       // Scores: queries are A, 16 tokens are B, twice 8.
-      float scores[KEYS / 8][4] = {};
+      each_row([&](int high, int half) { each_score(high, half, [](float& score, int) { score = 0.f; }); });
 #pragma unroll
       for (int step = 0; step < STEPS; step++) {
-        uint32_t rows[4];
-        load_matrices(rows, queries_address + ((warp * 16 + lane % 16) * Q_ROW + step * 2 + lane / 16) * 16);
+        uint32_t(&rows)[TALL][4] = queries[HELD ? step : 0];
+        if constexpr (!HELD) load_queries(rows, step);
 #pragma unroll
         for (int pair = 0; pair < PAIRS; pair++) {
           uint32_t k[4];
-          load_matrices(k, stage + place<HEAD_DIM>(pair * 16 + lane / 16 * 8 + lane % 8, step * 2, lane / 8 % 2));
-          mma(scores[pair * 2], rows, k[0], k[1]);
-          mma(scores[pair * 2 + 1], rows, k[2], k[3]);
+          load_matrices(k, keys_address + (pair * 16 * ROW + step * 2) * 16);
+#pragma unroll
+          for (int high = 0; high < TALL; high++) {
+            mma(scores[high][pair * 2], rows[high], k[0], k[1]);
+            mma(scores[high][pair * 2 + 1], rows[high], k[2], k[3]);
+          }
         }
       }
+      if constexpr (SOFT_CAP != 0)
+        each_row([&](int high, int half) {
+          each_score(high, half, [&](float& score, int) { score = Seen::of(score, scale); });
+        });
+      if (to > least || !Seen::reaches(from, most))
+        each_row([&](int high, int half) {
+          const int own = first_visible + (warp * WARP_ROWS + high * 16 + g + half * 8) / GROUP;
+          each_score(high, half, [&](float& score, int at) {
+            if (from + at >= own || !Seen::reaches(from + at, own)) score = -INFINITY;
+          });
+        });
+      float tops[TALL][2];
+      bool rises = false;
+      each_row([&](int high, int half) {
+        float top = base_of[high][half];
+        each_score(high, half, [&](float& score, int) { top = fmaxf(top, score); });
+        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
+        tops[high][half] = top;
+        rises |= (base_of[high][half] - top) * unit < -RISE;
+      });
+      if (__any_sync(0xffffffff, rises))
+        each_row([&](int high, int half) {
+          const float by = (base_of[high][half] - tops[high][half]) * unit;
+          if (!(by < -RISE)) return;
+          const float shrink = power_of_two(by);
+          base_of[high][half] = tops[high][half];
+          sum[high][half] *= shrink;
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int own = first_visible + (warp * 16 + g + half * 8) / GROUP;  // cached tokens up to the row's query
-        const float before = largest[half];
-        float most = before;
-#pragma unroll
-        for (int eight = 0; eight < KEYS / 8; eight++)
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            const int position = tile * KEYS + eight * 8 + 2 * t + i;
-            float& score = scores[eight][half * 2 + i];
-            score = position < own && Seen::reaches(position, own) ? Seen::of(score, scale) : -INFINITY;
-            most = fmaxf(most, score);
+          for (int slice = 0; slice < SLICES; slice++) {
+            values[high][slice][half * 2] *= shrink;
+            values[high][slice][half * 2 + 1] *= shrink;
           }
-        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
-        largest[half] = most;
-        const float base = most == -INFINITY ? 0.f : most;  // of a row that has seen nothing yet
-        const float shrink = exp2f(before - base);
+        });
+      each_row([&](int high, int half) {
+        const float chosen = base_of[high][half];
+        const float base = chosen == -INFINITY ? 0.f : chosen * unit;  // of a row that has seen nothing yet
         float added = 0.f;
+        each_score(high, half, [&](float& score, int) { added += score = power_of_two(score * unit - base); });
+        sum[high][half] += added;
 #pragma unroll
         for (int eight = 0; eight < KEYS / 8; eight++)
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            float& score = scores[eight][half * 2 + i];
-            score = exp2f(score - base);
-            added += score;
-          }
-        sum[half] = sum[half] * shrink + added;
-#pragma unroll
-        for (int slice = 0; slice < SLICES; slice++) {
-          values[slice][half * 2] *= shrink;
-          values[slice][half * 2 + 1] *= shrink;
-        }
-      }
+          p[high][eight / 2][eight % 2 * 2 + half] =
+              word_of(scores[high][eight][half * 2], scores[high][eight][half * 2 + 1]);
+      });
+    }
+    const uint32_t values_address = arrive(tile * 2 + 1) + plain;
+    if (seen) {
       // Probabilities are A as they lie; V, transposed on its way, is B.
 #pragma unroll
-      for (int pair = 0; pair < PAIRS; pair++) {
-        const float(&low)[4] = scores[pair * 2];
-        const float(&high)[4] = scores[pair * 2 + 1];
-        const uint32_t p[4] = {word_of(low[0], low[1]), word_of(low[2], low[3]), word_of(high[0], high[1]),
-                               word_of(high[2], high[3])};
+      for (int pair = 0; pair < PAIRS; pair++)
 #pragma unroll
         for (int slices = 0; slices < SLICES / 2; slices++) {
           uint32_t v[4];
-          const int token = pair * 16 + lane / 8 % 2 * 8 + lane % 8;
-          load_matrices_transposed(v, stage + place<HEAD_DIM>(token, CHUNKS / 2 + slices * 2, lane / 16));
-          mma(values[slices * 2], p, v[0], v[1]);
-          mma(values[slices * 2 + 1], p, v[2], v[3]);
+          load_matrices_transposed(v, values_address + (pair * 16 * ROW + slices * 2) * 16);
+#pragma unroll
+          for (int high = 0; high < TALL; high++) {
+            mma(values[high][slices * 2], p[high][pair], v[0], v[1]);
+            mma(values[high][slices * 2 + 1], p[high][pair], v[2], v[3]);
+          }
         }
-      }
     }
-    __syncthreads();  // before the next tile but one takes this one's place
   }
 
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    sum[half] += __shfl_xor_sync(0xffffffff, sum[half], 1);
-    sum[half] += __shfl_xor_sync(0xffffffff, sum[half], 2);
-    const int row = warp * 16 + g + half * 8, token = row / GROUP;
-    if (token >= count) continue;
+  each_row([&](int high, int half) {
+    float total = sum[high][half];
+    total += __shfl_xor_sync(0xffffffff, total, 1);
+    total += __shfl_xor_sync(0xffffffff, total, 2);
+    const int row = warp * WARP_ROWS + high * 16 + g + half * 8, token = row / GROUP;
+    if (token >= count) return;
+    const float share = __fdividef(1.f, total);
     uint32_t* const to = static_cast<uint32_t*>(out) +
                          ((size_t)(first_row + token) * HEADS + head * GROUP + row % GROUP) * (HEAD_DIM / 2);
 #pragma unroll
     for (int slice = 0; slice < SLICES; slice++)
-      to[slice * 4 + t] = word_of(values[slice][half * 2] / sum[half], values[slice][half * 2 + 1] / sum[half]);
-  }
+      to[slice * 4 + t] =
+          word_of(values[high][slice][half * 2] * share, values[high][slice][half * 2 + 1] * share);
+  });
 }
 
 }  // namespace vllm_compile

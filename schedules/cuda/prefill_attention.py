@@ -1,16 +1,20 @@
 """Attention of prompts over the paged KV cache, where FlashAttention does not do it.
 
 Operations: 4 * H * D a pair of a query and a token that it sees.  Bytes: 4 * KH * D a cached token, read once for
-TOKENS = 128 // group queries.  Within a window of W tokens a prompt of T has T * W such pairs at most: 8,192 tokens of
-Gemma-2-9B's (H = 16, D = 256, W = 4,096) 25 million, as its first queries see less: 412 GFLOP a layer.
+TOKENS = warps * rows // group queries.  Within a window of W tokens a prompt of T has T * W such pairs at most: 8,192
+tokens of Gemma-2-9B's (H = 16, D = 256, W = 4,096) 25 million, as its first queries see less: 412 GFLOP a layer.
 
-What bounds it is shared memory: each warp reads all keys and values for its 16 rows, and their queries again for each
-stage.  With what is copied there these are 12.8 operations a byte at D = 128, 11.6 at 256 (stages of 32 tokens): with
-128 bytes a cycle on 132 multiprocessors at 1.755 GHz 380 and 345 TFLOP/s, hence 1.2 ms a layer of that prompt.  A soft
-cap takes two more special functions a score, 16 a cycle on each multiprocessor: 0.2 ms there.  What thread blocks copy
-meanwhile, 4 * D bytes for 512 * D operations, is 3 TB/s, from L2.
+Products are mma.sync's, which on Hopper reach 63 % of what wgmma does (Luo et al. 2024): 620 TFLOP/s.  One of 4,096
+operations takes 4,096 / rows bytes of keys or values from shared memory, those of scores 4,096 / keys of queries; 4,096
+/ (warps * rows) are copied there.  With 32 rows a warp, which D <= 128 leaves registers for, these are 192 bytes, and
+352 with 16 and 64 rows a block at D = 256: at 128 bytes a cycle on 132 multiprocessors at 1.755 GHz 630 and 345
+TFLOP/s, hence 1.2 ms a layer of that prompt.  From L2 come 4 * D bytes for 4 * D * warps * rows operations: 2.7 TB/s
+at 350 TFLOP/s with 128 rows a block, 4.7 TB/s at 300 with 64.
 
-A thread holds D / 2 sums and KEYS / 2 scores of its warp's 16 rows in registers.
+Two blocks on a multiprocessor: one's products run beside the other's exponentials.  Of these there is one a score, with
+a soft cap two special functions more, 16 a cycle: 0.19 cycles then for products of 0.4 at D = 256.
+
+A thread holds rows * D / 32 sums and rows * keys / 32 scores in registers, and where they are held the queries.
 """
 
 from __future__ import annotations
@@ -28,8 +32,8 @@ from ..family import Config, KernelFamily, Variant
 from .attention import PROMPTS, PagedAttention, attention_scale, score_options
 from .launch import VECTOR_BYTES, Launch, kernel
 
-WARPS = 8
-ROWS = 16 * WARPS
+MOST_SLOTS = 4
+RESERVED_BYTES = 1 << 10  # of shared memory, by each thread block
 
 
 @dataclass(frozen=True)
@@ -44,21 +48,26 @@ class PrefillAttention(KernelFamily):
         return PagedAttention().options | {PROMPTS}
 
     def serves(self, spec: OpSpec, target: CudaTarget) -> bool:
-        return bool(spec.option(PROMPTS)) and PagedAttention().serves(spec, target)
+        # Scores are compared before they are scaled.
+        return bool(spec.option(PROMPTS)) and PagedAttention().serves(spec, target) and spec.attribute("scale") > 0
 
     def variants(self, spec: OpSpec, target: CudaTarget) -> Sequence[Variant]:
+        """Config: warps of a block, rows of each, keys of a tile, halves of tiles in shared memory (slots), blocks."""
         head_dim = spec.input("q").size(2)
-        roomy = head_dim <= 64 and not spec.option("soft_cap")  # two blocks leave a thread 128 registers
-        return (Variant(1, {"keys": 32 if head_dim > 128 else 64, "blocks": 2 if roomy else 1}),)
+        tall = head_dim <= 128  # sums of 32 rows fit in registers
+        config = {"warps": 4, "rows": 32 if tall else 16, "keys": 64, "blocks": 2, "held": head_dim <= 64}
+        room = (target.shared_bytes + RESERVED_BYTES) // config["blocks"] - RESERVED_BYTES
+        slots = (room // row_bytes(head_dim) - config["warps"] * config["rows"]) // config["keys"]
+        return (Variant(1, config | {"slots": min(slots, MOST_SLOTS)}),)
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         kv_heads, head_dim = spec.input("kv").size(1), spec.input("q").size(2)
-        group, keys = spec.input("q").size(1) // kv_heads, config["keys"]
-        shared_bytes = ROWS * (2 * head_dim + VECTOR_BYTES) + 2 * keys * 4 * head_dim
+        group, rows = spec.input("q").size(1) // kv_heads, config["warps"] * config["rows"]
+        shared_bytes = (rows + config["slots"] * config["keys"]) * row_bytes(head_dim)
 
         def launch(call):
-            stretches = T.floordiv(call.dims[Sym.TOKENS], ROWS // group) + call.dims[Sym.REQUESTS]
-            return Launch([stretches, kv_heads], 32 * WARPS, shared_bytes, resident=config["blocks"])
+            stretches = T.floordiv(call.dims[Sym.TOKENS], rows // group) + call.dims[Sym.REQUESTS]
+            return Launch([stretches * kv_heads], 32 * config["warps"], shared_bytes, resident=config["blocks"])
 
         def arguments(call):
             sizes = (call.dims[Sym.REQUESTS], call.dims[Sym.BLOCK_SIZE], call.dims[Sym.TABLE_WIDTH])
@@ -66,6 +75,12 @@ class PrefillAttention(KernelFamily):
             integers = (T.Cast("int32", size) for size in sizes)
             return [*map(call.data, names), attention_scale(spec), *integers, *call.strides("kv")]
 
-        sizes = [head_dim, group, kv_heads, WARPS, keys, *score_options(spec)]
+        shape = [config[name] for name in ("warps", "rows", "keys", "slots")]
+        sizes = [head_dim, group, kv_heads, *shape, int(config["held"]), *score_options(spec)]
         instance = f"prefill_attention<{', '.join(map(str, sizes))}>"
         return kernel(spec, "prefill_attention.cuh", instance, launch, arguments)
+
+
+def row_bytes(head_dim: int) -> int:
+    """Of a query, a key or a value in shared memory."""
+    return 2 * head_dim + VECTOR_BYTES

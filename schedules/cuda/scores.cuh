@@ -26,7 +26,7 @@ struct Scores {
       return product * scale;
     } else {
       const float cap = __uint_as_float(SOFT_CAP), most = cap * 1.44269504f;
-      return most - __fdividef(2.f * most, exp2f(product * (scale * 2.f / cap)) + 1.f);
+      return most - __fdividef(2.f * most, power_of_two(product * (scale * 2.f / cap)) + 1.f);
     }
   }
 };

@@ -59,6 +59,11 @@ inline uint32_t raised(uint32_t word) {
   return high << 16 | low;
 }
 
+inline float power_of_two(float exponent) {
+  const float result = exp2f(exponent);
+  return result < 0x1p-126f ? 0 : result;
+}
+
 inline void launch_dependents() { cuda_on_host::count_launch_of_dependents(); }
 inline void wait_for_kernels_before() { cuda_on_host::count_wait_for_kernels_before(); }
 

@@ -31,6 +31,11 @@ CASES = {
     "prompts_both": (ops.PAGED_ATTENTION, {"window": 23, "soft_cap": 1.5, "prompts": 1}, PROMPTS, (32, 2, 32, 32)),
     "prompts_cap": (ops.PAGED_ATTENTION, {"soft_cap": 0.7, "prompts": 1}, PROMPTS[:4], (14, 2, 64, 16)),
     "prompts_many": (ops.PAGED_ATTENTION, {"window": 12, "prompts": 1}, MANY, (2, 1, 32, 16)),
+    # Tiles that some warps see whole, some in part, some not at all, where windows start within them.
+    "prompts_128": (ops.PAGED_ATTENTION, {"window": 150, "prompts": 1}, ((1, 40), (97, 419)), (4, 1, 128, 48)),
+    "prompts_ungrouped": (ops.PAGED_ATTENTION, {"window": 201, "prompts": 1}, ((140, 420),), (1, 1, 128, 16)),
+    "prompts_192": (ops.PAGED_ATTENTION, {"window": 90, "prompts": 1}, ((30, 260),), (3, 1, 192, 32)),
+    "prompts_wide_cap": (ops.PAGED_ATTENTION, {"soft_cap": 0.7, "prompts": 1}, ((40, 200),), (2, 1, 256, 16)),
     "prompts_160": (ops.PAGED_ATTENTION, {"window": 70, "prompts": 1}, PROMPTS[2:4], (11, 1, 160, 16)),
     "prompts_96": (ops.PAGED_ATTENTION, {"window": 70, "prompts": 1}, PROMPTS[2:], (2, 2, 96, 64)),
     "prompts_wide": (ops.PAGED_ATTENTION, {"window": 40, "prompts": 1}, PROMPTS[2:5], (6, 2, 256, 128)),
@@ -117,6 +122,36 @@ def test_windows_and_caps(case, generator):
     assert wrong
     for changes in wrong:
         assert differs(op, result, expected(op, inputs, attributes | changes)[call.rows]), changes
+
+
+def growing(inputs, head_dim, steps):
+    """Keys that are a query times a step of its token's: scores along a context that are known; in bf16."""
+    kv, queries = inputs["kv"].clone(), inputs["q"].double()
+    keys = queries[-1, 0] / queries[-1, 0].norm() ** 2 * head_dim**0.5
+    table, size = inputs["block_table"][0], kv.shape[2]
+    for position, step in enumerate(steps):
+        kv[table[position // size], :, position % size, :head_dim] = (keys * step).to(kv.dtype)
+    return inputs | {"kv": kv}
+
+
+@pytest.mark.parametrize(("head_dim", "window"), [(64, 0), (128, 200), (256, 0)])
+@pytest.mark.parametrize("rise", [-30.0, 0.0, 3.0, 5.0, 60.0], ids="{:g} a tile".format)
+def test_scores_that_rise_and_fall(rise, head_dim, window, generator):
+    """By less and by more than what prompts' sums are kept for, from the first tile to the last; 200 is a lot.
+
+    Rows of other queries rise otherwise.
+    """
+    options = {"window": window, "prompts": 1} if window else {"prompts": 1}
+    op = ops.PAGED_ATTENTION
+    inputs, attributes = op.sample(generator, torch.bfloat16, ((5, 320),), 2, 1, head_dim, 16)
+    attributes |= options
+    steps = [rise * (position // 64) + (position % 7) / 4 - 3 for position in range(320)]
+    inputs = growing(inputs, head_dim, steps)
+    call = OnHost(op, inputs, attributes)
+    call.expected()
+    result = check(call, beyond(inputs, window), expected(op, inputs, attributes)[call.rows])
+    flat = growing(inputs, head_dim, [step * 0.5 for step in steps])
+    assert differs(op, result, expected(op, flat, attributes)[call.rows])
 
 
 @pytest.mark.parametrize("case", SHARED)
