@@ -97,6 +97,7 @@ class FakeEngine:
     """
 
     living = 0
+    patience = None  # how often all of them together answer before Ctrl+C is pressed
 
     def __init__(self, name, model, options, log):
         self.name, self.load_seconds, self.first_token_seconds = name, 0.0, 0.0
@@ -107,6 +108,8 @@ class FakeEngine:
 
     def seconds(self, prompts, new_tokens):
         self.asked.append((prompts, new_tokens))
+        if self.patience is not None and sum(len(engine.asked) for engine in made) > self.patience:
+            raise KeyboardInterrupt
         return (ADMISSION + new_tokens) * self.pace
 
     def close(self):
@@ -160,6 +163,32 @@ def test_engines_alone_take_turns(trained_llama, compiled_fp32, fakes, monkeypat
     turns = benchmark._turns
     monkeypatch.setattr(benchmark, "_turns", lambda *given: sorted(turns(*given)))
     assert {row.engine: row.speedup for row in compared()["rows"]}["vllm"] != 1.0
+
+
+@pytest.mark.parametrize(
+    ("alone", "patience", "rounds"),
+    [(False, 6 * 3 + 5, 2), (False, 24 + 3, 3), (True, 4 * 8 + 2, 2), (False, 6 + 5, None), (True, 6 + 5, None)],
+)
+def test_interrupted(trained_llama, compiled_fp32, fakes, monkeypatch, alone, patience, rounds):
+    """What all engines have done by then counts, and nothing else.
+
+    A decode asks an engine three times, a prefill once; before the first round, one warms up.
+    """
+    monkeypatch.setattr(FakeEngine, "patience", patience)
+    timed = Workload(2, 32), Workload(3, 32)
+
+    def run():
+        return bench(compiled_fp32, trained_llama, ["vllm"], timed[:1], timed[1:], repeats=3, alone=alone)
+
+    if rounds is None:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    else:
+        figures = run()
+        assert figures["rounds"] == rounds
+        decodes = [row for row in figures["rows"] if row.workload == "decode"]
+        assert [row.engine for row in decodes] == ["compiled", "vllm"]
+    assert FakeEngine.living == 0, "engines are ended all the same"
 
 
 def test_quartiles():

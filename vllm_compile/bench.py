@@ -97,8 +97,9 @@ def bench(
 ) -> dict[str, Any]:
     """Time `artifact` and its peers.
 
-    Returns {"device": ..., "bandwidth": GB/s, "load_seconds": {...}, "first_token_seconds": {...}, "rows": [...]}; the
-    seconds are those of each start by engine.
+    Returns {"device": ..., "bandwidth": GB/s, "load_seconds": {...}, "first_token_seconds": {...}, "rounds": ...,
+    "rows": [...]}; the seconds are those of each start by engine.  Interrupted (SIGINT), it ends with the rounds that
+    all engines have done by then, if there are any; "rounds" is the least number that a row has.
 
     Args:
         artifact: what `compile` wrote.
@@ -122,7 +123,6 @@ def bench(
     decodes, prefills = (
         list(dict.fromkeys(replace(w, length=min(w.length, most)) for w in ws)) for ws in (decodes, prefills)
     )
-    rows: list[Row] = []
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         seed = manifest["source"]["dummy_weights_seed"]
@@ -140,26 +140,42 @@ def bench(
         times: dict[tuple[str, Workload], dict[str, list[float]]] = {}
         loads: dict[str, list[float]] = {name: [] for name in names}
         first_tokens: dict[str, list[float]] = {name: [] for name in names}
-        for group, rounds in _turns(names, repeats, alone):
-            with ExitStack() as running:
-                engines = []
-                for name, memory in _memory(group, plan, target).items():
-                    progress(f"starting {name}")
-                    directory = artifact if name == "compiled" else peer
-                    engine = Engine(name, directory, {**options, **memory}, scratch / f"{name}.log")
-                    engines.append(running.enter_context(closing(engine)))
-                    loads[name].append(engine.load_seconds)
-                    first_tokens[name].append(engine.first_token_seconds)
-                for kind, workload, measure in workloads:
-                    progress(f"{kind}, {workload}")
-                    so_far = times.setdefault((kind, workload), {name: [] for name in names})
-                    for name, seconds in _interleaved(engines, plan, rounds, measure, kind, workload).items():
-                        so_far[name] += seconds
-        for (kind, workload), figures in times.items():
-            rows += _rows(kind, workload, figures, plan, bandwidth, steps)
+        try:
+            for group, rounds in _turns(names, repeats, alone):
+                with ExitStack() as running:
+                    engines = []
+                    for name, memory in _memory(group, plan, target).items():
+                        progress(f"starting {name}")
+                        directory = artifact if name == "compiled" else peer
+                        engine = Engine(name, directory, {**options, **memory}, scratch / f"{name}.log")
+                        engines.append(running.enter_context(closing(engine)))
+                        loads[name].append(engine.load_seconds)
+                        first_tokens[name].append(engine.first_token_seconds)
+                    for kind, workload, measure in workloads:
+                        progress(f"{kind}, {workload}")
+                        so_far = times.setdefault((kind, workload), {name: [] for name in names})
+                        for seconds in _interleaved(engines, plan, rounds, measure, kind, workload):
+                            for name, figure in seconds.items():
+                                so_far[name].append(figure)
+        except KeyboardInterrupt:
+            if not _of_all(times):
+                raise
+    done = _of_all(times)
+    rows = [row for (kind, w), figures in done.items() for row in _rows(kind, w, figures, plan, bandwidth, steps)]
+    finished = min(len(seconds) for figures in done.values() for seconds in figures.values())
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     starts = {"load_seconds": loads, "first_token_seconds": first_tokens}
-    return {"device": chip, "bandwidth": bandwidth, **starts, "rows": rows}
+    return {"device": chip, "bandwidth": bandwidth, **starts, "rounds": finished, "rows": rows}
+
+
+def _of_all(times: dict[tuple[str, Workload], dict[str, list[float]]]) -> dict[Any, dict[str, list[float]]]:
+    """Of each workload the rounds that all engines have done; without those of which there is none."""
+    least = {key: min(map(len, figures.values())) for key, figures in times.items()}
+    return {
+        key: {name: seconds[: least[key]] for name, seconds in figures.items()}
+        for key, figures in times.items()
+        if least[key]
+    }
 
 
 def _turns(names: Sequence[str], repeats: int, alone: bool) -> list[tuple[Sequence[str], Sequence[int]]]:
@@ -210,21 +226,18 @@ def _interleaved(
     measure: Measure,
     kind: str,
     workload: Workload,
-) -> dict[str, list[float]]:
-    """Seconds by engine, one figure for each of `rounds`, on random prompts that no other workload or round has.
+) -> Iterator[dict[str, float]]:
+    """Seconds by engine in each of `rounds`, on random prompts that no other workload or round has.
 
     A round 0 before them warms up and is not counted.
     """
-    times: dict[str, list[float]] = {engine.name: [] for engine in engines}
     for number in (0, *rounds):
         draw = random.Random(f"{kind} {workload} {number}")
         ids = range(plan.model.vocab_size)
         prompts = [draw.choices(ids, k=workload.length) for _ in range(workload.batch)]
-        for engine in engines:
-            seconds = measure(engine, prompts)
-            if number:
-                times[engine.name].append(seconds)
-    return times
+        seconds = {engine.name: measure(engine, prompts) for engine in engines}
+        if number:
+            yield seconds
 
 
 def _rows(

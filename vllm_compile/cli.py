@@ -192,7 +192,11 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser("bench", help="time an artifact beside its peers")
+    parser = commands.add_parser(
+        "bench",
+        help="time an artifact beside its peers",
+        epilog="Interrupted with Ctrl+C, it prints the figures of the rounds that all engines have done.",
+    )
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
     parser.add_argument("--model", type=Path, metavar="DIR", help="what it was compiled from (not for dummy weights)")
     parser.add_argument("--against", type=_names, default=["vllm"], help=f"of: {','.join(PEERS)} (default: vllm)")
@@ -258,7 +262,9 @@ def _bench(options: argparse.Namespace) -> int:
             options.steps,
             status.update,
         )
-    title = f"{figures['device']}, medians of {options.repeats}; torch reads memory at {figures['bandwidth']:.1f} GB/s"
+    title = (
+        f"{figures['device']}, medians of {figures['rounds']}; torch reads memory at {figures['bandwidth']:.1f} GB/s"
+    )
     table = Table("workload", title=title)
     for column in ("engine", "ms", "quartiles", "tokens/s", "GB/s", "of reads", "compiled"):
         table.add_column(column, no_wrap=column in ("ms", "compiled"), overflow="fold")
