@@ -58,7 +58,7 @@ def step_us(program: Program, batch: int, context: int, replays: int = REPLAYS) 
     ids = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
 
     def run() -> None:
-        program.logits(program.forward(ids, kv=requests.kv, **arguments))
+        program.greedy(program.logits(program.forward(ids, kv=requests.kv, **arguments)))
 
     run()
     torch.cuda.synchronize()

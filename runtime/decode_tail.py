@@ -19,11 +19,9 @@ class DecodeTail:
     recorded, the largest among them.
 
     Args:
-        logits: hidden states [R, D] -> logits [R, V].
-        greedy: logits [R, V] -> their most probable tokens, int64 [R, 1].
+        logits: hidden states [R, D] -> logits [R, V], in the same memory each time, whatever R.
+        greedy: logits [R, V] -> their most probable tokens, int64 [R, 1], in the same memory each time, too.
         max_requests: R at most.
-
-    Up to that many rows both give their results in the same memory each time, whatever their number.
 
     Attributes:
         recording: a graph is about to be captured, or warmed up.

@@ -82,7 +82,7 @@ class Executor:
     def prepare(self, max_tokens: int, max_rows: int = 0) -> None:
         """Allocate scratch for batches of up to `max_tokens` tokens, and results; more is allocated when needed.
 
-        `max_rows` is how many rows of logits are asked for at most.
+        `max_rows` is how many rows of logits, and most probable tokens, are asked for at most.
         """
         self.max_tokens = max_tokens
         self._bound.clear()

@@ -164,7 +164,7 @@ class Plan:
 
 
 def kernel_steps(functions: Mapping[str, Function]) -> Iterator[tuple[Function, KernelStep]]:
-    """The kernels that one step of a model runs, `forward` before `logits`, each with the function it stands in."""
+    """The kernels that one step of a model runs, entry point by entry point, each with the function it stands in."""
 
     def inside(function: Function) -> Iterator[tuple[Function, KernelStep]]:
         for step in function.steps:
@@ -173,8 +173,9 @@ def kernel_steps(functions: Mapping[str, Function]) -> Iterator[tuple[Function, 
             elif isinstance(step, CallStep):
                 yield from inside(functions[step.function])
 
-    for entry in ("forward", "logits"):
-        yield from inside(functions[entry])
+    for entry in ("forward", "logits", "greedy"):
+        if entry in functions:
+            yield from inside(functions[entry])
 
 
 def from_json(text: str) -> Plan:

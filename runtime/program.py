@@ -72,7 +72,7 @@ class Program:
             else Executor(plan, self.kernels(), self.device)
         )
         self._caches = [f"kv_{layer}" for layer in range(model.num_layers)]
-        self._tokens: torch.Tensor | None = None  # no device is touched before memory of it is asked for
+        self._tokens: torch.Tensor | None = None  # where torch finds them; no device is touched before it is asked for
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> None:
         """Take the weights into use: on a CPU where they are (those of the artifact mapped), else on the device.
@@ -129,7 +129,8 @@ class Program:
     def prepare(self, max_tokens: int, max_requests: int = 0) -> None:
         """Allocate scratch memory for batches of up to `max_tokens` tokens, and logits of `max_requests` rows."""
         self._executor.prepare(max(max_tokens, max_requests), max_requests)
-        self._tokens = torch.zeros(max_requests, 1, dtype=torch.int64, device=self.device)
+        if "greedy" not in self.plan.functions:
+            self._tokens = torch.zeros(max_requests, 1, dtype=torch.int64, device=self.device)
 
     def forward(
         self,
@@ -190,7 +191,7 @@ class Program:
         """Most probable tokens: logits [S, V] -> int64 [S, 1], of equal ones the first; valid until the next call."""
         rows = logits.shape[0]
         if "greedy" in self.plan.functions:
-            return self._executor.run("greedy", rows, {"logits": logits})
+            return self._executor.run("greedy", rows, {"logits": logits.contiguous()})
         if self._tokens is None or rows > len(self._tokens):
             self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         return torch.argmax(logits, dim=-1, keepdim=True, out=self._tokens[:rows])

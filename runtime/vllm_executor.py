@@ -28,8 +28,8 @@ logger = init_logger("vllm.compiled_artifact")  # below vLLM's own, which says w
 class WholeSteps:
     """What vLLM adds to its worker class (`worker_extension_cls`)."""
 
-    def run_step(self: Any, scheduler_output: Any, grammar_output: Any) -> Any:
-        """Computes a step and samples from it; returns what vLLM's worker does."""
+    def run_compiled_step(self: Any, scheduler_output: Any, grammar_output: Any) -> Any:
+        """Computes a step (of text: the wrapper that keeps images is not asked), samples from it, returns as vLLM's."""
         output = self.execute_model(scheduler_output)
         return self.sample_tokens(grammar_output) if output is None else output
 
@@ -42,12 +42,18 @@ class OneWorkerExecutor(MultiprocExecutor):
     """
 
     def __init__(self, vllm_config: Any, *args: Any, **options: Any):
-        self._whole_steps = vllm_config.parallel_config.worker_extension_cls == WHOLE_STEPS
+        parallel = vllm_config.parallel_config
+        # These have more to say to a worker, and hear more of it.
+        others = vllm_config.speculative_config, vllm_config.kv_transfer_config, vllm_config.ec_transfer_config
+        extended = parallel.worker_extension_cls == WHOLE_STEPS
+        self._whole_steps = extended and all(config is None for config in others)
         self._step: Any = None  # announced, and not sent yet
+        threads = threading.active_count()  # what one of them holds locked would stay so in the worker
         if envs.VLLM_WORKER_MULTIPROC_METHOD == "fork":
             super().__init__(vllm_config, *args, **options)
-        elif (threads := threading.active_count()) > 1:  # what one of them holds locked would stay so in the worker
-            logger.warning("The worker is not forked, as %d Python threads run beside the engine's", threads - 1)
+        elif threads > 1 or parallel.numa_bind:
+            running = f"{threads - 1} Python threads run beside the engine's"
+            logger.warning("The worker is not forked, as %s", "numactl starts it" if parallel.numa_bind else running)
             super().__init__(vllm_config, *args, **options)
         else:
             with set_env_var(METHOD, "fork"):
@@ -73,7 +79,7 @@ class OneWorkerExecutor(MultiprocExecutor):
         if step is None:
             return super().sample_tokens(grammar_output, non_block)
         return self.collective_rpc(
-            "run_step",
+            "run_compiled_step",
             args=(step, grammar_output),
             unique_reply_rank=self.output_rank,
             non_block=non_block,

@@ -48,9 +48,7 @@ def run_in_worker_process(vllm_config: Any, weight_bytes: int) -> None:
             parallel.distributed_executor_backend = "mp"
             return
         parallel.distributed_executor_backend = ONE_WORKER
-        # These have more to say to a worker, and hear more of it.
-        others = vllm_config.speculative_config, vllm_config.kv_transfer_config, vllm_config.ec_transfer_config
-        if not parallel.worker_extension_cls and all(config is None for config in others):
+        if not parallel.worker_extension_cls:
             parallel.worker_extension_cls = WHOLE_STEPS
 
 

@@ -47,6 +47,7 @@ H100 = replace(
         "launches: benchmarks/baseline.md, linear layers on an H100 at 1 token, lossless and cuBLAS",
     ),
 )
+RESERVED = 1 << 10  # bytes of a multiprocessor's shared memory that each thread block costs besides its own
 CHIPS = {"h200": H200, "h100": H100}
 DEFAULT_CHIP = "h200"
 
@@ -66,6 +67,10 @@ class CudaTarget(Target):
     chip: str
     multiprocessors: int
     shared_bytes: int
+
+    def shared_bytes_of(self, blocks: int) -> int:
+        """Shared memory that each of so many thread blocks on a multiprocessor can have."""
+        return (self.shared_bytes + RESERVED) // blocks - RESERVED
 
     def described(self) -> dict[str, object]:
         return super().described() | {"chip": self.chip}

@@ -151,6 +151,7 @@ def test_engines_alone_take_turns(trained_llama, compiled_fp32, fakes, monkeypat
         return bench(compiled_fp32, trained_llama, ["vllm"], [Workload(2, 32)], [], repeats=3, alone=True)
 
     figures = compared()
+    assert (figures["rounds"], figures["interrupted"]) == (3, False)
     assert [engine.name for engine in fakes] == 3 * ["compiled", "vllm"]
     assert figures["load_seconds"] == {name: [0.0] * 3 for name in ("compiled", "vllm")}
     rows = {row.engine: row for row in figures["rows"]}
@@ -185,7 +186,7 @@ def test_interrupted(trained_llama, compiled_fp32, fakes, monkeypatch, alone, pa
             run()
     else:
         figures = run()
-        assert figures["rounds"] == rounds
+        assert (figures["rounds"], figures["interrupted"]) == (rounds, True)
         decodes = [row for row in figures["rows"] if row.workload == "decode"]
         assert [row.engine for row in decodes] == ["compiled", "vllm"]
     assert FakeEngine.living == 0, "engines are ended all the same"

@@ -18,6 +18,7 @@ from vllm_compile.cli import main
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.relax_passes.pipeline import OPTIONAL, passes_for
 from vllm_compile.runtime import manifest as files
+from vllm_compile.streamed import StreamedProgram
 from vllm_compile.targets import cpu
 
 ROOT = Path(__file__).parents[1]
@@ -215,8 +216,24 @@ class TestVerify:
         assert report["passed"]
         assert report["error"] < 1e-4
         assert report["agreement"] == 1.0
+        assert report["greedy"] is None, "a CPU's names no tokens"
         assert len(report["layers"]) == 2, "layer 0, and layer 1 with the final norm"
         assert max(report["layers"]) < 1e-4
+
+    @pytest.mark.parametrize(("shift", "passed"), [(0, True), (1, False)])
+    def test_its_own_choice_of_tokens(self, tiny_fp32, verify, monkeypatch, shift, passed):
+        """Of programs that name the most probable token themselves; here a stand-in for their kernel."""
+
+        def greedy(program, logits):
+            tokens = logits.argmax(-1, keepdim=True)
+            tokens[0] += shift
+            return tokens
+
+        monkeypatch.setattr(StreamedProgram, "greedy", greedy)
+        code, report = verify(tiny_fp32)
+        assert (report["passed"], code) == (passed, 0 if passed else 1)
+        assert report["greedy"] == (1.0 if passed else pytest.approx(1 - 1 / report["tokens"]))
+        assert report["error"] < 1e-4
 
     def test_good_bfloat16(self, tiny_bf16, verify):
         code, report = verify(tiny_bf16)

@@ -97,9 +97,9 @@ def bench(
 ) -> dict[str, Any]:
     """Time `artifact` and its peers.
 
-    Returns {"device": ..., "bandwidth": GB/s, "load_seconds": {...}, "first_token_seconds": {...}, "rounds": ...,
-    "rows": [...]}; the seconds are those of each start by engine.  Interrupted (SIGINT), it ends with the rounds that
-    all engines have done by then, if there are any; "rounds" is the least number that a row has.
+    Returns {"device": ..., "bandwidth": GB/s, "load_seconds": {...}, "first_token_seconds": {...}, "interrupted": ...,
+    "rounds": ..., "rows": [...]}; the seconds are those of each start by engine.  Interrupted (SIGINT), it ends with
+    the rounds that all engines have done by then, if there are any; "rounds" is the least number that a row has.
 
     Args:
         artifact: what `compile` wrote.
@@ -140,6 +140,7 @@ def bench(
         times: dict[tuple[str, Workload], dict[str, list[float]]] = {}
         loads: dict[str, list[float]] = {name: [] for name in names}
         first_tokens: dict[str, list[float]] = {name: [] for name in names}
+        interrupted = False
         try:
             for group, rounds in _turns(names, repeats, alone):
                 with ExitStack() as running:
@@ -158,14 +159,15 @@ def bench(
                             for name, figure in seconds.items():
                                 so_far[name].append(figure)
         except KeyboardInterrupt:
+            interrupted = True
             if not _of_all(times):
                 raise
     done = _of_all(times)
     rows = [row for (kind, w), figures in done.items() for row in _rows(kind, w, figures, plan, bandwidth, steps)]
-    finished = min(len(seconds) for figures in done.values() for seconds in figures.values())
+    ended = {"interrupted": interrupted, "rounds": min(len(s) for figures in done.values() for s in figures.values())}
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     starts = {"load_seconds": loads, "first_token_seconds": first_tokens}
-    return {"device": chip, "bandwidth": bandwidth, **starts, "rounds": finished, "rows": rows}
+    return {"device": chip, "bandwidth": bandwidth, **starts, **ended, "rows": rows}
 
 
 def _of_all(times: dict[tuple[str, Workload], dict[str, list[float]]]) -> dict[Any, dict[str, list[float]]]:

@@ -29,10 +29,11 @@ from .cli_worker import add_worker
 from .errors import VllmCompileError
 
 console = Console(stderr=True)
+INTERRUPTED = 130  # what shells say of SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 compared and found wanting, 2 an error."""
+    """Run one command; returns the exit code: 0 done, 1 compared and found wanting, 2 an error, 130 interrupted."""
     options = _parser().parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     try:
@@ -154,11 +155,13 @@ def _kernel_table(kernels: list[dict[str, Any]]) -> Table:
 def _verdict(verdict: dict[str, Any]) -> str:
     if "reason" in verdict:
         return f"{verdict['outcome']} ({verdict['reason']})"
+    right = verdict.get("greedy")  # which artifacts made earlier do not tell
+    wrong = "" if right in (None, 1.0) else f"; its own choice of tokens is right in {right:.1%}"
     return (
         f"{verdict['outcome']} (error against fp32 {verdict['error']:.2e}, "
         f"Hugging Face's {verdict['reference_error']:.2e}; "
         f"KL {verdict['kl']:.2e} against {verdict['reference_kl']:.2e}; "
-        f"agreement {verdict['agreement']:.1%})"
+        f"agreement {verdict['agreement']:.1%}{wrong})"
     )
 
 
@@ -262,9 +265,8 @@ def _bench(options: argparse.Namespace) -> int:
             options.steps,
             status.update,
         )
-    title = (
-        f"{figures['device']}, medians of {figures['rounds']}; torch reads memory at {figures['bandwidth']:.1f} GB/s"
-    )
+    title = ("interrupted: " if figures["interrupted"] else "") + figures["device"]
+    title += f", medians of {figures['rounds']}; torch reads memory at {figures['bandwidth']:.1f} GB/s"
     table = Table("workload", title=title)
     for column in ("engine", "ms", "quartiles", "tokens/s", "GB/s", "of reads", "compiled"):
         table.add_column(column, no_wrap=column in ("ms", "compiled"), overflow="fold")
@@ -285,7 +287,7 @@ def _bench(options: argparse.Namespace) -> int:
     console.print(f"engines loaded in: {loads}; first token after: {first}")
     if options.json:
         print(json.dumps({**figures, "rows": [asdict(row) for row in figures["rows"]]}))
-    return 0
+    return INTERRUPTED if figures["interrupted"] else 0
 
 
 def _starts(seconds: dict[str, list[float]]) -> str:

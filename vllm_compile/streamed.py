@@ -65,6 +65,12 @@ class StreamedProgram:
         """See `Program.logits`."""
         return self._executor.run("logits", hidden.shape[0], {"hidden": hidden})
 
+    def greedy(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """See `Program.greedy`; None if the plan does not say how."""
+        if "greedy" not in self._plan.functions:
+            return None
+        return self._executor.run("greedy", logits.shape[0], {"logits": logits})
+
     def _read(self, name: str) -> torch.Tensor:
         if name in self._plan.restored:
             return lossless.unpack(self._read(self._plan.restored[name]), *self._shapes[name])

@@ -47,7 +47,8 @@ class Report:
         error, reference_error: of our logits, and of Hugging Face's in the same dtype, against its fp32.
         kl, reference_kl: mean KL divergence in nats from Hugging Face's fp32 distribution.
         agreement: share of positions whose most likely token is that of Hugging Face in the same dtype.
-        passed: by the rules of `accuracy.py`.
+        greedy: share of positions where the program names its own most likely token; None if it names none.
+        passed: by the rules of `accuracy.py`, and `greedy` is all of them.
         microseconds: median time of each kernel's calls, by symbol.
     """
 
@@ -58,6 +59,7 @@ class Report:
     kl: float
     reference_kl: float
     agreement: float
+    greedy: float | None
     passed: bool
     microseconds: dict[str, float]
 
@@ -142,10 +144,13 @@ def compare(artifact: Path, references: References) -> Report:
     else:
         passed = as_accurate(logits, reference, exact)
     agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
+    tokens_T1 = program.greedy(logits)
+    greedy = None if tokens_T1 is None else (tokens_T1[:, 0] == logits.argmax(-1)).float().mean().item()
+    passed = passed and greedy in (None, 1.0)
     times = {symbol: round(median(seconds) * 1e6, 1) for symbol, seconds in program.timings.items()}
     by_layer = [relative_error(*outputs) for outputs in layers]
     tokens = sum(map(len, prompts))
-    return Report(tokens, by_layer, error, reference_error, kl, reference_kl, agreement, passed, times)
+    return Report(tokens, by_layer, error, reference_error, kl, reference_kl, agreement, greedy, passed, times)
 
 
 def prompt_lengths(plan: Plan, quick: bool) -> tuple[int, ...]:

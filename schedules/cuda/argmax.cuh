@@ -26,8 +26,8 @@ __device__ __forceinline__ void load_unit(float (&to)[UNIT], const Element* row,
     to[0] = static_cast<float>(row[unit]);
 }
 
-// tokens [rows]: where a row of logits [rows, WIDTH] is largest, of equal ones the first.  NaN is passed over: of a row
-// of nothing else it is 0.
+// tokens [rows]: where a row of logits [rows, WIDTH] is largest, of equal ones the first.  NaN is passed over; of a row
+// that has no number above -inf it is 0.
 template <int WIDTH, int THREADS, typename Element>
 __device__ __forceinline__ void argmax(const void* logits, int64_t* tokens, void* shared) {
   constexpr int UNIT = WIDTH % VECTOR == 0 ? VECTOR : 1;  // rows of other widths begin anywhere

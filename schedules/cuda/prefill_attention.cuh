@@ -13,7 +13,8 @@
 #ifndef VLLM_COMPILE_PREFILL_ATTENTION
 #define VLLM_COMPILE_PREFILL_ATTENTION
 
-#include "paged_attention.cuh"
+#include "scores.cuh"
+#include "vectors.cuh"
 
 namespace vllm_compile {
 
@@ -66,7 +67,8 @@ __device__ __forceinline__ void prefill_attention(const void* q, const void* kv,
   constexpr int COLUMNS = CHUNKS % 8 ? 4 : 8, PASS = THREADS / COLUMNS;  // threads that copy a token; tokens at once
   constexpr int TALL = WARP_ROWS / 16, STEPS = HEAD_DIM / 16, SLICES = HEAD_DIM / 8, PAIRS = KEYS / 16;
   using Seen = Scores<WINDOW, SOFT_CAP>;
-  static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM <= MOST_HEAD_DIM && TOKENS > 0 && PAIRS <= 32, "beyond this kernel");
+  static_assert(HEAD_DIM % 32 == 0 && TOKENS > 0 && PAIRS <= 32, "beyond this kernel");
+  static_assert(WARP_ROWS % 16 == 0 && SLOTS >= 2, "a half is copied while another is read");
   static_assert(PASS % 16 == 0 && KEYS % PASS == 0 && ROWS % PASS == 0, "threads copy the same number of tokens");
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -101,24 +103,24 @@ __device__ __forceinline__ void prefill_attention(const void* q, const void* kv,
   // Lane i knows where the i-th 16 tokens lie of the tile that is copied next; it looks them up half a tile before.
   int block, block_row;
   auto look_up = [&](int tile) {
-    const int own = tile * KEYS + lane * 16;
+    const int first = tile * KEYS + lane * 16;
     block = block_row = 0;
-    if (lane < PAIRS && own < visible && own + 15 >= begin)
-      block = table[(unsigned)own / block_size], block_row = (unsigned)own % block_size;
+    if (lane < PAIRS && first < visible && first + 15 >= begin)
+      block = table[(unsigned)first / block_size], block_row = (unsigned)first % block_size;
   };
   const __nv_bfloat16* const cache =
       static_cast<const __nv_bfloat16*>(kv) + (head * head_stride + copied % 16 * token_stride + column * 8);
   auto load = [&](int half) {
-    const int tile = half / 2, values = half % 2;
+    const int tile = half / 2, second = half % 2;  // the second are values
     if (tile < tiles) {
-      const int64_t own = block * block_stride + block_row * token_stride + values * HEAD_DIM;
-      const uint32_t to = ROWS * ROW * 16 + (unsigned)half % SLOTS * SLOT;
+      const int64_t lies = block * block_stride + block_row * token_stride + second * HEAD_DIM;
+      const uint32_t slot = ROWS * ROW * 16 + (unsigned)half % SLOTS * SLOT;
       const int before = begin - tile * KEYS - copied, end = visible - tile * KEYS - copied;
 #pragma unroll
       for (int pass = 0; pass < KEYS; pass += PASS)
-        copy(to + pass * ROW * 16, cache + __shfl_sync(0xffffffff, own, pass / 16 + (PASS > 16 ? copied / 16 : 0)),
+        copy(slot + pass * ROW * 16, cache + __shfl_sync(0xffffffff, lies, pass / 16 + (PASS > 16 ? copied / 16 : 0)),
              pass >= before && pass < end);
-      if (values) look_up(tile + 1);
+      if (second) look_up(tile + 1);
     }
     commit_copies();
   };

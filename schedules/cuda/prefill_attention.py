@@ -9,7 +9,7 @@ operations takes 4,096 / rows bytes of keys or values from shared memory, those 
 / (warps * rows) are copied there.  With 32 rows a warp, which D <= 128 leaves registers for, these are 192 bytes, and
 352 with 16 and 64 rows a block at D = 256: at 128 bytes a cycle on 132 multiprocessors at 1.755 GHz 630 and 345
 TFLOP/s, hence 1.2 ms a layer of that prompt.  From L2 come 4 * D bytes for 4 * D * warps * rows operations: 2.7 TB/s
-at 350 TFLOP/s with 128 rows a block, 4.7 TB/s at 300 with 64.
+at 350 TFLOP/s with 128 rows a block, but 5.4 TB/s at 345 with 64, which is the second bound at D = 256.
 
 Two blocks on a multiprocessor: one's products run beside the other's exponentials.  Of these there is one a score, with
 a soft cap two special functions more, 16 a cycle: 0.19 cycles then for products of 0.4 at D = 256.
@@ -33,7 +33,6 @@ from .attention import PROMPTS, PagedAttention, attention_scale, score_options
 from .launch import VECTOR_BYTES, Launch, kernel
 
 MOST_SLOTS = 4
-RESERVED_BYTES = 1 << 10  # of shared memory, by each thread block
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,13 @@ class PrefillAttention(KernelFamily):
         return bool(spec.option(PROMPTS)) and PagedAttention().serves(spec, target) and spec.attribute("scale") > 0
 
     def variants(self, spec: OpSpec, target: CudaTarget) -> Sequence[Variant]:
-        """Config: warps of a block, rows of each, keys of a tile, halves of tiles in shared memory (slots), blocks."""
+        """Config: warps of a block, rows of each, keys of a tile, halves of tiles in shared memory (slots), blocks on a
+        multiprocessor, whether queries are held in registers.
+        """
         head_dim = spec.input("q").size(2)
         tall = head_dim <= 128  # sums of 32 rows fit in registers
         config = {"warps": 4, "rows": 32 if tall else 16, "keys": 64, "blocks": 2, "held": head_dim <= 64}
-        room = (target.shared_bytes + RESERVED_BYTES) // config["blocks"] - RESERVED_BYTES
+        room = target.shared_bytes_of(config["blocks"])
         slots = (room // row_bytes(head_dim) - config["warps"] * config["rows"]) // config["keys"]
         return (Variant(1, config | {"slots": min(slots, MOST_SLOTS)}),)
 

@@ -29,7 +29,6 @@ ROWS = 64  # of a warpgroup
 TOKENS = (16, 32, 64)
 MOST_GROUPS = 4  # warpgroups of a thread block
 MOST_STAGES = 8
-RESERVED = 1 << 10  # bytes of a multiprocessor's shared memory that each thread block costs besides its own
 # (row_groups, k_groups, cluster): `default` takes the first that fills the chip; a search tries more.
 SHAPES = ((4, 1, 1), (4, 1, 2), (2, 1, 1), (2, 1, 2), (2, 1, 4), (1, 2, 1), (1, 2, 2), (1, 2, 4))
 MORE_SHAPES = ((1, 1, 2), (1, 1, 4), (2, 2, 1), (2, 2, 2), (2, 2, 4), (1, 4, 1), (1, 4, 2))
@@ -164,7 +163,7 @@ def _roomiest(
     tokens: int, shape: tuple[int, int, int], packed: bool, target: CudaTarget, resident: int
 ) -> Iterator[Config]:
     """For one and for two blocks of columns a step, the most stages with which `resident` thread blocks have room."""
-    room = (target.shared_bytes + RESERVED) // resident - RESERVED
+    room = target.shared_bytes_of(resident)
     for blocks in (1, 2):
         for stages in range(MOST_STAGES, 1, -1):
             config = _config(tokens, shape, blocks, stages, packed)

@@ -26,9 +26,14 @@ from vllm_compile.runtime import vllm_executor
 from vllm_compile.runtime.vllm_executor import OneWorkerExecutor, WholeSteps
 from vllm_compile.runtime.vllm_processes import METHOD, ONE_WORKER, WHOLE_STEPS
 
-CONFIGURATION = SimpleNamespace(parallel_config=SimpleNamespace(worker_extension_cls=""))
+OTHERS = ("speculative_config", "kv_transfer_config", "ec_transfer_config")
 PROMPT = [5, 6, 7, 8]
 END_LIMIT = 60  # seconds that a server and its processes may take to end
+
+
+def configuration(extension: str = WHOLE_STEPS, numa_bind: bool = False, **others) -> SimpleNamespace:
+    parallel = SimpleNamespace(worker_extension_cls=extension, numa_bind=numa_bind)
+    return SimpleNamespace(parallel_config=parallel, **dict.fromkeys(OTHERS) | others)
 
 
 class TestMethod:
@@ -40,15 +45,15 @@ class TestMethod:
         used = []
 
         def init(self, vllm_config, monitor_workers=True):
-            assert (vllm_config, monitor_workers) == (CONFIGURATION, False)
+            assert not monitor_workers
             used.append(system_utils.get_mp_context().get_start_method())
 
         monkeypatch.setattr(MultiprocExecutor, "__init__", init)
 
-        def start(threads: int = 1, method: str = "spawn") -> str:
+        def start(threads: int = 1, method: str = "spawn", **options) -> str:
             monkeypatch.setenv(METHOD, method)
             monkeypatch.setattr(vllm_executor.threading, "active_count", lambda: threads)
-            OneWorkerExecutor(CONFIGURATION, monitor_workers=False)
+            OneWorkerExecutor(configuration(**options), monitor_workers=False)
             assert os.environ[METHOD] == method
             return used.pop()
 
@@ -61,11 +66,13 @@ class TestMethod:
         """Which forks beside threads, too."""
         assert method(threads=3, method="fork") == "fork"
 
-    def test_is_vllms_beside_threads(self, method, monkeypatch):
+    def test_is_vllms_beside_threads_and_with_numactl(self, method, monkeypatch):
         lines = []
         monkeypatch.setattr(vllm_executor.logger, "warning", lambda text, *values: lines.append(text % values))
         assert method(threads=3) == "spawn"
-        assert lines == ["The worker is not forked, as 2 Python threads run beside the engine's"]
+        assert method(numa_bind=True) == "spawn"
+        whys = ["2 Python threads run beside the engine's", "numactl starts it"]
+        assert lines == [f"The worker is not forked, as {why}" for why in whys]
 
     @pytest.mark.parametrize("reason", ["cuda_is_initialized", "in_wsl"])
     def test_is_vllms_where_it_always_spawns(self, reason, method, monkeypatch):
@@ -101,9 +108,8 @@ class TestSteps:
     def executor(self, monkeypatch, sent):
         monkeypatch.setattr(MultiprocExecutor, "__init__", lambda self, vllm_config: None)
 
-        def made(extension: str = WHOLE_STEPS) -> OneWorkerExecutor:
-            parallel = SimpleNamespace(worker_extension_cls=extension)
-            executor = OneWorkerExecutor(SimpleNamespace(parallel_config=parallel))
+        def made(**options) -> OneWorkerExecutor:
+            executor = OneWorkerExecutor(configuration(**options))
             executor.output_rank = 0
             executor.kv_output_aggregator = executor.ec_output_aggregator = None
             return executor
@@ -116,21 +122,22 @@ class TestSteps:
             assert executor.execute_model(step, non_block=True).result() is None
             assert not sent, "before it is known how to sample"
             assert executor.sample_tokens("grammar", non_block=True) == "the answer"
-            assert [sent.pop()] == [("run_step", (step, "grammar"), True, 0)]
+            assert [sent.pop()] == [("run_compiled_step", (step, "grammar"), True, 0)]
             assert not sent
 
     @pytest.mark.parametrize(
-        ("step", "non_block", "extension"),
+        ("step", "non_block", "options"),
         [
-            ({"total_num_scheduled_tokens": 0}, True, WHOLE_STEPS),
-            ({"has_structured_output_requests": True}, True, WHOLE_STEPS),
-            ({}, False, WHOLE_STEPS),
-            ({}, True, "another"),
+            ({"total_num_scheduled_tokens": 0}, True, {}),
+            ({"has_structured_output_requests": True}, True, {}),
+            ({}, False, {}),
+            ({}, True, {"extension": "another"}),
+            *(({}, True, {name: "one"}) for name in OTHERS),
         ],
-        ids=["nothing to sample", "a grammar", "who waits for it", "a worker that knows no such message"],
+        ids=["nothing to sample", "a grammar", "who waits for it", "a worker that knows no such message", *OTHERS],
     )
-    def test_two_as_vllms(self, executor, sent, step, non_block, extension):
-        executor, step = executor(extension), scheduled(**step)
+    def test_two_as_vllms(self, executor, sent, step, non_block, options):
+        executor, step = executor(**options), scheduled(**step)
         assert executor.execute_model(step, non_block=non_block) == "the answer"
         assert executor.sample_tokens(None, non_block=True) == "the answer"
         assert sent == [("execute_model", (step,), non_block, 0), ("sample_tokens", (None,), True, 0)]
@@ -145,7 +152,7 @@ class TestSteps:
             def sample_tokens(self, grammar_output):
                 return "sampled", grammar_output
 
-        assert Worker().run_step("step", "grammar") == (expected or computed)
+        assert Worker().run_compiled_step("step", "grammar") == (expected or computed)
 
 
 def scheduled(**changed) -> SimpleNamespace:

@@ -127,12 +127,13 @@ def test_matches_reference_in_every_order_of_threads(case, generator):
 @pytest.mark.parametrize("width", [1032, 37])
 def test_argmax_of_rows_that_have_no_largest(width, generator):
     """NaN is passed over; where nothing is left, a token that there is comes out."""
-    logits_TV = torch.randn(4, width, generator=generator).to(torch.bfloat16)
-    logits_TV[0, :-1], logits_TV[1], logits_TV[2] = float("nan"), float("nan"), float("-inf")
+    logits_TV = torch.randn(5, width, generator=generator).to(torch.bfloat16)
+    logits_TV[0, :-1], logits_TV[1], logits_TV[2:4] = float("nan"), float("nan"), float("-inf")
+    logits_TV[3, 8:16] = float("nan")
     call = OnHost(ops.ARGMAX, {"logits": logits_TV}, {})
     expected = call.expected()[0]
     (found,) = call.run(call.inputs, call.kernels[0])
-    assert found.tolist() == [[width - 1], [0], [0], expected[3].tolist()]
+    assert found.tolist() == [[width - 1], [0], [0], [0], expected[4].tolist()]
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 64), ("bfloat16", 37), ("float32", 64)])

@@ -35,6 +35,8 @@ CASES = {
     "prompts_128": (ops.PAGED_ATTENTION, {"window": 150, "prompts": 1}, ((1, 40), (97, 419)), (4, 1, 128, 48)),
     "prompts_ungrouped": (ops.PAGED_ATTENTION, {"window": 201, "prompts": 1}, ((140, 420),), (1, 1, 128, 16)),
     "prompts_192": (ops.PAGED_ATTENTION, {"window": 90, "prompts": 1}, ((30, 260),), (3, 1, 192, 32)),
+    "prompts_224": (ops.PAGED_ATTENTION, {"window": 70, "prompts": 1}, ((30, 200),), (5, 1, 224, 16)),
+    "prompts_themselves": (ops.PAGED_ATTENTION, {"window": 1, "prompts": 1}, ((1, 40), (20, 90)), (7, 1, 64, 16)),
     "prompts_wide_cap": (ops.PAGED_ATTENTION, {"soft_cap": 0.7, "prompts": 1}, ((40, 200),), (2, 1, 256, 16)),
     "prompts_160": (ops.PAGED_ATTENTION, {"window": 70, "prompts": 1}, PROMPTS[2:4], (11, 1, 160, 16)),
     "prompts_96": (ops.PAGED_ATTENTION, {"window": 70, "prompts": 1}, PROMPTS[2:], (2, 2, 96, 64)),
@@ -137,7 +139,7 @@ def growing(inputs, head_dim, steps):
 @pytest.mark.parametrize(("head_dim", "window"), [(64, 0), (128, 200), (256, 0)])
 @pytest.mark.parametrize("rise", [-30.0, 0.0, 3.0, 5.0, 60.0], ids="{:g} a tile".format)
 def test_scores_that_rise_and_fall(rise, head_dim, window, generator):
-    """By less and by more than what prompts' sums are kept for, from the first tile to the last; 200 is a lot.
+    """By less and by more than what prompts' sums are kept for, from the first tile to the last; 240 is a lot.
 
     Rows of other queries rise otherwise.
     """

@@ -9,7 +9,7 @@ EXACT = Tolerance(0.0, 0.0, "indices")
 
 
 def reference(logits: torch.Tensor) -> torch.Tensor:
-    """logits [T, V] -> int64 [T, 1]: of equal ones the first."""
+    """logits [T, V] -> int64 [T, 1]: of equal ones the first.  With NaN among them it is any token that there is."""
     return logits.argmax(dim=-1, keepdim=True)
 
 
