@@ -21,7 +21,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,10 +235,13 @@ class Server:
 
 
 @contextmanager
-def serving(artifact: Path, log: Path) -> Iterator[Server]:
+def serving(
+    artifact: Path, log: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """`vllm serve ARTIFACT` in a process group of its own, of which nothing is left afterwards."""
     port = free_port()
     command = [installed("vllm"), "serve", str(artifact), "--host", "127.0.0.1", "--port", str(port)]
+    command += options
     step(shown(command))
     started = time.monotonic()
     with log.open("wb") as output:
@@ -248,6 +251,7 @@ def serving(artifact: Path, log: Path) -> Iterator[Server]:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env=environment,
         )
     try:
         yield Server(process, artifact, port, log, started)

@@ -102,7 +102,7 @@ def test_a_program_is_made_without_its_device(packed):
     manifest, plan = read_manifest(packed.artifact), from_json((packed.artifact / "plan.json").read_text())
     program = Program(packed.artifact, plan, manifest)
     assert program.device.type == "cuda"
-    with pytest.raises((RuntimeError, AssertionError), match="CUDA|NVIDIA"):  # as anything would that touches it
+    with pytest.raises((RuntimeError, AssertionError), match=r"CUDA|NVIDIA"):  # as anything would that touches it
         program.prepare(max_tokens=1)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -182,25 +181,11 @@ def server(tiny_fp32, tmp_path):
     """`vllm serve`, which spawns its engine, told to have the worker forked: on a CPU an artifact's has no process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     environment |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    port, log = demo.free_port(), tmp_path / "log"
-    command = [demo.installed("vllm"), "serve", tiny_fp32, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--distributed-executor-backend", ONE_WORKER, "--worker-extension-cls", WHOLE_STEPS]
-    command += ["--kv-cache-memory-bytes", str(1 << 24)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=environment,
-        )
-    try:
-        server = demo.Server(process, tiny_fp32, port, log, time.monotonic())
+    options = ["--distributed-executor-backend", ONE_WORKER, "--worker-extension-cls", WHOLE_STEPS]
+    options += ["--kv-cache-memory-bytes", str(1 << 24)]
+    with demo.serving(Path(tiny_fp32), tmp_path / "log", options, environment) as server:
         server.wait()
         yield server
-    finally:
-        demo.stop(process)
 
 
 @pytest.mark.slow
