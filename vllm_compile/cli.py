@@ -18,18 +18,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .bench_worker import PEERS
 from .cli_analyze import add_analyze
+from .cli_bench import add_bench
 from .cli_buckets import add_buckets
 from .cli_cache import add_cache, add_cache_options, cache_of
 from .cli_database import add_database
 from .cli_tune import add_tune
-from .cli_tune_options import positive
 from .cli_worker import add_worker
 from .errors import VllmCompileError
 
 console = Console(stderr=True)
-INTERRUPTED = 130  # what shells say of SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     add_analyze(commands)
     add_tune(commands)
     _add_verify(commands)
-    _add_bench(commands)
+    add_bench(commands)
     add_buckets(commands)
     add_cache(commands)
     add_database(commands)
@@ -192,107 +190,6 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(asdict(report)))
     return 0 if report.passed else 1
-
-
-def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser(
-        "bench",
-        help="time an artifact beside its peers",
-        epilog="Interrupted with Ctrl+C, it prints the figures of the rounds that all engines have done.",
-    )
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="what it was compiled from (not for dummy weights)")
-    parser.add_argument("--against", type=_names, default=["vllm"], help=f"of: {','.join(PEERS)} (default: vllm)")
-    parser.add_argument("--batch", type=_numbers, default=[1, 8, 16], help="batch sizes to decode (default: 1,8,16)")
-    parser.add_argument("--context", type=int, default=128, help="tokens of each prompt then (default: 128)")
-    parser.add_argument(
-        "--decode", type=_workloads, default=[], metavar="BxN,...", help="further decodes: batch x tokens of a prompt"
-    )
-    parser.add_argument(
-        "--prefill",
-        type=_workloads,
-        default=[(1, 1024)],
-        metavar="BxN,...",
-        help="prompts to prefill (default: 1x1024)",
-    )
-    parser.add_argument("--repeats", type=positive, default=5, help="counted rounds (default: 5)")
-    parser.add_argument(
-        "--alone",
-        action="store_true",
-        help="one engine after the other, started anew for each round: where memory holds only one",
-    )
-    parser.add_argument(
-        "--steps",
-        type=positive,
-        metavar="N",
-        help="decode steps that are timed, after N that are not (default: 16 on a CPU, 80 on a GPU)",
-    )
-    parser.add_argument("--json", action="store_true", help="all figures as the last line of stdout")
-    parser.set_defaults(run=_bench)
-
-
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := set(names) - set(PEERS):
-        raise argparse.ArgumentTypeError(f"unknown engine {', '.join(sorted(unknown))}; of {', '.join(PEERS)}")
-    return list(dict.fromkeys(names))
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
-def _workloads(text: str) -> list[tuple[int, int]]:
-    """`4x4096,1x128` as pairs."""
-    return [(int(batch), int(length)) for batch, _, length in (item.partition("x") for item in text.split(","))]
-
-
-def _bench(options: argparse.Namespace) -> int:
-    from .bench import Workload, bench
-
-    decodes = [Workload(batch, options.context) for batch in options.batch]
-    decodes += [Workload(*pair) for pair in options.decode]
-    prefills = [Workload(*pair) for pair in options.prefill]
-    with console.status("starting") as status:
-        figures = bench(
-            options.artifact,
-            options.model,
-            options.against,
-            decodes,
-            prefills,
-            options.repeats,
-            options.alone,
-            options.steps,
-            status.update,
-        )
-    title = ("interrupted: " if figures["interrupted"] else "") + figures["device"]
-    title += f", medians of {figures['rounds']}; torch reads memory at {figures['bandwidth']:.1f} GB/s"
-    table = Table("workload", title=title)
-    for column in ("engine", "ms", "quartiles", "tokens/s", "GB/s", "of reads", "compiled"):
-        table.add_column(column, no_wrap=column in ("ms", "compiled"), overflow="fold")
-    for row in figures["rows"]:
-        reads = (
-            [f"{row.gigabytes_per_second:.1f}", f"{row.bandwidth_share:.0%}"] if row.workload == "decode" else ["", ""]
-        )
-        figures_of = [
-            f"{row.milliseconds:.3f}",
-            "-".join(f"{quartile:.3f}" for quartile in row.quartiles),
-            f"{row.tokens_per_second:.1f}",
-            *reads,
-            f"{row.speedup:.2f}x",
-        ]
-        table.add_row(f"{row.workload} {row.batch} x {row.length}", row.engine, *figures_of)
-    console.print(table)
-    loads, first = _starts(figures["load_seconds"]), _starts(figures["first_token_seconds"])
-    console.print(f"engines loaded in: {loads}; first token after: {first}")
-    if options.json:
-        print(json.dumps({**figures, "rows": [asdict(row) for row in figures["rows"]]}))
-    return INTERRUPTED if figures["interrupted"] else 0
-
-
-def _starts(seconds: dict[str, list[float]]) -> str:
-    """`compiled 20.9 s, 20.8 s; vllm 47.0 s, 46.1 s`."""
-    return "; ".join(f"{name} {', '.join(f'{start:.1f} s' for start in starts)}" for name, starts in seconds.items())
 
 
 if __name__ == "__main__":
