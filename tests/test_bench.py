@@ -168,7 +168,7 @@ def test_engines_alone_take_turns(trained_llama, compiled_fp32, fakes, monkeypat
 
 @pytest.mark.parametrize(
     ("alone", "patience", "rounds"),
-    [(False, 6 * 3 + 5, 2), (False, 24 + 3, 3), (True, 4 * 8 + 2, 2), (False, 6 + 5, None), (True, 6 + 5, None)],
+    [(False, 6 * 3 + 5, 2), (False, 24 + 3, 3), (True, 5 * 8 + 4, 2), (False, 6 + 5, None), (True, 6 + 5, None)],
 )
 def test_interrupted(trained_llama, compiled_fp32, fakes, monkeypatch, alone, patience, rounds):
     """What all engines have done by then counts, and nothing else.

@@ -141,6 +141,14 @@ class TestSteps:
         assert executor.sample_tokens(None, non_block=True) == "the answer"
         assert sent == [("execute_model", (step,), non_block, 0), ("sample_tokens", (None,), True, 0)]
 
+    def test_a_step_is_sent_once(self, executor, sent):
+        """A step with a grammar behind one without."""
+        executor = executor()
+        for step in (scheduled(), scheduled(has_structured_output_requests=True)):
+            executor.execute_model(step, non_block=True)
+            executor.sample_tokens(None, non_block=True)
+        assert [method for method, *_ in sent] == ["run_compiled_step", "execute_model", "sample_tokens"]
+
     @pytest.mark.parametrize(("computed", "expected"), [(None, ("sampled", "grammar")), ("nothing to sample", None)])
     def test_what_the_worker_does(self, computed, expected):
         class Worker(WholeSteps):

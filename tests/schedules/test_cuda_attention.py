@@ -53,6 +53,11 @@ def built(tmp_path_factory):
     return path, build_library(kernels, TARGET, path)
 
 
+def test_blocks_share_the_memory_of_a_multiprocessor():
+    """228 KB, of which each block costs one besides its own (CUDA C++ Programming Guide, compute capability 9.0)."""
+    assert [TARGET.shared_bytes_of(blocks) >> 10 for blocks in (1, 2, 3, 4)] == [227, 113, 75, 56]
+
+
 def test_nothing_is_spilled(built):
     assert len(built[1]) == len(CALLS) + len(MANY)
     for symbol, used in built[1].items():
