@@ -60,8 +60,13 @@ def test_more_steps_than_positions(compiled_fp32, trained_llama):
     most = load(compiled_fp32, weights=False).max_positions // 2
     with pytest.raises(VllmCompileError, match=rf"{2 * most} positions, too few for --steps {most}"):
         bench(compiled_fp32, trained_llama, ["vllm"], [Workload(1, 8)], [], repeats=1, steps=most)
+
+
+@pytest.mark.parametrize("option", ["--steps", "--batch", "--context", "--repeats"])
+def test_none_of_anything(compiled_fp32, option, capsys):
     with pytest.raises(SystemExit):
-        main(["bench", str(compiled_fp32), "--steps", "0"])
+        main(["bench", str(compiled_fp32), option, "0"])
+    assert f"{option}: '0' is no number from 1 on" in capsys.readouterr().err
 
 
 def test_unknown_peer(compiled_fp32):

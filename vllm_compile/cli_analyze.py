@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from .cli_values import positives
 from .errors import ArtifactError
 from .quantities import binary, count, duration
 
@@ -38,10 +39,10 @@ def add_analyze(commands: Any) -> None:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the model's own")
     parser.add_argument(
-        "--batch", type=_sizes, default=[1, 64], metavar="N,...", help="requests at once (default: 1,64)"
+        "--batch", type=positives, default=[1, 64], metavar="N,...", help="requests at once (default: 1,64)"
     )
     parser.add_argument(
-        "--context", type=_sizes, default=[1024], metavar="N,...", help="tokens of each request (default: 1024)"
+        "--context", type=positives, default=[1024], metavar="N,...", help="tokens of each request (default: 1024)"
     )
     parser.add_argument(
         "--pack", choices=("lossless", "none"), default="lossless", help="as `compile` is told (default: lossless)"
@@ -49,13 +50,6 @@ def add_analyze(commands: Any) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page")
     parser.add_argument("--json", action="store_true", help="all figures as the last line of stdout")
     parser.set_defaults(run=_analyze)
-
-
-def _sizes(text: str) -> list[int]:
-    numbers = [int(number) for number in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: each must be 1 or more")
-    return list(dict.fromkeys(numbers))
 
 
 def _analyze(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .bench_worker import PEERS
-from .cli_tune_options import positive
+from .cli_values import positive, positives
 
 console = Console(stderr=True)
 
@@ -29,8 +29,8 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
     parser.add_argument("--model", type=Path, metavar="DIR", help="what it was compiled from (not for dummy weights)")
     parser.add_argument("--against", type=_names, default=["vllm"], help=f"of: {','.join(PEERS)} (default: vllm)")
-    parser.add_argument("--batch", type=_numbers, default=[1, 8, 16], help="batch sizes to decode (default: 1,8,16)")
-    parser.add_argument("--context", type=int, default=128, help="tokens of each prompt then (default: 128)")
+    parser.add_argument("--batch", type=positives, default=[1, 8, 16], help="batch sizes to decode (default: 1,8,16)")
+    parser.add_argument("--context", type=positive, default=128, help="tokens of each prompt then (default: 128)")
     parser.add_argument(
         "--decode", type=_workloads, default=[], metavar="BxN,...", help="further decodes: batch x tokens of a prompt"
     )
@@ -62,10 +62,6 @@ def _names(text: str) -> list[str]:
     if unknown := set(names) - set(PEERS):
         raise argparse.ArgumentTypeError(f"unknown engine {', '.join(sorted(unknown))}; of {', '.join(PEERS)}")
     return list(dict.fromkeys(names))
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
 
 
 def _workloads(text: str) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from .cli_values import positives
 from .errors import BucketError
 
 if TYPE_CHECKING:
@@ -52,12 +53,8 @@ def add_buckets(commands: Any) -> None:
     compare = add("compare", _compare, "a table: this planner beside vLLM-Gaudi's rules")
     compare.add_argument("--held-out", type=Path, action="append", default=[], metavar="FILE", help="another trace")
     compare.add_argument(
-        "--budget", type=_numbers, default=[], metavar="N,...", help="default: 1/4, 1/2 and all of theirs"
+        "--budget", type=positives, default=[], metavar="N,...", help="default: 1/4, 1/2 and all of theirs"
     )
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
 
 
 def _limits(options: argparse.Namespace) -> Limits:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .cli_values import positive
 from .errors import VllmCompileError
 
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
@@ -68,13 +69,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--submit", action="store_true", help="leave the tasks to workers (vllm-compile worker)")
     add("--board", metavar="KEY", help="with --submit: to workers that have boards of this key")
     add("--json", action="store_true", help="a summary as the last line of stdout")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on; ArgumentTypeError for anything else."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
-    return int(text)
 
 
 def seconds_of(text: str) -> float:
