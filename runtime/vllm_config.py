@@ -21,7 +21,7 @@ from vllm_compile.targets import cuda, gaudi, rocm
 from .buckets import BucketPlan, Limits
 from .manifest import PLAN
 from .plan import from_json
-from .vllm_processes import run_in_engine_process, run_in_worker_process
+from .vllm_processes import COMPILED_WORKER, run_in_engine_process, run_in_worker_process
 
 if TYPE_CHECKING:
     from .program import Program
@@ -80,6 +80,8 @@ class ServingConfig(VerifyAndUpdateConfig):
             return
         refuse_small_gpu(program, vllm_config.cache_config.gpu_memory_utilization)
         tell_other_chip(program)
+        if vllm_config.parallel_config.worker_cls == "auto":
+            vllm_config.parallel_config.worker_cls = COMPILED_WORKER
         run_in_worker_process(vllm_config, program.stored_bytes())
         if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_piecewise_cudagraphs():
             # Said aloud: vLLM 0.26 drops graphs without a word where torch compiles nothing.

@@ -17,21 +17,13 @@ from typing import Any
 
 from vllm import envs
 from vllm.logger import init_logger
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.system_utils import set_env_var
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from .vllm_processes import METHOD, WHOLE_STEPS
+from .vllm_processes import METHOD
 
 logger = init_logger("vllm.compiled_artifact")  # below vLLM's own, which says where lines go
-
-
-class WholeSteps:
-    """What vLLM adds to its worker class (`worker_extension_cls`)."""
-
-    def run_compiled_step(self: Any, scheduler_output: Any, grammar_output: Any) -> Any:
-        """Computes a step (of text: the wrapper that keeps images is not asked), samples from it, returns as vLLM's."""
-        output = self.execute_model(scheduler_output)
-        return self.sample_tokens(grammar_output) if output is None else output
 
 
 class OneWorkerExecutor(MultiprocExecutor):
@@ -45,8 +37,8 @@ class OneWorkerExecutor(MultiprocExecutor):
         parallel = vllm_config.parallel_config
         # These have more to say to a worker, and hear more of it.
         others = vllm_config.speculative_config, vllm_config.kv_transfer_config, vllm_config.ec_transfer_config
-        extended = parallel.worker_extension_cls == WHOLE_STEPS
-        self._whole_steps = extended and all(config is None for config in others)
+        understood = hasattr(resolve_obj_by_qualname(parallel.worker_cls), "run_compiled_step")
+        self._whole_steps = understood and all(config is None for config in others)
         self._step: Any = None  # announced, and not sent yet
         threads = threading.active_count()  # what one of them holds locked would stay so in the worker
         if envs.VLLM_WORKER_MULTIPROC_METHOD == "fork":

@@ -13,7 +13,7 @@ logger = init_logger("vllm.compiled_artifact")  # below vLLM's own, which says w
 
 UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 ONE_WORKER = "vllm_compile.runtime.vllm_executor.OneWorkerExecutor"
-WHOLE_STEPS = "vllm_compile.runtime.vllm_executor.WholeSteps"
+COMPILED_WORKER = "vllm_compile.runtime.vllm_worker.CompiledWorker"
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"  # how vLLM starts processes: fork or spawn
 # A model of fewer bytes is read by an H200 in 2 ms, which is about what vLLM's scheduler and runner together take for a
 # step of 64 requests (benchmarks/baseline.md).
@@ -48,8 +48,6 @@ def run_in_worker_process(vllm_config: Any, weight_bytes: int) -> None:
             parallel.distributed_executor_backend = "mp"
             return
         parallel.distributed_executor_backend = ONE_WORKER
-        if not parallel.worker_extension_cls:
-            parallel.worker_extension_cls = WHOLE_STEPS
 
 
 def command_line_spawns(environment: Path = Path("/proc/self/environ")) -> bool:

@@ -21,6 +21,7 @@ from vllm import LLM
 from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from tests.conftest import SEED
 from tests.runtime import torch_program
@@ -32,7 +33,8 @@ from vllm_compile.runtime import vllm_config, vllm_processes
 from vllm_compile.runtime.buckets import BucketPlan, Limits, Work
 from vllm_compile.runtime.gpu import Gpu
 from vllm_compile.runtime.vllm_config import ServingConfig, refuse_uneven_cache, refuse_unknown_version
-from vllm_compile.runtime.vllm_processes import METHOD, ONE_WORKER, WHOLE_STEPS
+from vllm_compile.runtime.vllm_processes import COMPILED_WORKER, METHOD, ONE_WORKER
+from vllm_compile.runtime.vllm_worker import CompiledWorker
 from vllm_compile.targets import resolve
 from vllm_compile.targets.cuda import CHIPS
 
@@ -261,21 +263,19 @@ class TestWorkerProcess:
         for method in ("fork", "spawn"):
             assert backend(additional_config={"worker_process": True}, method=method, **otherwise) == ONE_WORKER
 
-    @pytest.mark.parametrize(("given", "expected"), [("", WHOLE_STEPS), ("the.users", "the.users")])
-    def test_messages_of_whole_steps(self, h200, artifact, monkeypatch, given, expected):
-        """Unless a user has an extension of their own."""
-        config = EngineArgs(artifact, **OPTIONS).create_engine_config()
-        parallel = config.parallel_config
-        parallel.distributed_executor_backend, parallel.worker_extension_cls = "uni", given
-        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        monkeypatch.setenv(METHOD, "fork")
-        monkeypatch.setattr(vllm_processes, "usable_cores", lambda: 4)
-        vllm_processes.run_in_worker_process(config, 0)
-        assert parallel.distributed_executor_backend == ONE_WORKER
-        assert parallel.worker_extension_cls == expected
-
     def test_another_executor_is_left_as_it_is(self, backend):
         assert backend(distributed_executor_backend="external_launcher") == "external_launcher"
+
+
+@pytest.mark.parametrize(("given", "expected"), [("auto", COMPILED_WORKER), ("the.users", "the.users")])
+def test_worker_class(artifact, h200, monkeypatch, given, expected):
+    """Ours, as vLLM finds it, unless a user has one of their own."""
+    config = EngineArgs(artifact, **OPTIONS).create_engine_config()
+    config.parallel_config.worker_cls = given
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    ServingConfig.verify_and_update_config(config)
+    assert config.parallel_config.worker_cls == expected
+    assert resolve_obj_by_qualname(COMPILED_WORKER) is CompiledWorker
 
 
 class TestGraphSizes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -22,16 +23,18 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from examples import demo
 from vllm_compile.runtime import vllm_executor
-from vllm_compile.runtime.vllm_executor import OneWorkerExecutor, WholeSteps
-from vllm_compile.runtime.vllm_processes import METHOD, ONE_WORKER, WHOLE_STEPS
+from vllm_compile.runtime.vllm_executor import OneWorkerExecutor
+from vllm_compile.runtime.vllm_processes import COMPILED_WORKER, METHOD, ONE_WORKER
+from vllm_compile.runtime.vllm_worker import WholeSteps
 
 OTHERS = ("speculative_config", "kv_transfer_config", "ec_transfer_config")
+CPU_WORKER = "tests.runtime.cpu_worker.WholeStepsWorker"
 PROMPT = [5, 6, 7, 8]
 END_LIMIT = 60  # seconds that a server and its processes may take to end
 
 
-def configuration(extension: str = WHOLE_STEPS, numa_bind: bool = False, **others) -> SimpleNamespace:
-    parallel = SimpleNamespace(worker_extension_cls=extension, numa_bind=numa_bind)
+def configuration(worker: str = COMPILED_WORKER, numa_bind: bool = False, **others) -> SimpleNamespace:
+    parallel = SimpleNamespace(worker_cls=worker, numa_bind=numa_bind)
     return SimpleNamespace(parallel_config=parallel, **dict.fromkeys(OTHERS) | others)
 
 
@@ -130,7 +133,7 @@ class TestSteps:
             ({"total_num_scheduled_tokens": 0}, True, {}),
             ({"has_structured_output_requests": True}, True, {}),
             ({}, False, {}),
-            ({}, True, {"extension": "another"}),
+            ({}, True, {"worker": "vllm.v1.worker.gpu_worker.Worker"}),
             *(({}, True, {name: "one"}) for name in OTHERS),
         ],
         ids=["nothing to sample", "a grammar", "who waits for it", "a worker that knows no such message", *OTHERS],
@@ -189,7 +192,8 @@ def server(tiny_fp32, tmp_path):
     """`vllm serve`, which spawns its engine, told to have the worker forked: on a CPU an artifact's has no process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     environment |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    options = ["--distributed-executor-backend", ONE_WORKER, "--worker-extension-cls", WHOLE_STEPS]
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # the worker's class is one of the tests'
+    options = ["--distributed-executor-backend", ONE_WORKER, "--worker-cls", CPU_WORKER]
     options += ["--kv-cache-memory-bytes", str(1 << 24)]
     with demo.serving(Path(tiny_fp32), tmp_path / "log", options, environment) as server:
         server.wait()

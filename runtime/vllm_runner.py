@@ -1,0 +1,181 @@
+"""vLLM's second runner for GPUs, where a step decodes for the requests of the step before, as most of a server's do.
+
+vLLM writes the inputs of each step anew: which requests it has, where each one's tokens begin, which rows logits are
+wanted of, every request's blocks.  Of Llama-3.2-1B's step with 8 requests that takes 511 of the 1,015 microseconds that
+the worker's process computes (benchmarks/baseline.md).  While requests stay the same only positions, lengths, slots and
+the tokens themselves change, and blocks where a request got one.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.input_batch import InputBatch, combine_sampled_and_draft_tokens, prepare_pos_seq_lens
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+# Fields of a step's InputBatch.  Those of a later version are in none of these, and steps are prepared as it has them.
+SAME = frozenset(
+    {
+        "req_ids",
+        "num_reqs",
+        "num_reqs_after_padding",
+        "idx_mapping",
+        "idx_mapping_np",
+        "expanded_idx_mapping",
+        "expanded_local_pos",
+        "num_scheduled_tokens",
+        "num_tokens",
+        "num_tokens_after_padding",
+        "num_draft_tokens",
+        "query_start_loc",
+        "query_start_loc_np",
+        "seq_lens",
+        "prefill_len_np",
+        "num_computed_prefill_tokens_np",
+        "is_prefilling_np",
+        "has_prefill",
+        "decode_graph_eligible",
+        "input_ids",
+        "positions",
+        "is_padding",
+        "cu_num_logits",
+        "cu_num_logits_np",
+    }
+)
+CHANGING = frozenset(
+    {"num_computed_tokens_np", "seq_lens_cpu_upper_bound", "logits_indices", "has_structured_output_reqs"}
+)
+ABSENT = frozenset(  # None in every step that is repeated
+    {
+        "num_draft_tokens_per_req",
+        "dcp_local_seq_lens",
+        "dcp_local_seq_lens_cpu_upper_bound",
+        "max_seq_len_np",
+        "max_query_len",
+        "fast_prefill",
+        "prefill_runs_as_decode_np",
+        "prompt_lens",
+    }
+)
+
+
+@dataclass
+class Step:
+    """A decode step that the next may repeat."""
+
+    tokens: dict[str, int]  # by request
+    graph: BatchExecutionDescriptor
+    batch: InputBatch
+    tables: tuple[torch.Tensor, ...] | None = None  # of blocks, as the graph reads them
+
+
+class CompiledRunner(GPUModelRunner):
+    """What vLLM's runner has become where `repeat_steps` said so."""
+
+    _last: Step | None = None
+
+    def prepare_inputs(self, scheduler_output: Any, *more: Any) -> InputBatch:
+        """As vLLM's, in the same memory; `more` differs by version, the graph that is to be replayed is among it."""
+        last, self._last = self._last, None
+        graph = next(part for part in more if isinstance(part, BatchExecutionDescriptor))
+        if last is None or not repeats(last, scheduler_output, graph):
+            batch = super().prepare_inputs(scheduler_output, *more)
+            if may_be_repeated(batch, graph):
+                self._last = Step(scheduler_output.num_scheduled_tokens, graph, batch)
+            return batch
+        batch = self._advanced(last.batch)
+        batch.has_structured_output_reqs = scheduler_output.has_structured_output_requests
+        more_blocks = any(blocks is not None for blocks in scheduler_output.scheduled_cached_reqs.new_block_ids)
+        self._last = Step(last.tokens, graph, batch, None if more_blocks else last.tables)
+        return batch
+
+    def _advanced(self, batch: InputBatch) -> InputBatch:
+        """The batch with a token more of each request."""
+        batch, states, buffers = copy(batch), self.req_states, self.input_buffers
+        prepare_pos_seq_lens(
+            batch.idx_mapping,
+            batch.query_start_loc,
+            states.num_computed_tokens.gpu,
+            buffers.positions,
+            buffers.seq_lens,
+        )
+        batch.logits_indices = combine_sampled_and_draft_tokens(
+            buffers.input_ids,
+            batch.idx_mapping,
+            states.last_sampled_tokens,
+            batch.query_start_loc,
+            batch.seq_lens,
+            states.prefill_len.gpu,
+            states.draft_tokens,
+            batch.cu_num_logits,
+            batch.num_reqs,
+        )
+        batch.num_computed_tokens_np = states.num_computed_tokens_np[batch.idx_mapping_np]
+        lengths = np.zeros(batch.num_reqs_after_padding, dtype=np.int32)
+        np.add(batch.num_computed_tokens_np, 1, out=lengths[: batch.num_reqs])
+        batch.seq_lens_cpu_upper_bound = torch.from_numpy(lengths)
+        return batch
+
+    def prepare_attn(self, input_batch: InputBatch, *more: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """As vLLM's: each request's blocks, which it may have already where the graph reads them, and tokens' slots."""
+        last = self._last
+        if last is None or input_batch is not last.batch:
+            return super().prepare_attn(input_batch, *more)
+        if last.tables is None:
+            last.tables, slots = super().prepare_attn(input_batch, *more)
+        else:
+            slots = self.block_tables.compute_slot_mappings(
+                input_batch.idx_mapping,
+                input_batch.query_start_loc,
+                input_batch.positions,
+                num_tokens_padded=input_batch.num_tokens_after_padding,
+            )
+        return last.tables, slots
+
+    def _dummy_run(self, *given: Any, **named: Any) -> Any:
+        """As vLLM's, which writes over the inputs of the step before."""
+        self._last = None
+        return super()._dummy_run(*given, **named)
+
+
+def repeats(last: Step, scheduler_output: Any, graph: BatchExecutionDescriptor) -> bool:
+    """Whether a step decodes for the requests of the last, in the places that they have in the runner's states.
+
+    One that was preempted and came back, or whose name is used again, is among the new ones.
+    """
+    return (
+        scheduler_output.num_scheduled_tokens == last.tokens
+        and graph == last.graph
+        and not scheduler_output.scheduled_new_reqs
+        and not scheduler_output.scheduled_spec_decode_tokens
+    )
+
+
+def may_be_repeated(batch: InputBatch, graph: BatchExecutionDescriptor) -> bool:
+    """Whether all that a step is made of is known here: a token for each request, none of a prompt, by a graph."""
+    return (
+        graph.cg_mode == CUDAGraphMode.FULL
+        and batch.num_tokens == batch.num_reqs
+        and not batch.is_prefilling_np.any()
+        and all(getattr(batch, name, None) is None for name in ABSENT)
+    )
+
+
+def repeat_steps(runner: Any) -> None:
+    """Makes a runner of vLLM's a `CompiledRunner`, which begins with no step to repeat.
+
+    Not where another rank, a drafter or a version of vLLM that is not known here has a part in what a step's inputs
+    are.  vLLM's worker names its runner's class inside a function, so the runner changes class when it is there.
+    """
+    config = getattr(runner, "vllm_config", None)
+    known = {field.name for field in fields(InputBatch)} <= SAME | CHANGING | ABSENT
+    if type(runner) not in (GPUModelRunner, CompiledRunner) or config is None or not known:
+        return
+    if config.parallel_config.world_size_across_dp == 1 and config.speculative_config is None:
+        runner.__class__, runner._last = CompiledRunner, None

@@ -1,0 +1,27 @@
+"""The worker that an artifact is served by on a GPU; what it adds to vLLM's needs none."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_compile.runtime import vllm_worker
+from vllm_compile.runtime.vllm_worker import CompiledWorker
+
+
+@pytest.mark.parametrize(("name", "given"), [("init_device", ()), ("wake_up", (["kv_cache"],)), ("wake_up", ())])
+def test_the_runner_repeats_steps_from_then_on(monkeypatch, name, given):
+    """Behind what vLLM does: it makes the runner in the one, and gives it memory without contents in the other."""
+    done = []
+
+    def vllms(self, *tags):
+        done.append(tags)
+        self.model_runner = "a runner"
+
+    monkeypatch.setattr(Worker, name, vllms)
+    monkeypatch.setattr(vllm_worker, "repeat_steps", done.append)
+    getattr(object.__new__(CompiledWorker), name)(*given)
+    assert done == [given, "a runner"]
