@@ -6,8 +6,10 @@
 Kernels overlap with those before and after them, and compete for shared memory and the L2 cache; so a configuration is
 worth what the whole decode step costs with it (step_cuda.py), of which all else stays as it is.  `run` goes through the
 calls of the model, the largest weights first, and keeps the best before it turns to the next; each kernel's result is
-compared with float64 before.  The fastest are written as records into schedules/cuda/records.json; what gives a wrong
-result is named and left out.  --buckets takes some of the numbers of tokens.
+compared with float64 before.  All are timed for a few steps; then the best of each shape for a second, in which the GPU
+comes to draw as much power as it may: of kernels that are as fast at first, the one that takes less energy wins.  The
+fastest are written as records into schedules/cuda/records.json; what gives a wrong result is named and left out.
+--buckets takes some of the numbers of tokens.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from kernels_cuda_linear import BUCKETS, Kernels, build_configs, extras, reference, spec_of, symbol
-from step_cuda import step_us
+from step_cuda import step_us, sustained_us
 
 from vllm_compile import lossless
 from vllm_compile.runtime.manifest import PLAN, read_manifest
@@ -38,7 +41,13 @@ from vllm_compile.whole_file import write_whole
 CONTEXT = 128  # cached tokens of each request
 BATCHES = {1: (1, 8), 9: (16,), 17: (32,), 33: (64,)}  # by least tokens of a variant: the steps that are timed
 KEY = ("chip", "op", "N", "K", "residual", "lossless", "min_tokens")  # of a record: what it is found by
-FINALISTS = 3  # are timed again, more often
+SHAPE = (
+    "kind",
+    "row_tiles",
+    "row_groups",
+    "k_groups",
+    "cluster",
+)  # of a configuration: which rows and columns it takes
 RECORDS = Path(__file__).parents[1] / "schedules/cuda/records.json"
 
 
@@ -147,20 +156,26 @@ def search(program: Candidates, call: LinearCall, least: int, names: Sequence[st
     """The record of the best of these kernels, which the program's plan has from now on."""
     plan = program.plan
 
-    def us(kernel: str | None, replays: int) -> float:
+    def us(kernel: str | None, timed: Callable[[Program, int, int], float]) -> float:
         program.set_plan(with_kernel(plan, call.spec, least, kernel))
-        return sum(step_us(program, batch, CONTEXT, replays) for batch in BATCHES[least])
+        return sum(timed(program, batch, CONTEXT) for batch in BATCHES[least])
 
-    times = {name: us(name, replays=5) for name in names}
-    ranking = sorted(times, key=times.__getitem__)
-    finals = {name: us(name, replays=30) for name in ranking[:FINALISTS]}
-    best = min(finals, key=finals.__getitem__)
-    vendor = us(None, replays=30)
+    times = {name: us(name, partial(step_us, replays=5)) for name in names}
+    slowest_first = sorted(times, key=times.__getitem__, reverse=True)
+    finalists = {tuple(map(configs[name].get, SHAPE)): name for name in slowest_first}.values()
+    finals = {name: us(name, sustained_us) for name in finalists}
+    ranking = sorted(finals, key=finals.__getitem__)
+    best = ranking[0]
+    vendor = us(None, sustained_us)
     # A vendor's product cannot take over from the first token on: a plan has a kernel for that.
     kept = None if vendor < finals[best] and least > min(BATCHES) else best
     program.set_plan(with_kernel(plan, call.spec, least, kept))
     calls = call.count * len(BATCHES[least])
-    shown = ", ".join(f"{(times[n] - times[best]) / calls:+.1f} {list(configs[n].values())[:-1]}" for n in ranking[:6])
+    shown = ", ".join(
+        f"{(finals[n] - finals[best]) / calls:+.1f} (at first {(times[n] - times[best]) / calls:+.1f})"
+        f" {list(configs[n].values())[:-1]}"
+        for n in ranking[:6]
+    )
     gain = (vendor - finals[best]) / calls
     print(f"{call.name} {least}: {len(names)} configs, cuBLAS {gain:+.1f}: {shown}", flush=True)
     N, K = call.spec.input("weight").shape
@@ -227,7 +242,7 @@ def main() -> None:
             if names := right(call, least, kernels):
                 records.append(search(program, call, least, names, kernels.configs))
                 write_records(options.records, records)
-        steps = {batch: step_us(program, batch, CONTEXT) for batch in BATCHES[least]}
+        steps = {batch: sustained_us(program, batch, CONTEXT) for batch in BATCHES[least]}
         print(f"from {least} tokens: steps of {steps} us", flush=True)
     return None
 

@@ -49,13 +49,13 @@ def counts(plan: Plan) -> Counter[str]:
     return Counter(name_of(step) for _, step in kernel_steps(plan.functions))
 
 
-def step_us(program: Program, batch: int, context: int, replays: int = REPLAYS) -> float:
-    """Microseconds of one decode step of `batch` requests with `context` cached tokens each."""
+def step_graph(program: Program, batch: int, context: int) -> torch.cuda.CUDAGraph:
+    """One decode step of `batch` requests, each with a token of its own and `context` cached ones."""
     requests = PagedBatch(program.plan.model, [context + 1] * batch, DEVICE)
     for kv in requests.kv:
         kv.normal_()
     arguments = requests.step([context] * batch, [context + 1] * batch)
-    ids = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
+    ids = torch.randint(program.plan.model.vocab_size, [batch], dtype=torch.int32, device=DEVICE)
 
     def run() -> None:
         program.greedy(program.logits(program.forward(ids, kv=requests.kv, **arguments)))
@@ -65,7 +65,12 @@ def step_us(program: Program, batch: int, context: int, replays: int = REPLAYS) 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    times = []
+    return graph
+
+
+def step_us(program: Program, batch: int, context: int, replays: int = REPLAYS) -> float:
+    """Microseconds of one step (`step_graph`): the median of replays, each by itself."""
+    graph, times = step_graph(program, batch, context), []
     for _ in range(3 + replays):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
@@ -74,6 +79,27 @@ def step_us(program: Program, batch: int, context: int, replays: int = REPLAYS) 
         ended.synchronize()
         times.append(began.elapsed_time(ended) * 1e3)
     return statistics.median(times[3:])
+
+
+def sustained_us(program: Program, batch: int, context: int, seconds: float = 1.0) -> float:
+    """Microseconds of one step (`step_graph`), of those that follow each other for so long, less the first third.
+
+    By then a GPU that would draw more power than it may has lowered its clock.
+    """
+    graph = step_graph(program, batch, context)
+
+    def replayed(count: int) -> float:
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        for _ in range(count):
+            graph.replay()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) * 1e3 / count
+
+    third = max(int(seconds * 1e6 / 3 / replayed(10)), 1)
+    replayed(third)
+    return replayed(2 * third)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,8 @@ from vllm_compile.runtime.plan import ModelShape, Plan, kernel_steps
 from vllm_compile.targets import resolve
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from search_cuda_linear import RECORDS, linear_calls, read_records, with_kernel, write_records
+import search_cuda_linear
+from search_cuda_linear import RECORDS, linear_calls, read_records, search, with_kernel, write_records
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,35 @@ def test_a_vendor_takes_over(plan):
     changed = with_kernel(plan, call.spec, 9, None)
     (after,) = {step for _, step in kernel_steps(changed.functions)} - {s for _, s in kernel_steps(plan.functions)}
     assert after.large.min_tokens == 9
+
+
+@pytest.mark.parametrize(("vendors", "kept"), [(99, "b"), (1, None)])
+def test_what_is_fastest_after_a_second_is_kept(plan, monkeypatch, vendors, kept):
+    """Of each shape what was fastest at first is timed as long: of a's, `a` alone, though `a slower` would win."""
+    call, program = linear_calls(plan)[0], SimpleNamespace(plan=plan)
+    program.set_plan = lambda changed: setattr(program, "plan", changed)
+    shape = {"kind": "stream", "row_tiles": 1, "stages": 2, "lossless": True}
+    configs = {"a slower": shape, "a": shape | {"stages": 3}, "b": shape | {"row_tiles": 2}}
+    sustained = []
+
+    def kernel() -> str | None:
+        (step,) = {step for _, step in kernel_steps(program.plan.functions)} - {
+            step for _, step in kernel_steps(plan.functions)
+        }
+        return dict(step.variants).get(9) if step.large.min_tokens > 9 else None
+
+    def timed_for_long(program, batch, context):
+        sustained.append(kernel())
+        return {"a": 30, "b": 20, "a slower": 10, None: vendors}[kernel()]
+
+    monkeypatch.setattr(search_cuda_linear, "step_us", lambda *_, replays: {"a": 5, "b": 6, "a slower": 7}[kernel()])
+    monkeypatch.setattr(search_cuda_linear, "sustained_us", timed_for_long)
+    monkeypatch.setattr(search_cuda_linear, "chip", lambda: "h200")
+    found = search(program, call, 9, list(configs), configs)
+    assert sorted(map(str, sustained)) == ["None", "a", "b"]
+    assert found["config"] == configs["b"]
+    assert found["gain_us"] == round((vendors - 20) / call.count, 2)
+    assert kernel() == kept
 
 
 def test_records_of_an_older_form_are_one_line_before_the_search(tmp_path):
