@@ -41,13 +41,8 @@ from vllm_compile.whole_file import write_whole
 CONTEXT = 128  # cached tokens of each request
 BATCHES = {1: (1, 8), 9: (16,), 17: (32,), 33: (64,)}  # by least tokens of a variant: the steps that are timed
 KEY = ("chip", "op", "N", "K", "residual", "lossless", "min_tokens")  # of a record: what it is found by
-SHAPE = (
-    "kind",
-    "row_tiles",
-    "row_groups",
-    "k_groups",
-    "cluster",
-)  # of a configuration: which rows and columns it takes
+# Of a configuration: which rows and columns it takes.
+SHAPE = ("kind", "row_tiles", "row_groups", "k_groups", "cluster")
 RECORDS = Path(__file__).parents[1] / "schedules/cuda/records.json"
 
 

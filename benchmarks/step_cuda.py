@@ -55,7 +55,8 @@ def step_graph(program: Program, batch: int, context: int) -> torch.cuda.CUDAGra
     for kv in requests.kv:
         kv.normal_()
     arguments = requests.step([context] * batch, [context + 1] * batch)
-    ids = torch.randint(program.plan.model.vocab_size, [batch], dtype=torch.int32, device=DEVICE)
+    same = torch.Generator(DEVICE).manual_seed(batch)  # tokens of one program as of the next
+    ids = torch.randint(program.plan.model.vocab_size, [batch], dtype=torch.int32, device=DEVICE, generator=same)
 
     def run() -> None:
         program.greedy(program.logits(program.forward(ids, kv=requests.kv, **arguments)))

@@ -6,7 +6,8 @@ benchmarks/baseline.md).
 vLLM's command line has every process spawned, and a worker that is spawned imports everything once more: a third round
 after the front end's and the engine's.  What spawning is for is over by then: the engine is no copy of the front end,
 and starts its worker before it initializes CUDA or starts a Python thread.  vLLM forks the worker of an `LLM` in that
-same state, from an engine that is itself a fork of the user's process, with whatever was done there.
+same state, from an engine that is itself a fork of the user's process, with whatever was done there.  Its class is
+looked at before, so that a fork has its modules already.
 """
 
 from __future__ import annotations

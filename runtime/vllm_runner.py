@@ -1,26 +1,29 @@
-"""vLLM's second runner for GPUs, where a step decodes for the requests of the step before, as most of a server's do.
+"""vLLM's second runner for GPUs, which does not prepare again what a decode step shares with the step before.
 
 vLLM writes the inputs of each step anew: which requests it has, where each one's tokens begin, which rows logits are
 wanted of, every request's blocks.  Of Llama-3.2-1B's step with 8 requests that takes 511 of the 1,015 microseconds that
-the worker's process computes (benchmarks/baseline.md).  While requests stay the same only positions, lengths, slots and
-the tokens themselves change, and blocks where a request got one.
+the worker's process computes (benchmarks/baseline.md).  While requests stay the same, as in most of a server's steps,
+only positions, lengths, slots and the tokens themselves change, and blocks where a request got one.
 """
 
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, combine_sampled_and_draft_tokens, prepare_pos_seq_lens
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+logger = init_logger("vllm.compiled_artifact")  # below vLLM's own, which says where lines go
+
 # Fields of a step's InputBatch.  Those of a later version are in none of these, and steps are prepared as it has them.
-SAME = frozenset(
+SAME = frozenset(  # the very objects of the step before; tensors' contents may be new
     {
         "req_ids",
         "num_reqs",
@@ -48,7 +51,7 @@ SAME = frozenset(
         "cu_num_logits_np",
     }
 )
-CHANGING = frozenset(
+OTHERS = frozenset(  # objects of the step's own
     {"num_computed_tokens_np", "seq_lens_cpu_upper_bound", "logits_indices", "has_structured_output_reqs"}
 )
 ABSENT = frozenset(  # None in every step that is repeated
@@ -80,19 +83,23 @@ class CompiledRunner(GPUModelRunner):
 
     _last: Step | None = None
 
-    def prepare_inputs(self, scheduler_output: Any, *more: Any) -> InputBatch:
-        """As vLLM's, in the same memory; `more` differs by version, the graph that is to be replayed is among it."""
+    def prepare_inputs(self, scheduler_output: Any, *more: Any, **named: Any) -> InputBatch:
+        """As vLLM's, in the same memory; a step that is repeated keeps the order of its requests.
+
+        What else is given differs by version; the graph that is to be replayed is among it.
+        """
         last, self._last = self._last, None
-        graph = next(part for part in more if isinstance(part, BatchExecutionDescriptor))
-        if last is None or not repeats(last, scheduler_output, graph):
-            batch = super().prepare_inputs(scheduler_output, *more)
-            if may_be_repeated(batch, graph):
+        given = (*more, *named.values())
+        graph = next((part for part in given if isinstance(part, BatchExecutionDescriptor)), None)
+        if last is None or not repeats(last, scheduler_output, graph, self.req_states):
+            batch = super().prepare_inputs(scheduler_output, *more, **named)
+            if graph is not None and may_be_repeated(batch, graph):
                 self._last = Step(scheduler_output.num_scheduled_tokens, graph, batch)
             return batch
         batch = self._advanced(last.batch)
         batch.has_structured_output_reqs = scheduler_output.has_structured_output_requests
-        more_blocks = any(blocks is not None for blocks in scheduler_output.scheduled_cached_reqs.new_block_ids)
-        self._last = Step(last.tokens, graph, batch, None if more_blocks else last.tables)
+        grown = any(blocks is not None for blocks in scheduler_output.scheduled_cached_reqs.new_block_ids)
+        self._last = replace(last, batch=batch, tables=None if grown else last.tables)
         return batch
 
     def _advanced(self, batch: InputBatch) -> InputBatch:
@@ -115,6 +122,7 @@ class CompiledRunner(GPUModelRunner):
             states.draft_tokens,
             batch.cu_num_logits,
             batch.num_reqs,
+            self.model_state.num_new_sampled_tokens_per_step,
         )
         batch.num_computed_tokens_np = states.num_computed_tokens_np[batch.idx_mapping_np]
         lengths = np.zeros(batch.num_reqs_after_padding, dtype=np.int32)
@@ -143,17 +151,30 @@ class CompiledRunner(GPUModelRunner):
         self._last = None
         return super()._dummy_run(*given, **named)
 
+    def capture_model(self, *given: Any, **named: Any) -> Any:
+        """As vLLM's, which does so, too."""
+        self._last = None
+        return super().capture_model(*given, **named)
 
-def repeats(last: Step, scheduler_output: Any, graph: BatchExecutionDescriptor) -> bool:
+    def initialize_kv_cache(self, *given: Any, **named: Any) -> None:
+        """As vLLM's, which makes other buffers for them."""
+        self._last = None
+        super().initialize_kv_cache(*given, **named)
+
+
+def repeats(last: Step, scheduler_output: Any, graph: BatchExecutionDescriptor | None, states: Any) -> bool:
     """Whether a step decodes for the requests of the last, in the places that they have in the runner's states.
 
-    One that was preempted and came back, or whose name is used again, is among the new ones.
+    One that was preempted and came back, or whose name is used again, is among the new ones, as vLLM's scheduler says
+    it to this runner.
     """
+    places = last.batch.idx_mapping_np
     return (
         scheduler_output.num_scheduled_tokens == last.tokens
         and graph == last.graph
         and not scheduler_output.scheduled_new_reqs
-        and not scheduler_output.scheduled_spec_decode_tokens
+        and not scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        and bool((states.num_computed_tokens_np[places] >= last.batch.prefill_len_np).all())
     )
 
 
@@ -171,11 +192,19 @@ def repeat_steps(runner: Any) -> None:
     """Makes a runner of vLLM's a `CompiledRunner`, which begins with no step to repeat.
 
     Not where another rank, a drafter or a version of vLLM that is not known here has a part in what a step's inputs
-    are.  vLLM's worker names its runner's class inside a function, so the runner changes class when it is there.
+    are; vLLM's log says so.  vLLM's worker names its runner's class inside a function, so the runner changes class when
+    it is there.
     """
-    config = getattr(runner, "vllm_config", None)
-    known = {field.name for field in fields(InputBatch)} <= SAME | CHANGING | ABSENT
-    if type(runner) not in (GPUModelRunner, CompiledRunner) or config is None or not known:
+    if type(runner) not in (GPUModelRunner, CompiledRunner):
+        return  # vLLM's first
+    config = runner.vllm_config
+    unknown = {field.name for field in fields(InputBatch)} - SAME - OTHERS - ABSENT
+    whys = {
+        "several ranks": config.parallel_config.world_size_across_dp > 1,
+        "speculation": config.speculative_config is not None,
+        f"a vLLM whose steps have {', '.join(sorted(unknown))}": bool(unknown),
+    }
+    if any(whys.values()):
+        logger.info("Each step's inputs are prepared anew: %s", ", ".join(why for why, given in whys.items() if given))
         return
-    if config.parallel_config.world_size_across_dp == 1 and config.speculative_config is None:
-        runner.__class__, runner._last = CompiledRunner, None
+    runner.__class__, runner._last = CompiledRunner, None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
-from .vllm_runner import repeat_steps
+logger = init_logger("vllm.compiled_artifact")  # below vLLM's own, which says where lines go
 
 
 class WholeSteps:
@@ -24,9 +25,17 @@ class CompiledWorker(WholeSteps, Worker):
     def init_device(self) -> None:
         """As vLLM's, which makes the runner here."""
         super().init_device()
-        repeat_steps(self.model_runner)
+        self._repeat_steps()
 
     def wake_up(self, *tags: Any, **named: Any) -> None:
-        """As vLLM's: what the runner has written to the GPU's memory may be gone."""
+        """As vLLM's: what the runner has written to the GPU's memory may be gone (in 0.26 block tables are)."""
         super().wake_up(*tags, **named)
-        repeat_steps(self.model_runner)
+        self._repeat_steps()
+
+    def _repeat_steps(self) -> None:
+        try:
+            from .vllm_runner import repeat_steps
+        except ImportError as error:  # of a vLLM whose runner is made of other parts
+            logger.info("Each step's inputs are prepared anew: %s", error)
+        else:
+            repeat_steps(self.model_runner)

@@ -267,14 +267,21 @@ class TestWorkerProcess:
         assert backend(distributed_executor_backend="external_launcher") == "external_launcher"
 
 
-@pytest.mark.parametrize(("given", "expected"), [("auto", COMPILED_WORKER), ("the.users", "the.users")])
-def test_worker_class(artifact, h200, monkeypatch, given, expected):
-    """Ours, as vLLM finds it, unless a user has one of their own."""
-    config = EngineArgs(artifact, **OPTIONS).create_engine_config()
-    config.parallel_config.worker_cls = given
-    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
-    ServingConfig.verify_and_update_config(config)
-    assert config.parallel_config.worker_cls == expected
+@pytest.mark.parametrize("given", ["auto", "the.users"])
+def test_worker_class(artifact, h200, monkeypatch, given):
+    """Ours, unless a user has one of their own; vLLM asks before it chooses."""
+    asked, configure = [], ServingConfig.verify_and_update_config
+
+    def on_a_gpu(config):
+        asked.append(config.parallel_config.worker_cls)
+        with monkeypatch.context() as patch:
+            patch.setattr(current_platform, "is_cpu", lambda: False)
+            configure(config)
+        asked.append(config.parallel_config.worker_cls)
+
+    monkeypatch.setattr(ServingConfig, "verify_and_update_config", on_a_gpu)
+    EngineArgs(artifact, **OPTIONS, worker_cls=given).create_engine_config()
+    assert asked == [given, COMPILED_WORKER if given == "auto" else given]
     assert resolve_obj_by_qualname(COMPILED_WORKER) is CompiledWorker
 
 

@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from tests.conftest import SEED
 from vllm_compile.runtime import vllm_runner
-from vllm_compile.runtime.vllm_runner import ABSENT, CHANGING, SAME, CompiledRunner, repeat_steps
+from vllm_compile.runtime.vllm_runner import ABSENT, OTHERS, SAME, CompiledRunner, may_be_repeated, repeat_steps
 
 CPU = torch.device("cpu")
 PLACES, LENGTH, TOKENS, BLOCK_SIZE, NO_SLOT = 8, 64, 96, 4, -1
@@ -49,10 +49,10 @@ def prepare_pos_seq_lens(places, query_start_loc, computed, positions, seq_lens)
 
 
 def combine_sampled_and_draft_tokens(
-    input_ids, places, sampled, query_start_loc, seq_lens, prefill_len, drafts, cu_num_logits, num_logits, new_tokens=1
+    input_ids, places, sampled, query_start_loc, seq_lens, prefill_len, drafts, cu_num_logits, num_logits, new_tokens
 ):
-    assert new_tokens == 1
-    assert num_logits == len(places) == cu_num_logits[-1]
+    if not (new_tokens == 1 and num_logits == len(places) == cu_num_logits[-1]):
+        raise ValueError("speculation")
     last = query_start_loc[1 : len(places) + 1].long() - 1
     for i, place in enumerate(places.tolist()):
         if seq_lens[i] > prefill_len[place]:
@@ -143,6 +143,8 @@ class Server:
     def __init__(self, rng: random.Random, *runners: GPUModelRunner) -> None:
         self.rng, self.runners, self.block, self.names = rng, runners, 0, 0
         self.mode = CUDAGraphMode.FULL  # of decode steps
+        self.resumed: set[str] = set()
+        self.batches: list[tuple[InputBatch, dict]] = []  # prepared so far, and what they had then
         self.tokens: dict[str, tuple[int, int]] = {}  # of a request: those of its prompt, and those computed
         self.free = list(range(PLACES))
 
@@ -202,6 +204,7 @@ class Server:
                 np.minimum(states.num_computed_tokens_np, states.prefill_len.np, out=states.num_computed_prefill_tokens)
         cached = CachedRequestData.make_empty()
         cached.req_ids, cached.new_block_ids = list(scheduled), new_blocks
+        cached.resumed_req_ids = self.resumed
         output = SimpleNamespace(
             num_scheduled_tokens=scheduled,
             total_num_scheduled_tokens=sum(scheduled.values()),
@@ -221,7 +224,10 @@ class Server:
         padded = -(-len(state.req_ids) // 4) * 4 if decode else state.num_tokens
         mode = self.mode if decode else CUDAGraphMode.NONE
         graph = BatchExecutionDescriptor(mode, padded, padded if decode else None)
-        batch = runner.prepare_inputs(output, state, graph, 0)
+        named = {"batch_desc": graph, "num_active_loras": 0}  # or by their places
+        given, named = ((), named) if len(self.batches) % 4 < 2 else (named.values(), {})
+        batch = runner.prepare_inputs(output, state, *given, **named)
+        self.batches.append((batch, vars(batch).copy()))
         tables, slots = runner.prepare_attn(batch)
         buffers = runner.input_buffers
         return copied((vars(batch), buffers.query_start_loc, buffers.seq_lens, tables, slots))
@@ -262,9 +268,12 @@ def leaves(value: object) -> list[object]:
 def anew(monkeypatch) -> list[GPUModelRunner]:
     """The runner of each step that vLLM prepares."""
     prepared, prepare = [], GPUModelRunner.prepare_inputs
-    monkeypatch.setattr(
-        GPUModelRunner, "prepare_inputs", lambda self, *given: prepared.append(self) or prepare(self, *given)
-    )
+
+    def prepare_inputs(self, *given, **named):
+        prepared.append(self)
+        return prepare(self, *given, **named)
+
+    monkeypatch.setattr(GPUModelRunner, "prepare_inputs", prepare_inputs)
     return prepared
 
 
@@ -298,13 +307,15 @@ def test_inputs_are_vllms(pair, anew):
     assert anew.count(theirs) == steps
     assert steps / 8 < anew.count(ours) < steps * 7 / 8, "some steps were repeated, some were not"
     assert anew.count(ours) < ours.block_tables.gathered < steps
+    for batch, then in server.batches:  # steps in flight are not changed by those after them
+        assert all(then[name] is value for name, value in vars(batch).items())
 
 
-def same_names(last, scheduler_output, graph):
+def same_names(last, scheduler_output, *_):
     return scheduler_output.num_scheduled_tokens == last.tokens
 
 
-def same_count(last, scheduler_output, graph):
+def same_count(last, scheduler_output, *_):
     return len(scheduler_output.num_scheduled_tokens) == len(last.tokens) and not scheduler_output.scheduled_new_reqs
 
 
@@ -314,7 +325,7 @@ def same_count(last, scheduler_output, graph):
         ("repeats", same_names),
         ("repeats", same_count),
         ("prepare_pos_seq_lens", lambda *given: None),
-        ("combine_sampled_and_draft_tokens", lambda ids, *given: ids[: given[-1]].long()),
+        ("combine_sampled_and_draft_tokens", lambda *given: given[3][1 : given[8] + 1].long() - 1),
         ("any", lambda blocks: False),
     ],
     ids=["a name used again", "other requests", "positions", "tokens", "blocks"],
@@ -336,23 +347,74 @@ def decoding(pair, anew):
     return server, ours
 
 
+def roll_back(server: Server, runner: GPUModelRunner) -> None:
+    """A request's last prompt token is computed once more."""
+    name = min(server.tokens)
+    length, _ = server.tokens[name]
+    server.tokens[name] = length, length - 1
+    for each in server.runners:
+        states = each.req_states
+        states.num_computed_tokens.gpu[states.req_id_to_index[name]] = length - 1
+
+
 @pytest.mark.parametrize(
     "between",
     [
         lambda server, runner: runner._dummy_run(4),
         lambda server, runner: repeat_steps(runner),
+        lambda server, runner: runner.capture_model(),
+        lambda server, runner: runner.initialize_kv_cache("a configuration"),
         lambda server, runner: server.leave(min(server.tokens)),
+        lambda server, runner: vars(server).update(resumed={min(server.tokens)}),
+        roll_back,
         lambda server, runner: vars(server).update(mode=CUDAGraphMode.PIECEWISE),
     ],
-    ids=["a dummy run", "a cache that was discarded", "a request that left", "another graph"],
+    ids=[
+        "a dummy run",
+        "a cache that was discarded",
+        "a capture",
+        "another cache",
+        "a request that left",
+        "a request that came back",
+        "a token that is computed again",
+        "another graph",
+    ],
 )
 def test_is_prepared_anew_behind(decoding, anew, monkeypatch, between):
-    monkeypatch.setattr(GPUModelRunner, "_dummy_run", lambda self, tokens: self.input_buffers.query_start_loc.fill_(0))
+    for name in ("_dummy_run", "capture_model", "initialize_kv_cache"):
+        monkeypatch.setattr(GPUModelRunner, name, lambda self, *_: self.input_buffers.query_start_loc.fill_(0))
     server, ours = decoding
     between(server, ours)
     theirs, again = server.step()
     assert ours in anew
     assert_equal(again, theirs)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"num_tokens": 9}, {"is_prefilling_np": np.array([True])}, *({name: 0} for name in ABSENT)], ids=str
+)
+def test_what_may_be_repeated(decoding, changed):
+    _, ours = decoding
+    batch, graph = copy(ours._last.batch), ours._last.graph
+    assert may_be_repeated(batch, graph)
+    vars(batch).update(changed)
+    assert not may_be_repeated(batch, graph)
+
+
+def test_another_batch_gets_blocks_of_its_own(decoding):
+    _, ours = decoding
+    gathered = ours.block_tables.gathered
+    ours.prepare_attn(copy(ours._last.batch))
+    assert ours.block_tables.gathered == gathered + 1
+
+
+def test_a_graph_that_is_said_in_another_way(decoding, anew, monkeypatch):
+    monkeypatch.setattr(vllm_runner, "BatchExecutionDescriptor", type("Another", (), {}))
+    server, ours = decoding
+    for _ in range(2):
+        anew.clear()
+        assert_equal(*server.step())
+        assert ours in anew
 
 
 def test_without_a_graph_it_is_vllms(pair, anew):
@@ -365,27 +427,39 @@ def test_without_a_graph_it_is_vllms(pair, anew):
         assert ours in anew
 
 
-@pytest.mark.parametrize("given", [{"ranks": 2}, {"speculative": "a drafter"}], ids=str)
-def test_is_vllms_where_others_have_a_part(runner, given):
-    made = runner()
-    made.vllm_config = configuration(**given)
-    repeat_steps(made)
-    assert type(made) is GPUModelRunner
+class TestWhatIsNotKnown:
+    """A runner that stays vLLM's, and says why."""
 
+    @pytest.fixture
+    def said(self, monkeypatch) -> list[str]:
+        said: list[str] = []
+        monkeypatch.setattr(vllm_runner.logger, "info", lambda text, *values: said.append(text % values))
+        return said
 
-def test_is_vllms_of_a_version_that_has_more_inputs(runner, monkeypatch):
-    made, more = runner(), make_dataclass("InputBatch", [("of_the_future", int, 0)], bases=(InputBatch,))
-    monkeypatch.setattr(vllm_runner, "InputBatch", more)
-    repeat_steps(made)
-    assert type(made) is GPUModelRunner
+    @pytest.mark.parametrize(
+        ("given", "why"), [({"ranks": 2}, "several ranks"), ({"speculative": "a drafter"}, "speculation")], ids=str
+    )
+    def test_others_have_a_part(self, runner, said, given, why):
+        made = runner()
+        made.vllm_config = configuration(**given)
+        repeat_steps(made)
+        assert type(made) is GPUModelRunner
+        assert said == [f"Each step's inputs are prepared anew: {why}"]
 
+    def test_inputs_of_a_later_version(self, runner, said, monkeypatch):
+        made, more = runner(), make_dataclass("InputBatch", [("of_the_future", int, 0)], bases=(InputBatch,))
+        monkeypatch.setattr(vllm_runner, "InputBatch", more)
+        repeat_steps(made)
+        assert type(made) is GPUModelRunner
+        assert said == ["Each step's inputs are prepared anew: a vLLM whose steps have of_the_future"]
 
-def test_another_runner_is_left_as_it_is():
-    first = SimpleNamespace(vllm_config=configuration())
-    repeat_steps(first)
-    assert vars(first).keys() == {"vllm_config"}
+    def test_another_runner(self, said):
+        first = SimpleNamespace(vllm_config=configuration())
+        repeat_steps(first)
+        assert vars(first).keys() == {"vllm_config"}
+        assert said == []
 
 
 def test_every_field_is_of_one_kind():
-    assert {field.name for field in fields(InputBatch)} <= SAME | CHANGING | ABSENT
-    assert len(SAME) + len(CHANGING) + len(ABSENT) == len(SAME | CHANGING | ABSENT)
+    assert {field.name for field in fields(InputBatch)} <= SAME | OTHERS | ABSENT
+    assert len(SAME) + len(OTHERS) + len(ABSENT) == len(SAME | OTHERS | ABSENT)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 pytest.importorskip("vllm")
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_compile.runtime import vllm_worker
+from vllm_compile.runtime import vllm_runner, vllm_worker
 from vllm_compile.runtime.vllm_worker import CompiledWorker
 
 
@@ -22,6 +24,17 @@ def test_the_runner_repeats_steps_from_then_on(monkeypatch, name, given):
         self.model_runner = "a runner"
 
     monkeypatch.setattr(Worker, name, vllms)
-    monkeypatch.setattr(vllm_worker, "repeat_steps", done.append)
+    monkeypatch.setattr(vllm_runner, "repeat_steps", done.append)
     getattr(object.__new__(CompiledWorker), name)(*given)
     assert done == [given, "a runner"]
+
+
+def test_a_vllm_whose_runner_is_made_of_other_parts(monkeypatch):
+    """Serves, and says so."""
+    said = []
+    monkeypatch.setattr(Worker, "init_device", lambda self: None)
+    monkeypatch.setitem(sys.modules, vllm_runner.__name__, None)
+    monkeypatch.setattr(vllm_worker.logger, "info", lambda text, *values: said.append(text % values))
+    object.__new__(CompiledWorker).init_device()
+    (line,) = said
+    assert line.startswith("Each step's inputs are prepared anew: ")
