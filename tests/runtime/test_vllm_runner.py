@@ -391,7 +391,9 @@ def test_is_prepared_anew_behind(decoding, anew, monkeypatch, between):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"num_tokens": 9}, {"is_prefilling_np": np.array([True])}, *({name: 0} for name in ABSENT)], ids=str
+    "changed",
+    [{"num_tokens": 9}, {"is_prefilling_np": np.array([True])}, *({name: 0} for name in sorted(ABSENT))],
+    ids=str,
 )
 def test_what_may_be_repeated(decoding, changed):
     _, ours = decoding
