@@ -214,7 +214,7 @@ def test_wrong_experts_and_weights_are_noticed(built, generator):
     other = inputs["experts"].clone()
     other[-1, -1] = next(e for e in range(EXPERTS) if e not in other[-1].tolist())
     changed = inputs["weight"].clone()
-    changed[inputs["experts"][0, 0], -1, -1] += 4
+    changed[inputs["experts"][0, 0]] *= -1
     for wrong in (routed_as(other), {"weight": changed}, {"order": inputs["order"].flip(0)}):
         assert differs(name, run(kernels[0], inputs | wrong, [reference.bfloat16()])[0], reference)
 
