@@ -62,10 +62,20 @@ def test_more_steps_than_positions(compiled_fp32, trained_llama):
         bench(compiled_fp32, trained_llama, ["vllm"], [Workload(1, 8)], [], repeats=1, steps=most)
 
 
-@pytest.mark.parametrize("option", ["--steps", "--batch", "--context", "--repeats"])
-def test_none_of_anything(compiled_fp32, option, capsys):
+@pytest.mark.parametrize(
+    ("option", "given"),
+    [
+        ("--steps", "0"),
+        ("--batch", "0"),
+        ("--context", "0"),
+        ("--repeats", "0"),
+        ("--decode", "0x8"),
+        ("--prefill", "4x0"),
+    ],
+)
+def test_none_of_anything(compiled_fp32, option, given, capsys):
     with pytest.raises(SystemExit):
-        main(["bench", str(compiled_fp32), option, "0"])
+        main(["bench", str(compiled_fp32), option, given])
     assert f"{option}: '0' is no number from 1 on" in capsys.readouterr().err
 
 

@@ -66,7 +66,9 @@ def _names(text: str) -> list[str]:
 
 def _workloads(text: str) -> list[tuple[int, int]]:
     """`4x4096,1x128` as pairs."""
-    return [(int(batch), int(length)) for batch, _, length in (item.partition("x") for item in text.split(","))]
+    return [
+        (positive(batch), positive(length)) for batch, _, length in (item.partition("x") for item in text.split(","))
+    ]
 
 
 def _bench(options: argparse.Namespace) -> int:
