@@ -52,7 +52,8 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* x, const void
   if (residual) residual += (size_t)token0 * N;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int blocks = K / 64;
+  // Of this warp; the same for all where K allows it, so that a compiler which knows K need not ask at each step.
+  const int blocks = K / 64, steps = blocks % WARPS == 0 ? blocks / WARPS : (blocks - warp + WARPS - 1) / WARPS;
 
   // First row of a tile.  Gated: gates and ups alternate.
   auto first_row = [&](int tile) {
@@ -60,27 +61,26 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* x, const void
                  : (blockIdx.x * ROW_TILES + tile) * 16;
   };
 
-  const char* source[ROW_TILES];
-#pragma unroll
-  for (int r = 0; r < ROW_TILES; r++) source[r] = lane_source<PACKED>(weight, first_row(r), K, lane);
+  const char* source = lane_source<PACKED>(weight, first_row(0), K, lane) + vector_offset<PACKED>(warp, 0, K);  // the next block
   uint4* const ring = static_cast<uint4*>(shared) + warp * (STAGES * ROW_TILES * V * 32) + lane;
   const uint32_t ring_address = shared_address(ring);
 
-  auto load = [&](int stage, int block) {
-    if (block < blocks) {
+  auto load = [&](int stage, int step) {
+    if (step < steps) {
 #pragma unroll
       for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
         for (int v = 0; v < V; v++)
           copy_async(ring_address + ((stage * ROW_TILES + r) * V + v) * 512,
-                     source[r] + vector_offset<PACKED>(block, v, K));
+                     source + rows_offset<PACKED>(first_row(r) - first_row(0), K) + vector_offset<PACKED>(0, v, K));
     }
+    source += vector_offset<PACKED>(WARPS, 0, K);
     commit_copies();
   };
 
   if constexpr (!Rows::ROUTED) launch_dependents();
 #pragma unroll
-  for (int stage = 0; stage < STAGES; stage++) load(stage, warp + stage * WARPS);
+  for (int stage = 0; stage < STAGES; stage++) load(stage, stage);
   if constexpr (PREFETCH > 0)
     if (warp < ROW_TILES)
       prefetch_blocks<PACKED>(weight, first_row(warp), K, STAGES * WARPS, min(STAGES * WARPS + PREFETCH, blocks), lane);
@@ -122,25 +122,23 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* x, const void
   }
 
   float sums[ROW_TILES][TOKEN_TILES][4] = {};
-  uint4 part[TOKEN_TILES][2], ahead[AHEAD ? TOKEN_TILES : 1][2];
+  // The steps of a round know their places.  With more tiles of rows than of tokens they take registers for it that another
+  // thread block has room in.
+  constexpr int PARTS = AHEAD ? 2 : 1, PLACES = STAGES % PARTS ? PARTS * STAGES : STAGES;
+  constexpr int ROUND = ROW_TILES > TOKEN_TILES ? PARTS : PLACES;
+  uint4 parts[PARTS][TOKEN_TILES][2] = {};  // zeros remain of tokens that there are not
   const auto x_rows = which.template own<TOKEN_TILES>([=](int m) { return m * 8 + g; }, tokens);
-  auto load_x = [&](uint4(*to)[2], int block) {
+  const __nv_bfloat16* columns = x + (size_t)x_rows[0] * K + warp * 64 + t * 8;  // of the block that is loaded next
+  auto load_x = [&](uint4(&to)[TOKEN_TILES][2], int step) {
 #pragma unroll
-    for (int m = 0; m < TOKEN_TILES; m++) {
-      const __nv_bfloat16* from = x + (size_t)x_rows[m] * K + block * 64 + t * 8;
+    for (int m = 0; m < TOKEN_TILES; m++)
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        to[m][h] = make_uint4(0, 0, 0, 0);
-        if (m * 8 + g < tokens && block < blocks) to[m][h] = *reinterpret_cast<const uint4*>(from + h * 32);
-      }
-    }
+      for (int h = 0; h < 2; h++)
+        if (m * 8 + g < tokens && step < steps)
+          to[m][h] = *reinterpret_cast<const uint4*>(columns + (ptrdiff_t)(x_rows[m] - x_rows[0]) * K + h * 32);
+    columns += WARPS * 64;
   };
-  load_x(part, warp);
-  int stage = 0;
-#pragma unroll 1
-  for (int block = warp; block < blocks; block += WARPS) {
-    if constexpr (AHEAD) load_x(ahead, block + WARPS);
-    wait_copies<STAGES - 1>();
+  auto multiply = [&](const uint4(&part)[TOKEN_TILES][2], int stage) {
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
       uint4 v[V];
@@ -161,13 +159,22 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* x, const void
         }
       }
     }
-    load(stage, block + STAGES * WARPS);
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
-    if constexpr (AHEAD) {
+  };
+  load_x(parts[0], 0);
+  int stage = 0;
+#pragma unroll 1
+  for (int first = 0; first < steps; first += ROUND) {
+    if constexpr (ROUND % STAGES == 0) stage = 0;
 #pragma unroll
-      for (int m = 0; m < TOKEN_TILES; m++) part[m][0] = ahead[m][0], part[m][1] = ahead[m][1];
-    } else {
-      load_x(part, block + WARPS);
+    for (int i = 0; i < ROUND; i++) {
+      const int step = first + i;
+      if (step >= steps) break;
+      if constexpr (AHEAD) load_x(parts[(i + 1) % PARTS], step + 1);
+      wait_copies<STAGES - 1>();
+      multiply(parts[i % PARTS], stage);
+      load(stage, step + STAGES);
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
+      if constexpr (!AHEAD) load_x(parts[0], step + 1);
     }
   }
 

@@ -29,12 +29,17 @@ __device__ __forceinline__ const Entry* side_list(const void* weight, int N, int
   return reinterpret_cast<const Entry*>(row_table(weight, N, K) + N + 2 - N % 2);
 }
 
+// Bytes of `rows`, whole tiles.
+template <bool PACKED>
+__device__ __forceinline__ size_t rows_offset(int rows, int K) {
+  return PACKED ? (size_t)(rows / 16) * (K / 64) * PACKED_BLOCK : (size_t)rows * K * 2;
+}
+
 // Where a lane's first vector of a tile of 16 rows is; the others follow at `vector_offset`.
 template <bool PACKED>
 __device__ __forceinline__ const char* lane_source(const void* weight, int first_row, int K, int lane) {
-  const char* source = static_cast<const char*>(weight);
-  return source + (PACKED ? (size_t)(first_row / 16) * (K / 64) * PACKED_BLOCK + lane * 16
-                          : ((size_t)(first_row + lane / 4) * K + lane % 4 * 8) * 2);
+  return static_cast<const char*>(weight) + rows_offset<PACKED>(first_row, K) +
+         (PACKED ? lane * 16 : ((size_t)(lane / 4) * K + lane % 4 * 8) * 2);
 }
 
 template <bool PACKED>
