@@ -1,7 +1,9 @@
-"""Configurations of `fed_linear` (fed_linear.cuh): thread blocks of 256 rows and all of K, x brought by warps apart.
+"""Configurations of `fed_linear` (fed_linear.cuh): two or four warpgroups that multiply, and warps that bring x.
 
-Where the weight has rows for them, 256 rows keep x's share of what a multiprocessor reads low: 64 tokens are a third of
-the lossless weights' bytes.  At 4.8 TB/s a multiprocessor gets a block of 256 x 64 lossless weights every 680 ns, 1,200
+Each multiplies 64 rows in a part of K.  Where the weight has rows for it, 256 rows and all of K for each thread block keep
+x's share of what a multiprocessor reads low: 64 tokens are a third of the lossless weights' bytes.  With fewer rows the
+parts of K, within a thread block and in a cluster, give most multiprocessors their work; and thread blocks of two
+warpgroups find room beside those of the kernel before, whose end they then need not wait for to bring weights.  At 4.8 TB/s a multiprocessor gets a block of 256 x 64 lossless weights every 680 ns, 1,200
 cycles.  Of these the tensor cores take 512; each scheduler has 4 warps that unpack, 80 instructions each (the machine
 code, without the side list), and one that brings x.  In a wide kernel it is 140 instructions, and all warps wait for
 each other once a step.
@@ -23,54 +25,88 @@ from ..family import Config
 from .launch import Call, Launch
 
 FUNCTION = "fed_linear"  # in the header of the same name
-ROWS, THREADS = 256, 640  # of a thread block
-TOKENS = (16, 32, 64)
+ROWS = 64  # of a warpgroup
+TOKENS = (8, 16, 32, 64)
 STAGES = (2, 4)
-LEAST_SHARE = 0.8  # of the multiprocessors, that have a thread block
+GROUPS = ((4, 1), (2, 2), (1, 4), (2, 1), (1, 2))  # of rows and of parts of K, in a thread block
+CLUSTERS = (1, 2, 4, 8)
+LEAST_SHARE = 0.7  # of the multiprocessors, that have a thread block
+MOST_ROUNDS = 1.5  # of thread blocks that are part of a cluster, where multiprocessors have 4 warpgroups each
+MOST_TOKEN_GROUPS = 128  # tokens * k_groups: a warp that brings x holds 1/4 KB for each 8 of them
 
 
 def shared_bytes(config: Config) -> int:
     """Shared memory of a thread block: places of x, stages of weights; or in the same place the sums; and barriers."""
     vectors = 3 if config["lossless"] else 4
-    tokens, stages = config["tokens"], config["stages"]
-    return max(stages * (tokens * 128 + 16 * vectors * 512), tokens * (ROWS + 4) * 4) + stages * 16
+    tokens, stages, row_groups, k_groups = (config[name] for name in ("tokens", "stages", "row_groups", "k_groups"))
+    place, stage = tokens * 128, 4 * row_groups * vectors * 512
+    sums = tokens * (ROWS * row_groups + 4) * 4
+    return k_groups * (max(stages * (place + stage), sums) + stages * 16)
 
 
 def fits(spec: OpSpec, config: Config, target: CudaTarget, gated: bool) -> bool:
     """True if a kernel of this configuration can be built: whole thread blocks, and rounds of all stages."""
     N, K = spec.input("weight").size(0), spec.input("weight").size(1)
-    whole = N % ROWS == 0 and K % (lossless.BLOCK * config["stages"]) == 0
+    round_columns = lossless.BLOCK * config["stages"] * config["k_groups"] * config["cluster"]
+    whole = N % (ROWS * config["row_groups"]) == 0 and K % round_columns == 0
     return whole and shared_bytes(config) <= target.shared_bytes
 
 
 def space(packed: bool) -> Sequence[Config]:
     """Every configuration there is."""
-    return [_config(tokens, stages, packed) for tokens in TOKENS for stages in STAGES]
+    return [
+        _config(tokens, row_groups, k_groups, cluster, stages, packed)
+        for tokens in TOKENS
+        for row_groups, k_groups in GROUPS
+        for cluster in CLUSTERS
+        for stages in STAGES
+        if tokens * k_groups <= MOST_TOKEN_GROUPS and tokens >= cluster
+    ]
 
 
 def promising(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens: int) -> Sequence[Config]:
-    """What is worth measuring for so many tokens: where nearly each multiprocessor gets a thread block."""
-    rounds = spec.input("weight").size(0) / ROWS / target.multiprocessors
-    if rounds < LEAST_SHARE:
-        return []
-    configs = [_config(tokens, stages, packed) for stages in STAGES]
-    return [config for config in configs if fits(spec, config, target, gated)]
+    """What is worth measuring for so many tokens: where most multiprocessors get a thread block, and few get more."""
+    found = []
+    for config in space(packed):
+        groups = config["row_groups"] * config["k_groups"]
+        blocks = spec.input("weight").size(0) // (ROWS * config["row_groups"]) * config["cluster"]
+        rounds = blocks * groups / 4 / target.multiprocessors
+        filled = blocks >= LEAST_SHARE * target.multiprocessors and (config["cluster"] == 1 or rounds <= MOST_ROUNDS)
+        if filled and config["tokens"] == tokens and fits(spec, config, target, gated):
+            found.append(config)
+    return found
 
 
 def unstaged_blocks(spec: OpSpec, config: Config) -> int:
-    """Blocks of a tile that the stages do not hold at the start: what can be prefetched."""
-    return spec.input("weight").size(1) // lossless.BLOCK - config["stages"]
+    """Blocks of a tile, in one part of K, that the stages do not hold at the start: what can be prefetched."""
+    parts = config["k_groups"] * config["cluster"]
+    return spec.input("weight").size(1) // lossless.BLOCK // parts - config["stages"]
 
 
 def parameters(config: Config, gated: bool) -> list[str]:
     """The device function's template arguments."""
+    names = ("tokens", "row_groups", "k_groups", "cluster", "stages", "prefetch")
     flags = (str(flag).lower() for flag in (config["lossless"], gated))
-    return [*(str(config[name]) for name in ("tokens", "stages", "prefetch")), *flags]
+    return [*(str(config[name]) for name in names), *flags]
 
 
 def launch(config: Config, call: Call, N: int) -> Launch:
-    return Launch([N // ROWS, T.ceildiv(call.dims[Sym.TOKENS], config["tokens"])], THREADS, shared_bytes(config))
+    grid = [
+        N // (ROWS * config["row_groups"]) * config["cluster"],
+        T.ceildiv(call.dims[Sym.TOKENS], config["tokens"]),
+    ]
+    threads = 160 * config["row_groups"] * config["k_groups"]  # four warps that multiply and one that brings x
+    return Launch(grid, threads, shared_bytes(config), config["cluster"])
 
 
-def _config(tokens: int, stages: int, packed: bool) -> Config:
-    return {"kind": "fed", "tokens": tokens, "stages": stages, "prefetch": 0, "lossless": packed}
+def _config(tokens: int, row_groups: int, k_groups: int, cluster: int, stages: int, packed: bool) -> Config:
+    return {
+        "kind": "fed",
+        "tokens": tokens,
+        "row_groups": row_groups,
+        "k_groups": k_groups,
+        "cluster": cluster,
+        "stages": stages,
+        "prefetch": 0,
+        "lossless": packed,
+    }

@@ -1,17 +1,18 @@
-// Products of up to 64 tokens with a weight matrix that is read once, x brought by a warpgroup of its own:
+// Products of up to 64 tokens with a weight matrix that is read once, x brought by warps of its own:
 // y[tokens, N] = x[tokens, K] @ weight[N, K].T
 //
-// A thread block makes 256 rows of the weight for TOKENS tokens: each of four warpgroups multiplies 64 of them, as in
-// wide_linear.cuh, which see for the order of k, for raised codes and for the side list.  A fifth warpgroup loads x, block
-// of 64 columns by block, and stores it to where products look for it, in STAGES places that take turns.  Nothing but
-// these places holds warps together: of each, one barrier says that x is there, another that all products with it are
-// done.  So warps that meet with entries of the side list delay no others, and none spends instructions on x.
+// A thread block makes ROW_GROUPS * 64 rows of the weight for TOKENS tokens, in K_GROUPS * CLUSTER parts of K: one of its
+// warpgroups multiplies 64 rows in one part, as in wide_linear.cuh, which see for the order of k, for raised codes and for
+// the side list.  As many more warps as there are warpgroups load x, block of 64 columns by block, and store it to where
+// products look for it, in STAGES places for each part that take turns.
+// Nothing but these places holds warps together: of each, one barrier says that x is there, another that all products with
+// it are done.  So warps that meet with entries of the side list delay no others, and none spends instructions on x.
 //
-// K has a multiple of STAGES blocks: with rounds that may end early, products behind branches, the assembler serialises
-// them.
+// A part of K has a multiple of STAGES blocks: with rounds that may end early, products behind branches, the assembler
+// serialises them.
 //
-// Sums: float32, blocks in order; a token's result has the same bits in every batch.  Weights are copied before
-// griddepcontrol.wait: while the kernel before still runs.
+// Sums: float32, blocks in order, then parts in order; a token's result has the same bits in every batch.  Weights are
+// copied before griddepcontrol.wait: while the kernel before still runs.
 #ifndef VLLM_COMPILE_FED_LINEAR
 #define VLLM_COMPILE_FED_LINEAR
 
@@ -22,47 +23,55 @@
 
 namespace vllm_compile {
 
-// x of one thread block, as the fifth warpgroup brings it: [places][fragment][half][8 tokens][token][t], words.
-template <int TOKENS, int PLACES>
+// x of one part of K, as WARPS warps bring it: [places][fragment][half][8 tokens][token][t], words.
+template <int TOKENS, int WARPS, int PLACES>
 struct FedVectors {
-  static constexpr int BYTES = TOKENS * 128;  // of a place
-  static constexpr int WARPS = 4, OWN = TOKENS / 4 / WARPS;  // pieces of a warp: 8 tokens x 32 columns, one load each
-  static constexpr int AHEAD = 2;                            // blocks that are loaded before they are stored
+  static constexpr int BYTES = TOKENS * 128;       // of a place
+  static constexpr int BARRIERS = PLACES * 2 * 8;  // bytes: of each place, that it is filled and that it is emptied
+  static constexpr int PIECES = TOKENS / 4;        // of a block: 8 tokens x 32 columns, one load of a warp each
+  static constexpr int OWN = (PIECES + WARPS - 1) / WARPS;
+  static constexpr int AHEAD = OWN > 4 ? 1 : 2;    // blocks that are loaded before they are stored: what registers hold
   static_assert(PLACES % AHEAD == 0, "places and blocks ahead keep step");
 
-  uint32_t filled, emptied;  // barriers, 8 bytes each, of the first place
+  uint32_t filled, emptied;  // barriers of the first place
 
-  __device__ __forceinline__ void start(uint32_t barriers, int multiplying_warps) {
-    filled = barriers, emptied = barriers + PLACES * 8;
-    if (threadIdx.x == 0)
+  __device__ __forceinline__ explicit FedVectors(uint32_t barriers) : filled(barriers), emptied(barriers + PLACES * 8) {}
+
+  __device__ __forceinline__ void start(int multiplying_warps) const {
 #pragma unroll
-      for (int place = 0; place < PLACES; place++)
-        phase_init(filled + place * 8, WARPS), phase_init(emptied + place * 8, multiplying_warps);
-    __syncthreads();
+    for (int place = 0; place < PLACES; place++)
+      phase_init(filled + place * 8, WARPS), phase_init(emptied + place * 8, multiplying_warps);
   }
 
-  // All of x, by one of the WARPS warps.
-  __device__ __forceinline__ void bring(const __nv_bfloat16* x, int tokens, int K, char* places, int warp) const {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, blocks = K / 64;
+  // So many blocks of x [tokens, K], by one of the WARPS warps.
+  __device__ __forceinline__ void bring(const __nv_bfloat16* x, int tokens, int K, int blocks, char* places,
+                                        int warp) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    // Lane (g, t) of piece i: token i / 2 * 8 + g, columns i % 2 * 32 + 8 * t to + 7.  Of pieces own * WARPS + warp only the
+    // warp's part is in registers.
+    const int first_token = warp / 2 * 8 + g;
+    const __nv_bfloat16* columns = x + (size_t)first_token * K + warp % 2 * 32 + t * 8;  // of the block that is loaded next
+    auto mine = [&](int own) { return PIECES % WARPS == 0 || own * WARPS + warp < PIECES; };
     uint4 pieces[AHEAD][OWN];
-    // Lane (g, t) of a piece: token g, columns 8 * t to + 7.
     auto load = [&](uint4 (&to)[OWN], int block) {
 #pragma unroll
       for (int own = 0; own < OWN; own++) {
-        const int i = own * WARPS + warp, token = i / 2 * 8 + g;
+        const int token = own * WARPS / 2 * 8;
         to[own] = make_uint4(0, 0, 0, 0);
-        if (token < tokens && block < blocks)
-          to[own] = *reinterpret_cast<const uint4*>(x + (size_t)token * K + block * 64 + i % 2 * 32 + t * 8);
+        if (mine(own) && first_token + token < tokens && block < blocks)
+          to[own] = *reinterpret_cast<const uint4*>(columns + (ptrdiff_t)token * K + own * WARPS % 2 * 32);
       }
+      columns += 64;
     };
     // Word w of a piece belongs to fragment w of lane t.
-    auto store = [&](const uint4 (&from)[OWN], char* place) {
+    char* const first_place = places + warp % 2 * (TOKENS * 16) + warp / 2 * 128 + lane * 4;
+    auto store = [&](const uint4 (&from)[OWN], int place) {
 #pragma unroll
       for (int own = 0; own < OWN; own++) {
-        const int i = own * WARPS + warp;
-        char* const to = place + i % 2 * (TOKENS * 16) + i / 2 * 128 + lane * 4;
+        char* const to = first_place + place * BYTES + own * WARPS % 2 * (TOKENS * 16) + own * WARPS / 2 * 128;
+        if (mine(own))
 #pragma unroll
-        for (int w = 0; w < 4; w++) *reinterpret_cast<uint32_t*>(to + w * (TOKENS * 32)) = element(from[own], w);
+          for (int w = 0; w < 4; w++) *reinterpret_cast<uint32_t*>(to + w * (TOKENS * 32)) = element(from[own], w);
       }
     };
 #pragma unroll
@@ -73,7 +82,7 @@ struct FedVectors {
 #pragma unroll
       for (int place = 0; place < PLACES; place++) {
         if (first > 0) phase_wait(emptied + place * 8, before);
-        store(pieces[place % AHEAD], places + place * BYTES);
+        store(pieces[place % AHEAD], place);
         load(pieces[place % AHEAD], first + place + AHEAD);
         proxy_fence();
         __syncwarp();
@@ -84,16 +93,18 @@ struct FedVectors {
 
 // PREFETCH, GATED, bias and residual: as in wide_linear.cuh.  `shared` holds places of x and the stages of all warps, and
 // after them, in the same place, their sums; behind these the barriers (fed.py computes its size).
-template <int TOKENS, int STAGES, int PREFETCH, bool PACKED, bool GATED>
+template <int TOKENS, int ROW_GROUPS, int K_GROUPS, int CLUSTER, int STAGES, int PREFETCH, bool PACKED, bool GATED>
 __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* weight,
                                            const void* bias_or_null,
                                            const void* residual_or_null, __nv_bfloat16* y,
                                            int tokens, int N, int K, void* shared) {
   constexpr int V = BLOCK_VECTORS<PACKED>;
-  constexpr int TILES = 16, ROWS = 16 * TILES, THREADS = 32 * TILES + 128;  // a tile of 16 rows a warp
+  constexpr int TILES = 4 * ROW_GROUPS, ROWS = 16 * TILES;  // a tile of 16 rows a warp
+  constexpr int WARPS = TILES * K_GROUPS, FEEDERS = ROW_GROUPS * K_GROUPS, THREADS = 32 * (WARPS + FEEDERS);
   static_assert(STAGES % 2 == 0, "two sets of fragments take turns");
-  using X = FedVectors<TOKENS, STAGES>;
-  constexpr int COPIES = STAGES * (X::BYTES + TILES * V * 512), SUMS = TOKENS * (ROWS + 4) * 4;
+  using X = FedVectors<TOKENS, FEEDERS / K_GROUPS, STAGES>;
+  constexpr int PLACES_OF_PART = STAGES * X::BYTES;
+  constexpr int COPIES = K_GROUPS * PLACES_OF_PART + STAGES * WARPS * V * 512, SUMS = K_GROUPS * TOKENS * (ROWS + 4) * 4;
 
   const int token0 = blockIdx.y * TOKENS;  // more tokens than TOKENS: each part reads the weight again
   const __nv_bfloat16* residual = static_cast<const __nv_bfloat16*>(residual_or_null);
@@ -102,25 +113,33 @@ __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* w
   y += (size_t)token0 * (GATED ? N / 2 : N);
   if (residual) residual += (size_t)token0 * N;
 
-  const int lane = threadIdx.x % 32, tile = threadIdx.x / 32, blocks = K / 64;
-  const bool multiplies = tile < TILES;
-  const int rows_before = blockIdx.x * ROWS;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const bool multiplies = warp < WARPS;
+  const int tile = warp % TILES, feeder = warp - WARPS;
+  const int k_group = K_GROUPS == 1 ? 0 : multiplies ? warp / TILES : feeder % K_GROUPS;
+  const int rank = CLUSTER > 1 ? cluster_rank() : 0;
+  const int rows_before = blockIdx.x / CLUSTER * ROWS;
   // Gated: tiles of gates and of ups alternate.
   const int first_row = GATED ? rows_before / 2 + tile / 2 * 16 + tile % 2 * (N / 2) : rows_before + tile * 16;
-  char* const places = static_cast<char*>(shared);
 
-  X vectors;
-  vectors.start(shared_address(shared) + (COPIES > SUMS ? COPIES : SUMS), TILES);
+  // This part of K.
+  const int blocks = K / 64 / (K_GROUPS * CLUSTER), begin = (rank * K_GROUPS + k_group) * blocks;
+  char* const places = static_cast<char*>(shared) + k_group * PLACES_OF_PART;
+
+  const X vectors(shared_address(shared) + (COPIES > SUMS ? COPIES : SUMS) + k_group * X::BARRIERS);
+  if (lane == 0 && multiplies && tile == 0) vectors.start(TILES);
+  __syncthreads();
   launch_dependents();
   float sums[TOKENS / 8][4] = {};
   float scale = 1.f;
   if (!multiplies) {
     wait_for_kernels_before();
-    vectors.bring(x, tokens, K, places, tile - TILES);
+    vectors.bring(x + begin * 64, tokens, K, blocks, places, feeder / K_GROUPS);
   } else {
-    uint4* const ring = reinterpret_cast<uint4*>(places + STAGES * X::BYTES) + tile * (STAGES * V * 32) + lane;
+    uint4* const ring = reinterpret_cast<uint4*>(static_cast<char*>(shared) + K_GROUPS * PLACES_OF_PART) +
+                        warp * (STAGES * V * 32) + lane;
     const uint32_t ring_address = shared_address(ring);
-    const char* const source = lane_source<PACKED>(weight, first_row, K, lane);
+    const char* const source = lane_source<PACKED>(weight, first_row, K, lane) + vector_offset<PACKED>(begin, 0, K);
     auto load = [&](int stage, int block) {
       if (block < blocks)
 #pragma unroll
@@ -131,10 +150,10 @@ __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* w
 #pragma unroll
     for (int stage = 0; stage < STAGES; stage++) load(stage, stage);
     if constexpr (PREFETCH > 0)
-      prefetch_blocks<PACKED>(weight, first_row, K, STAGES, min(STAGES + PREFETCH, blocks), lane);
+      prefetch_blocks<PACKED>(weight, first_row, K, begin + STAGES, begin + min(STAGES + PREFETCH, blocks), lane);
     Side side;
     if constexpr (PACKED) {
-      side.start(side_list(weight, N, K), row_table(weight, N, K) + first_row + lane, lane < 16, 0);
+      side.start(side_list(weight, N, K), row_table(weight, N, K) + first_row + lane, lane < 16, begin * 64);
       scale = side.scale;
     }
     wait_for_kernels_before();
@@ -153,7 +172,7 @@ __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* w
           for (int n = 0; n < 4; n++) a[i][n] = raised(a[i][n]);
       }
       load(stage, block + STAGES);
-      if constexpr (PACKED) side.put(a, (block + 1) * 64, lane);
+      if constexpr (PACKED) side.put(a, (begin + block + 1) * 64, lane);
       phase_wait(vectors.filled + stage * 8, parity);
       wgmma_fence();
 #pragma unroll
@@ -171,8 +190,8 @@ __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* w
     wgmma_wait<0>();
     wgmma_results(sums);
   }
-  write_results<TOKENS, ROWS, 1, 1, THREADS, GATED>(sums, scale, multiplies, 0, tile, rows_before, tokens, N, bias_or_null,
-                                                    residual, y, shared, DenseRows{});
+  write_results<TOKENS, ROWS, K_GROUPS, CLUSTER, THREADS, GATED>(sums, scale, multiplies, k_group, tile, rows_before, tokens,
+                                                                 N, bias_or_null, residual, y, shared, DenseRows{});
 }
 
 }  // namespace vllm_compile

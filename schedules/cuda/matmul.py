@@ -55,9 +55,9 @@ def promising(spec: OpSpec, target: CudaTarget, packed: bool, min_tokens: int, g
     """The configurations that are worth measuring for the variant from `min_tokens` on."""
     tokens = BUCKETS[min_tokens]
     configs = [*stream.promising(spec, target, packed, gated, tokens)] if tokens <= STREAM_TOKENS else []
+    configs += fed.promising(spec, target, packed, gated, tokens)
     if tokens > stream.TOKENS:
         configs += wide.promising(spec, target, packed, gated, tokens)
-        configs += fed.promising(spec, target, packed, gated, tokens)
     # Blocks of every tile, counted as plain weights, that half of L2 holds.
     fit = target.l2_bytes // 2 // (spec.input("weight").size(0) * lossless.BLOCK * 2)
     found = []

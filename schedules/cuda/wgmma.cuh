@@ -43,8 +43,13 @@ __device__ __forceinline__ void wgmma_results(float (&sum)[TILES][4]) {
 // fragments of mma.m16n8k16; b is K-major.
 template <int TOKENS>
 __device__ __forceinline__ void wgmma(float (&sum)[TOKENS / 8][4], const uint32_t (&a)[4], uint64_t b_descriptor) {
-  static_assert(TOKENS == 16 || TOKENS == 32 || TOKENS == 64, "widths that kernels use");
-  if constexpr (TOKENS == 16) {
+  static_assert(TOKENS == 8 || TOKENS == 16 || TOKENS == 32 || TOKENS == 64, "widths that kernels use");
+  if constexpr (TOKENS == 8) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 1, 1, 1, 0;"
+        : VLLM_COMPILE_SUM(0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor));
+  } else if constexpr (TOKENS == 16) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7}, "
         "{%8,%9,%10,%11}, %12, 1, 1, 1, 0;"

@@ -54,8 +54,9 @@ def wide(tokens, row_groups, k_groups, cluster, blocks, stages):
     return (("kind", "wide"), *zip(names, (tokens, row_groups, k_groups, cluster, blocks, stages), strict=True))
 
 
-def fed(tokens, stages):
-    return ("kind", "fed"), ("tokens", tokens), ("stages", stages)
+def fed(tokens, row_groups, k_groups, cluster, stages):
+    names = ("tokens", "row_groups", "k_groups", "cluster", "stages")
+    return (("kind", "fed"), *zip(names, (tokens, row_groups, k_groups, cluster, stages), strict=True))
 
 
 ALL = ("bias", "residual")
@@ -76,10 +77,19 @@ CASES = {
     "both": Case(wide(32, 1, 2, 4, 1, 3), True, 64, 13, gated=True),
     "empty_parts": Case(wide(64, 1, 2, 4, 2, 2), True, 64, 5, optional=("residual",)),
     # Warps that bring x: one round of places, several, two thread blocks.
-    "fed_once": Case(fed(64, 4), True, 256, 4, optional=ALL),
-    "fed_gated": Case(fed(64, 4), True, 512, 12, gated=True),
-    "fed_plain": Case(fed(32, 2), False, 256, 6, optional=("bias",)),
-    "fed_narrow": Case(fed(16, 2), True, 256, 10),
+    "fed_once": Case(fed(64, 4, 1, 1, 4), True, 256, 4, optional=ALL),
+    "fed_gated": Case(fed(64, 4, 1, 1, 4), True, 512, 12, gated=True),
+    "fed_plain": Case(fed(32, 4, 1, 1, 2), False, 256, 6, optional=("bias",)),
+    "fed_narrow": Case(fed(16, 4, 1, 1, 2), True, 256, 10),
+    "fed_least": Case(fed(8, 4, 1, 1, 2), True, 256, 4, optional=("bias",)),
+    # The same in parts of K: in a thread block, in a cluster, both; and thread blocks of two warpgroups.
+    "fed_parts": Case(fed(32, 1, 4, 1, 2), True, 128, 16, optional=ALL),
+    "fed_parts_gated": Case(fed(64, 2, 2, 1, 2), True, 256, 8, gated=True),
+    "fed_cluster": Case(fed(64, 4, 1, 2, 4), True, 256, 16, optional=("residual",)),
+    "fed_both": Case(fed(16, 1, 4, 2, 2), True, 64, 16, optional=ALL),
+    "fed_both_plain": Case(fed(8, 2, 2, 8, 2), False, 256, 32, gated=True),
+    "fed_two": Case(fed(64, 2, 1, 2, 4), True, 128, 8, optional=ALL),
+    "fed_two_parts": Case(fed(16, 1, 2, 4, 2), True, 128, 16, gated=True),
 }
 
 
