@@ -1,12 +1,15 @@
 """Configurations of `fed_linear` (fed_linear.cuh): two or four warpgroups that multiply, and warps that bring x.
 
-Each multiplies 64 rows in a part of K.  Where the weight has rows for it, 256 rows and all of K for each thread block keep
-x's share of what a multiprocessor reads low: 64 tokens are a third of the lossless weights' bytes.  With fewer rows the
-parts of K, within a thread block and in a cluster, give most multiprocessors their work; and thread blocks of two
-warpgroups find room beside those of the kernel before, whose end they then need not wait for to bring weights.  At 4.8 TB/s a multiprocessor gets a block of 256 x 64 lossless weights every 680 ns, 1,200
-cycles.  Of these the tensor cores take 512; each scheduler has 4 warps that unpack, 80 instructions each (the machine
-code, without the side list), and one that brings x.  In a wide kernel it is 140 instructions, and all warps wait for
-each other once a step.
+Each multiplies 64 rows in a part of K.  Where the weight has rows for it, 256 rows and all of K for each thread block
+keep x's share of what a multiprocessor reads low: 64 tokens are a third of the lossless weights' bytes.  With fewer
+rows the parts of K, within a thread block and in a cluster, give most multiprocessors their work.  Thread blocks of
+two warpgroups leave room for others.
+
+At 4.8 TB/s a multiprocessor gets a block of 256 x 64 lossless weights every 680 ns, 1,200 cycles.  Of these the
+tensor cores take 512 for 64 tokens; each scheduler has 4 warps that unpack, 80 instructions each (the machine code,
+without the side list), and one that brings x.  In a wide kernel it is 140 instructions, and all warps wait for each
+other once a step.  A GPU at its power limit pays for instructions with its clock: with as few the same kernel is
+faster from 9 tokens on.
 
 In flight: each stage holds 24 KB of lossless weights, of the 29 KB a multiprocessor that 4.8 TB/s * 800 ns are.
 """

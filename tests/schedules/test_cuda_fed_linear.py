@@ -21,20 +21,30 @@ def spec_of(N, K, gated=False):
     return OpSpec("gate_up_silu" if gated else "linear", inputs, (out,))
 
 
-def config_of(tokens, stages, packed=True):
-    return {"kind": "fed", "tokens": tokens, "stages": stages, "prefetch": 0, "lossless": packed}
+def config_of(tokens, row_groups, k_groups, cluster, stages, packed=True):
+    names = ("tokens", "row_groups", "k_groups", "cluster", "stages")
+    shape = zip(names, (tokens, row_groups, k_groups, cluster, stages), strict=True)
+    return {"kind": "fed", **dict(shape), "prefetch": 0, "lossless": packed}
+
+
+CASES = {
+    "gates": (GateUpSilu, spec_of(28672, 4096, True), config_of(64, 4, 1, 1, 4)),
+    "lm_head": (Linear, spec_of(128256, 4096), config_of(64, 4, 1, 1, 4)),
+    "lm_head_of_few": (Linear, spec_of(128256, 4096), config_of(8, 4, 1, 1, 2)),
+    "qkv": (Linear, spec_of(6144, 4096), config_of(16, 2, 1, 4, 4)),
+    "down": (Linear, spec_of(4096, 14336), config_of(32, 1, 4, 2, 4)),
+    "plain": (Linear, spec_of(512, 512), config_of(32, 4, 1, 1, 2, packed=False)),
+}
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(library, resources by symbol) of Llama-3.1-8B's gates and lm_head, and of narrow plain weights."""
+    """(library, resources by symbol) of Llama-3.1-8B's linear layers, and of narrow plain weights."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
     path = tmp_path_factory.mktemp("fed") / "kernels.so"
     kernels = {
-        "gates": GateUpSilu(True).build(spec_of(28672, 4096, True), config_of(64, 4), TARGET),
-        "lm_head": Linear(True).build(spec_of(128256, 4096), config_of(64, 4), TARGET),
-        "plain": Linear(False).build(spec_of(512, 512), config_of(32, 2, False), TARGET),
+        name: family(config["lossless"]).build(spec, config, TARGET) for name, (family, spec, config) in CASES.items()
     }
     return path, build.build_library(kernels, TARGET, path)
 
@@ -43,31 +53,51 @@ def test_nothing_is_spilled_and_all_threads_have_registers(built):
     for symbol, used in built[1].items():
         assert used.spilled_bytes == 0, symbol
         assert not used.serialized, symbol
-        # 20 warps on four schedulers of 16,384 registers: five each, in units of 8 a lane.
+        # A scheduler has 16,384 registers, which lanes get in units of 8, for a warp of each of four warpgroups and one
+        # that brings x; or of two thread blocks with half as many.
         assert 5 * 32 * (-(-used.registers // 8) * 8) <= 1 << 14, symbol
 
 
 def test_machine_code_has_what_the_kernel_is_about(built):
     for symbol, code in sass_of(built[0]).items():
-        tokens = 32 if symbol == "plain" else 64
+        config = CASES[symbol][2]
         wanted = (
-            f"HGMMA.64x{tokens}x16.F32.BF16",
+            f"HGMMA.64x{config['tokens']}x16.F32.BF16",
             "LDG.E.128",
             "LDGSTS.E.BYPASS",
             "SYNCS.PHASECHK",
             "ACQBULK",
             "PREEXIT",
         )
+        if config["cluster"] > 1:
+            wanted += ("UCGABAR_ARV", "UCGABAR_WAIT")
         for instruction in wanted:
             assert instruction in code, f"{symbol} has no {instruction}"
-        assert code.count("LDGSTS") % 3 == 0 or symbol == "plain", "three vectors a block"
+        assert code.count("LDGSTS") % 3 == 0 or not config["lossless"], "three vectors a block"
         assert set(loads_before_waiting(code)) <= {"LDG.E"}, symbol
 
 
+def shapes(spec, tokens, gated=False):
+    """What is worth measuring, with four stages."""
+    found = fed.promising(spec, TARGET, True, gated, tokens)
+    names = ("row_groups", "k_groups", "cluster")
+    return {tuple(config[name] for name in names) for config in found if config["stages"] == 4}
+
+
 def test_what_it_is_for():
+    gates, down = spec_of(28672, 4096, True), spec_of(4096, 14336)
+    assert shapes(gates, 32, True) == {(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 1), (1, 2, 1)}, "rows enough: whole K"
+    assert (1, 4, 1) not in shapes(gates, 64, True), "x of a warp that brings it"
+    assert shapes(down, 16) == {(4, 1, 8), (2, 2, 4), (1, 4, 2), (2, 1, 4), (2, 1, 8), (1, 2, 2), (1, 2, 4)}
+    assert not shapes(spec_of(256, 14336), 16), "too few rows for the chip"
+
+
+def test_what_can_be_built():
     gates = spec_of(28672, 4096, True)
-    assert fed.promising(gates, TARGET, True, True, 64) == [config_of(64, 2), config_of(64, 4)]
-    assert not fed.promising(spec_of(4096, 4096), TARGET, True, False, 64), "too few rows for the chip"
-    assert matmul.admits(gates, config_of(64, 4), TARGET, True, True)
-    assert not matmul.admits(spec_of(28672, 4096 + 128, True), config_of(64, 4), TARGET, True, True), "K in rounds"
-    assert not matmul.admits(spec_of(28672 + 128, 4096, True), config_of(64, 4), TARGET, True, True), "whole blocks"
+    assert matmul.admits(gates, config_of(64, 4, 1, 1, 4), TARGET, True, True)
+    assert not matmul.admits(gates, config_of(64, 1, 4, 1, 4), TARGET, True, True), "x of a warp that brings it"
+    assert not matmul.admits(gates, config_of(64, 4, 2, 1, 4), TARGET, True, True), "four warpgroups"
+    assert not matmul.admits(spec_of(28672, 4096 + 128, True), config_of(64, 4, 1, 1, 4), TARGET, True, True), "rounds"
+    assert not matmul.admits(spec_of(28672 + 128, 4096, True), config_of(64, 4, 1, 1, 4), TARGET, True, True), "rows"
+    assert matmul.admits(spec_of(256, 2048), config_of(16, 1, 4, 4, 2), TARGET, True)
+    assert not matmul.admits(spec_of(256, 1024), config_of(16, 1, 4, 4, 2), TARGET, True), "rounds of each part"
