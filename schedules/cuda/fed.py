@@ -16,6 +16,7 @@ In flight: each stage holds 24 KB of lossless weights, of the 29 KB a multiproce
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from tvm.script import tirx as T
@@ -34,6 +35,7 @@ STAGES = (2, 4)
 GROUPS = ((4, 1), (2, 2), (1, 4), (2, 1), (1, 2))  # of rows and of parts of K, in a thread block
 CLUSTERS = (1, 2, 4, 8)
 LEAST_SHARE = 0.7  # of the multiprocessors, that have a thread block
+DEFAULT_SHARE = 0.8  # of the places for thread blocks, one on each multiprocessor in each round, that have one
 MOST_ROUNDS = 1.5  # of thread blocks that are part of a cluster, where multiprocessors have 4 warpgroups each
 MOST_TOKEN_GROUPS = 128  # tokens * k_groups: a warp that brings x holds 1/4 KB for each 8 of them
 
@@ -78,6 +80,24 @@ def promising(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, token
         if filled and config["tokens"] == tokens and fits(spec, config, target, gated):
             found.append(config)
     return found
+
+
+def default(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens: int) -> Config | None:
+    """A choice by arithmetic, for up to `tokens` tokens; None unless large thread blocks fill rounds of one each.
+
+    On an H200 lossless weights of which that is so were faster than with the best wide kernel, but for lm_head at 17 to
+    32 tokens, which took three hundredths longer (benchmarks/baseline.md).  Plain ones, with nothing to unpack, were
+    not measured.
+    """
+    if not packed:
+        return None
+    width = next(width for width in TOKENS if tokens <= width)
+    for stages in reversed(STAGES):
+        config = _config(width, *GROUPS[0], 1, stages, packed)
+        if fits(spec, config, target, gated):
+            rounds = spec.input("weight").size(0) / (ROWS * config["row_groups"]) / target.multiprocessors
+            return config if rounds / math.ceil(rounds) >= DEFAULT_SHARE else None
+    return None
 
 
 def unstaged_blocks(spec: OpSpec, config: Config) -> int:

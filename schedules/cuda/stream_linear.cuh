@@ -122,20 +122,22 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* x, const void
   }
 
   float sums[ROW_TILES][TOKEN_TILES][4] = {};
-  // The steps of a round know their places.  With more tiles of rows than of tokens they take registers for it that another
-  // thread block has room in.
+  // The steps of a round know their places, and zeros remain of tokens that there are not.  That takes registers: with more
+  // tiles of rows than of tokens, of those that another thread block has room in; with plain weights, more than there are.
   constexpr int PARTS = AHEAD ? 2 : 1, PLACES = STAGES % PARTS ? PARTS * STAGES : STAGES;
-  constexpr int ROUND = ROW_TILES > TOKEN_TILES ? PARTS : PLACES;
-  uint4 parts[PARTS][TOKEN_TILES][2] = {};  // zeros remain of tokens that there are not
+  constexpr int ROUND = PACKED && ROW_TILES <= TOKEN_TILES ? PLACES : PARTS;
+  uint4 parts[PARTS][TOKEN_TILES][2] = {};
   const auto x_rows = which.template own<TOKEN_TILES>([=](int m) { return m * 8 + g; }, tokens);
   const __nv_bfloat16* columns = x + (size_t)x_rows[0] * K + warp * 64 + t * 8;  // of the block that is loaded next
   auto load_x = [&](uint4(&to)[TOKEN_TILES][2], int step) {
 #pragma unroll
     for (int m = 0; m < TOKEN_TILES; m++)
 #pragma unroll
-      for (int h = 0; h < 2; h++)
+      for (int h = 0; h < 2; h++) {
+        if constexpr (!PACKED) to[m][h] = make_uint4(0, 0, 0, 0);
         if (m * 8 + g < tokens && step < steps)
           to[m][h] = *reinterpret_cast<const uint4*>(columns + (ptrdiff_t)(x_rows[m] - x_rows[0]) * K + h * 32);
+      }
     columns += WARPS * 64;
   };
   auto multiply = [&](const uint4(&part)[TOKEN_TILES][2], int stage) {
