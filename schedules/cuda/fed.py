@@ -11,7 +11,8 @@ without the side list), and one that brings x.  In a wide kernel it is 140 instr
 other once a step.  A GPU at its power limit pays for instructions with its clock: with as few the same kernel is
 faster from 9 tokens on.
 
-In flight: each stage holds 24 KB of lossless weights, of the 29 KB a multiprocessor that 4.8 TB/s * 800 ns are.
+In flight: each stage of four warpgroups holds 24 KB of lossless weights, of the 29 KB a multiprocessor that 4.8 TB/s *
+800 ns are.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ ROWS = 64  # of a warpgroup
 TOKENS = (8, 16, 32, 64)
 STAGES = (2, 4)
 GROUPS = ((4, 1), (2, 2), (1, 4), (2, 1), (1, 2))  # of rows and of parts of K, in a thread block
-CLUSTERS = (1, 2, 4, 8)
-LEAST_SHARE = 0.7  # of the multiprocessors, that have a thread block
+CLUSTERS = range(1, 9)  # thread blocks: as many as every GPU can place together
+LEAST_SHARE = 0.45  # of the multiprocessors: so many thread blocks at least
 DEFAULT_SHARE = 0.8  # of the places for thread blocks, one on each multiprocessor in each round, that have one
 MOST_ROUNDS = 1.5  # of thread blocks that are part of a cluster, where multiprocessors have 4 warpgroups each
-MOST_TOKEN_GROUPS = 128  # tokens * k_groups: a warp that brings x holds 1/4 KB for each 8 of them
+MOST_X = 32  # registers of x in a lane that brings it, tokens / row_groups; with two warpgroups there are more
 
 
 def shared_bytes(config: Config) -> int:
-    """Shared memory of a thread block: places of x, stages of weights; or in the same place the sums; and barriers."""
+    """Shared memory of a thread block: places of x, stages of weights, barriers; or in the same place the sums."""
     vectors = 3 if config["lossless"] else 4
     tokens, stages, row_groups, k_groups = (config[name] for name in ("tokens", "stages", "row_groups", "k_groups"))
     place, stage = tokens * 128, 4 * row_groups * vectors * 512
     sums = tokens * (ROWS * row_groups + 4) * 4
-    return k_groups * (max(stages * (place + stage), sums) + stages * 16)
+    return k_groups * max(stages * (place + stage + 16), sums)
 
 
 def fits(spec: OpSpec, config: Config, target: CudaTarget, gated: bool) -> bool:
@@ -65,12 +66,12 @@ def space(packed: bool) -> Sequence[Config]:
         for row_groups, k_groups in GROUPS
         for cluster in CLUSTERS
         for stages in STAGES
-        if tokens * k_groups <= MOST_TOKEN_GROUPS and tokens >= cluster
+        if tokens // row_groups <= MOST_X or row_groups * k_groups == 2
     ]
 
 
 def promising(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens: int) -> Sequence[Config]:
-    """What is worth measuring for so many tokens: where most multiprocessors get a thread block, and few get more."""
+    """What is worth measuring for so many tokens: thread blocks for half the multiprocessors, of clusters one round."""
     found = []
     for config in space(packed):
         groups = config["row_groups"] * config["k_groups"]
@@ -85,9 +86,8 @@ def promising(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, token
 def default(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens: int) -> Config | None:
     """A choice by arithmetic, for up to `tokens` tokens; None unless large thread blocks fill rounds of one each.
 
-    On an H200 lossless weights of which that is so were faster than with the best wide kernel, but for lm_head at 17 to
-    32 tokens, which took three hundredths longer (benchmarks/baseline.md).  Plain ones, with nothing to unpack, were
-    not measured.
+    So lossless gates and ups were faster on an H200 than with the best wide kernel, lm_heads as fast within three
+    hundredths (benchmarks/baseline.md).  Plain weights, with nothing to unpack, and an H100 were not measured.
     """
     if not packed:
         return None

@@ -91,8 +91,8 @@ struct FedVectors {
   }
 };
 
-// PREFETCH, GATED, bias and residual: as in wide_linear.cuh.  `shared` holds places of x and the stages of all warps, and
-// after them, in the same place, their sums; behind these the barriers (fed.py computes its size).
+// PREFETCH, GATED, bias and residual: as in wide_linear.cuh.  `shared` holds places of x, the stages of all warps and the
+// barriers, and after them, in the same place, the sums (fed.py computes its size).
 template <int TOKENS, int ROW_GROUPS, int K_GROUPS, int CLUSTER, int STAGES, int PREFETCH, bool PACKED, bool GATED>
 __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* weight,
                                            const void* bias_or_null,
@@ -104,7 +104,7 @@ __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* w
   static_assert(STAGES % 2 == 0, "two sets of fragments take turns");
   using X = FedVectors<TOKENS, FEEDERS / K_GROUPS, STAGES>;
   constexpr int PLACES_OF_PART = STAGES * X::BYTES;
-  constexpr int COPIES = K_GROUPS * PLACES_OF_PART + STAGES * WARPS * V * 512, SUMS = K_GROUPS * TOKENS * (ROWS + 4) * 4;
+  constexpr int COPIES = K_GROUPS * PLACES_OF_PART + STAGES * WARPS * V * 512;
 
   const int token0 = blockIdx.y * TOKENS;  // more tokens than TOKENS: each part reads the weight again
   const __nv_bfloat16* residual = static_cast<const __nv_bfloat16*>(residual_or_null);
@@ -126,7 +126,7 @@ __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* w
   const int blocks = K / 64 / (K_GROUPS * CLUSTER), begin = (rank * K_GROUPS + k_group) * blocks;
   char* const places = static_cast<char*>(shared) + k_group * PLACES_OF_PART;
 
-  const X vectors(shared_address(shared) + (COPIES > SUMS ? COPIES : SUMS) + k_group * X::BARRIERS);
+  const X vectors(shared_address(shared) + COPIES + k_group * X::BARRIERS);
   if (lane == 0 && multiplies && tile == 0) vectors.start(TILES);
   __syncthreads();
   launch_dependents();

@@ -1,8 +1,8 @@
 """The matrix product of `linear` and `gate_up_silu` for few tokens: y[T, N] = x[T, K] @ w[N, K].T, weights read once.
 
-There are three kinds of kernels: `stream` (stream.py) up to 16 tokens, `wide` (wide.py) and `fed` (fed.py) from 9 to
-64: where a record says so, else where the weight has rows enough to fill the chip with large thread blocks.  Beyond,
-cuBLASLt is faster (benchmarks/baseline.md).
+There are three kinds of kernels: `stream` (stream.py) up to 16 tokens, `wide` (wide.py) from 9 to 64, and `fed`
+(fed.py).  Which serves, a record says, else rules: from 9 tokens on `fed` lossless weights and `wide` others, where
+rows are enough to fill the chip with large thread blocks.  Beyond 64 cuBLASLt is faster (benchmarks/baseline.md).
 
 Roofline.  N * K * 2 bytes of weights (1.5 if lossless), 2 * T * N * K operations: up to some hundred tokens an H200's
 bound is memory, 4.8 TB/s.  Gates and ups of Llama-3.1-8B (28672 x 4096): 235 MB, 49 us; lossless 176 MB, 37 us.

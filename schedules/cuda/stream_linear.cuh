@@ -122,8 +122,8 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* x, const void
   }
 
   float sums[ROW_TILES][TOKEN_TILES][4] = {};
-  // The steps of a round know their places, and zeros remain of tokens that there are not.  That takes registers: with more
-  // tiles of rows than of tokens, of those that another thread block has room in; with plain weights, more than there are.
+  // The steps of a round know their places, which takes registers: with more tiles of rows than of tokens so many that one
+  // thread block less has room, with plain weights more than there are.
   constexpr int PARTS = AHEAD ? 2 : 1, PLACES = STAGES % PARTS ? PARTS * STAGES : STAGES;
   constexpr int ROUND = PACKED && ROW_TILES <= TOKEN_TILES ? PLACES : PARTS;
   uint4 parts[PARTS][TOKEN_TILES][2] = {};
@@ -134,6 +134,7 @@ __device__ __forceinline__ void stream_linear(const __nv_bfloat16* x, const void
     for (int m = 0; m < TOKEN_TILES; m++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
+        // Zeros of tokens that there are not stay from before the loop, where registers are enough for that.
         if constexpr (!PACKED) to[m][h] = make_uint4(0, 0, 0, 0);
         if (m * 8 + g < tokens && step < steps)
           to[m][h] = *reinterpret_cast<const uint4*>(columns + (ptrdiff_t)(x_rows[m] - x_rows[0]) * K + h * 32);

@@ -19,13 +19,13 @@ __device__ __forceinline__ void write_results(const float (&sums)[TOKENS / 8][4]
                                               const Rows& which) {
   // What this thread finishes: 4 neighbouring rows of a token at a time.  The thread blocks of a cluster share the tokens.
   constexpr int QUADS = (GATED ? ROWS / 2 : ROWS) / 4;
-  constexpr int ITEMS = TOKENS / CLUSTER * QUADS, OWN = (ITEMS + THREADS - 1) / THREADS;
+  constexpr int SHARE = (TOKENS + CLUSTER - 1) / CLUSTER, ITEMS = SHARE * QUADS, OWN = (ITEMS + THREADS - 1) / THREADS;
   const int width = GATED ? N / 2 : N, rank = CLUSTER > 1 ? cluster_rank() : 0;
   auto place = [&](int own, int& token, int& quad) {
     const int i = own * THREADS + threadIdx.x;
-    token = rank * (TOKENS / CLUSTER) + i / QUADS;
+    token = rank * SHARE + i / QUADS;
     quad = i % QUADS;
-    return i < ITEMS && token < tokens;
+    return i < ITEMS && token < min(tokens, TOKENS);
   };
   const int first_result = GATED ? rows_before / 2 : rows_before;
   const __nv_bfloat16* const bias = static_cast<const __nv_bfloat16*>(bias_or_null);

@@ -175,6 +175,7 @@ def test_halves_of_a_gated_weight_are_whole_tiles():
     ("width", "columns", "packed", "kinds", "vendor"),
     [
         (28672, 3584, True, {1: "stream", 9: "fed", 17: "fed", 33: "fed"}, 65),
+        (28672, 3584 + 128, True, {1: "stream", 9: "fed", 17: "fed", 33: "fed"}, 65),  # rounds of two stages
         (28672, 3584, False, {1: "stream", 9: "wide", 17: "wide", 33: "wide"}, 65),  # nothing to unpack
         (28672, 3584 + 64, True, {1: "stream", 9: "wide", 17: "wide", 33: "wide"}, 65),  # K not in rounds
         (37888, 3584, True, {1: "stream", 9: "wide", 17: "wide", 33: "wide"}, 65),  # 148 blocks of 256 rows
@@ -191,6 +192,10 @@ def test_kinds_of_kernels_by_tokens(width, columns, packed, kinds, vendor):
     family = Linear(packed)
     found = {variant.min_tokens: variant.config for variant in family.variants(spec, TARGET)}
     assert {least: config["kind"] for least, config in found.items()} == kinds
+    if kinds[9] == "fed":
+        assert {(c["row_groups"], c["k_groups"], c["cluster"], c["stages"]) for c in (found[9], found[33])} == {
+            (4, 1, 1, 4 if columns % 256 == 0 else 2)
+        }
     made_for = {least: config["tokens"] for least, config in found.items() if "tokens" in config}
     assert all(tokens == matmul.BUCKETS[least] for least, tokens in made_for.items())
     assert family.vendor(spec, TARGET).min_tokens == vendor

@@ -30,6 +30,15 @@ FORMS = {
 KINDS = {"plain": False, "lossless": True}
 TOKENS = (1, 2, 7, 8, 9, 16, 23)
 PREFETCHING = 99
+# Of stream kernels with 4 warps: lossless, token_tiles, row_tiles, stages, ahead.  Rounds of 1, 2, 3 and 6 steps.
+ROUNDS = {
+    "three": (True, 2, 1, 3, False),
+    "six_ahead": (True, 1, 1, 3, True),
+    "two_ahead_of_three_stages": (True, 1, 2, 3, True),
+    "plain": (False, 2, 1, 3, False),
+    "plain_ahead": (False, 1, 2, 3, True),
+}
+STEPS = 13  # of some warps, 14 of others
 
 
 def sample(form, generator, tokens, n=96):
@@ -94,6 +103,28 @@ def test_matches_reference(case, generator):
         expected = harness.results(FORMS[form][0], inputs, {})
         for kernel in variants(form, kind).values():
             harness.assert_matches(FORMS[form][0], (run(form, kind, kernel, inputs),), expected)
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_warps_of_many_steps(name, generator):
+    """Stages and x loaded ahead keep step through several rounds, the last of which is cut short."""
+    packed, token_tiles, row_tiles, stages, ahead = ROUNDS[name]
+    kind = "lossless" if packed else "plain"
+    inputs, _ = LINEAR.sample(generator, torch.bfloat16, 8 * token_tiles - 1, 64 * (4 * STEPS + 3), N=64)
+    inputs = {key: inputs[key] for key in ("x", "weight")}
+    config = {
+        "kind": "stream",
+        "token_tiles": token_tiles,
+        "row_tiles": row_tiles,
+        "warps": 4,
+        "stages": stages,
+        "prefetch": 0,
+        "ahead": ahead,
+        "lossless": packed,
+    }
+    kernel = Linear(packed).build(harness.op_spec(LINEAR, inputs, {}), config, TARGET)
+    expected = harness.results(LINEAR, inputs, {})
+    harness.assert_matches(LINEAR, (run("linear", kind, kernel, inputs),), expected)
 
 
 def test_adversarial_weights(case, generator):

@@ -87,9 +87,13 @@ CASES = {
     "fed_parts_gated": Case(fed(64, 2, 2, 1, 2), True, 256, 8, gated=True),
     "fed_cluster": Case(fed(64, 4, 1, 2, 4), True, 256, 16, optional=("residual",)),
     "fed_both": Case(fed(16, 1, 4, 2, 2), True, 64, 16, optional=ALL),
-    "fed_both_plain": Case(fed(8, 2, 2, 8, 2), False, 256, 32, gated=True),
-    "fed_two": Case(fed(64, 2, 1, 2, 4), True, 128, 8, optional=ALL),
-    "fed_two_parts": Case(fed(16, 1, 2, 4, 2), True, 128, 16, gated=True),
+    "fed_both_plain": Case(fed(8, 2, 2, 8, 2), False, 256, 64, gated=True),
+    "fed_odd_cluster": Case(fed(16, 4, 1, 7, 2), False, 256, 28, optional=ALL),
+    "fed_odd_cluster_of_few": Case(fed(8, 2, 2, 3, 2), True, 128, 12, gated=True),
+    "fed_two": Case(fed(64, 2, 1, 2, 4), True, 128, 16, optional=ALL),
+    "fed_two_parts": Case(fed(16, 1, 2, 2, 2), True, 128, 16, gated=True),
+    "fed_most_of_x": Case(fed(64, 1, 2, 2, 4), True, 64, 16, optional=("bias",)),
+    "fed_sums_are_largest": Case(fed(64, 4, 1, 2, 2), True, 256, 8),
 }
 
 
