@@ -6,10 +6,10 @@ rows the parts of K, within a thread block and in a cluster, give most multiproc
 two warpgroups leave room for others.
 
 At 4.8 TB/s a multiprocessor gets a block of 256 x 64 lossless weights every 680 ns, 1,200 cycles.  Of these the
-tensor cores take 512 for 64 tokens; each scheduler has 4 warps that unpack, 80 instructions each (the machine code,
-without the side list), and one that brings x.  In a wide kernel it is 140 instructions, and all warps wait for each
-other once a step.  A GPU at its power limit pays for instructions with its clock: with as few the same kernel is
-faster from 9 tokens on.
+tensor cores take 512 for 64 tokens; each scheduler has 4 warps that unpack, 110 instructions each (the machine code's
+loop, without the branch for the side list), and one that brings x.  In a wide kernel it is 170 instructions, and all
+warps wait for each other once a step.  A GPU at its power limit pays for instructions with its clock, so that the
+difference counts from 9 tokens on (benchmarks/baseline.md).
 
 In flight: each stage of four warpgroups holds 24 KB of lossless weights, of the 29 KB a multiprocessor that 4.8 TB/s *
 800 ns are.
@@ -34,7 +34,7 @@ ROWS = 64  # of a warpgroup
 TOKENS = (8, 16, 32, 64)
 STAGES = (2, 4)
 GROUPS = ((4, 1), (2, 2), (1, 4), (2, 1), (1, 2))  # of rows and of parts of K, in a thread block
-CLUSTERS = range(1, 9)  # thread blocks: as many as every GPU can place together
+CLUSTERS = range(1, 9)  # of thread blocks; larger ones need a launch attribute of their own
 LEAST_SHARE = 0.45  # of the multiprocessors: so many thread blocks at least
 DEFAULT_SHARE = 0.8  # of the places for thread blocks, one on each multiprocessor in each round, that have one
 MOST_ROUNDS = 1.5  # of thread blocks that are part of a cluster, where multiprocessors have 4 warpgroups each

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
+from benchmarks import kernels_cuda_linear
 from vllm_compile.schedules.cuda import build, fed, matmul
 from vllm_compile.schedules.cuda.gate_up import GateUpSilu
 from vllm_compile.schedules.cuda.linear import Linear
-from vllm_compile.spec import OpSpec, Sym, TensorSpec
 from vllm_compile.targets import cuda
 
 from .sass import loads_before_waiting, sass_of
@@ -16,9 +16,7 @@ TARGET = cuda.for_chip()
 
 
 def spec_of(N, K, gated=False):
-    inputs = (("x", TensorSpec((Sym.TOKENS, K), "bfloat16")), ("weight", TensorSpec((N, K), "bfloat16")))
-    out = TensorSpec((Sym.TOKENS, N // 2 if gated else N), "bfloat16")
-    return OpSpec("gate_up_silu" if gated else "linear", inputs, (out,))
+    return kernels_cuda_linear.spec_of("gate_up_silu" if gated else "linear", N, K, residual=False)
 
 
 def config_of(tokens, row_groups, k_groups, cluster, stages, packed=True):

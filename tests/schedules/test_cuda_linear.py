@@ -3,7 +3,6 @@
 Building needs nvcc, the second half a Hopper GPU; both are skipped where they are missing.
 """
 
-import json
 import re
 import shutil
 import subprocess
@@ -18,11 +17,10 @@ from vllm_compile import lossless
 from vllm_compile.errors import TargetError
 from vllm_compile.ops import GATE_UP_SILU, LINEAR
 from vllm_compile.schedules.cuda import build as cuda_build
-from vllm_compile.schedules.cuda import matmul, records
+from vllm_compile.schedules.cuda import matmul
 from vllm_compile.schedules.cuda.gate_up import GateUpSilu
 from vllm_compile.schedules.cuda.linear import Linear
-from vllm_compile.spec import OpSpec, Sym, TensorSpec
-from vllm_compile.targets import cuda, resolve
+from vllm_compile.targets import cuda
 
 from . import harness
 from .sass import loads_before_waiting, sass_of
@@ -169,108 +167,6 @@ def test_serves_whole_blocks_only(n, k, served):
 def test_halves_of_a_gated_weight_are_whole_tiles():
     inputs, _ = GATE_UP_SILU.sample(torch.Generator(), torch.bfloat16, 5, 64, 24)
     assert not GateUpSilu(packed=False).serves(harness.op_spec(GATE_UP_SILU, inputs, {}), TARGET)
-
-
-@pytest.mark.parametrize(
-    ("width", "columns", "packed", "kinds", "vendor"),
-    [
-        (28672, 3584, True, {1: "stream", 9: "fed", 17: "fed", 33: "fed"}, 65),
-        (28672, 3584 + 128, True, {1: "stream", 9: "fed", 17: "fed", 33: "fed"}, 65),  # rounds of two stages
-        (28672, 3584, False, {1: "stream", 9: "wide", 17: "wide", 33: "wide"}, 65),  # nothing to unpack
-        (28672, 3584 + 64, True, {1: "stream", 9: "wide", 17: "wide", 33: "wide"}, 65),  # K not in rounds
-        (37888, 3584, True, {1: "stream", 9: "wide", 17: "wide", 33: "wide"}, 65),  # 148 blocks of 256 rows
-        (28672 + 16, 3584, True, {1: "stream", 9: "stream"}, 17),  # no whole warpgroups
-        (4096, 3584, True, {1: "stream", 9: "stream"}, 17),  # too few rows for large thread blocks
-    ],
-)
-def test_kinds_of_kernels_by_tokens(width, columns, packed, kinds, vendor):
-    inputs = (
-        ("x", TensorSpec((Sym.TOKENS, columns), "bfloat16")),
-        ("weight", TensorSpec((width, columns), "bfloat16")),
-    )
-    spec = OpSpec("linear", inputs, (TensorSpec((Sym.TOKENS, width), "bfloat16"),))
-    family = Linear(packed)
-    found = {variant.min_tokens: variant.config for variant in family.variants(spec, TARGET)}
-    assert {least: config["kind"] for least, config in found.items()} == kinds
-    if kinds[9] == "fed":
-        assert {(c["row_groups"], c["k_groups"], c["cluster"], c["stages"]) for c in (found[9], found[33])} == {
-            (4, 1, 1, 4 if columns % 256 == 0 else 2)
-        }
-    made_for = {least: config["tokens"] for least, config in found.items() if "tokens" in config}
-    assert all(tokens == matmul.BUCKETS[least] for least, tokens in made_for.items())
-    assert family.vendor(spec, TARGET).min_tokens == vendor
-
-
-def test_records_come_first(tmp_path, monkeypatch):
-    spec, wanted = spec_of("linear"), {"kind": "wide", "lossless": True, **MORE[100]}
-    names = ("op", "N", "K", "residual", "lossless", "min_tokens")
-    record = dict(zip(names, records.key(spec, True, 9), strict=True))
-    path = tmp_path / "records.json"
-    path.write_text(json.dumps([{"chip": TARGET.chip, **record, "config": wanted, "gain_us": 1.0}]))
-    usual = {packed: Linear(packed).variants(spec, TARGET) for packed in (False, True)}
-    monkeypatch.setattr(records, "PATH", path)
-    found = Linear(packed=True).variants(spec, TARGET)
-    assert found[1].config == wanted != usual[True][1].config
-    assert found[:1] == usual[True][:1]
-    assert Linear(packed=False).variants(spec, TARGET) == usual[False]
-
-
-def test_a_chip_has_its_own_records_and_else_another_chips(tmp_path, monkeypatch):
-    spec = spec_of("linear")
-    names = ("op", "N", "K", "residual", "lossless", "min_tokens")
-    first, second = Linear(packed=True).space(spec, TARGET)[:2]
-    path = tmp_path / "records.json"
-    own = [("h100", 9, first), ("h200", 9, second), ("h100", 33, first)]
-    keys = [dict(zip(names, records.key(spec, True, least), strict=True)) for _, least, _ in own]
-    made = [{"chip": c, **k, "config": x, "gain_us": 1.0} for (c, _, x), k in zip(own, keys, strict=True)]
-    path.write_text(json.dumps(made))
-    monkeypatch.setattr(records, "PATH", path)
-    assert records.find(spec, True, 9, "h100").config == first
-    assert records.find(spec, True, 9, "h200").config == second
-    assert records.find(spec, True, 33, "h200").config == first
-    assert records.find(spec, True, 17, "h200") is None
-    by_name = {chip: Linear(packed=True).variants(spec, resolve(chip))[1].config for chip in ("cuda", "h200", "h100")}
-    assert by_name == {"cuda": second, "h200": second, "h100": first}
-
-
-def test_what_a_record_prefetches_is_admitted():
-    """Of a tuning database too: the space has no prefetching, a kernel may have it within its tile."""
-    inputs = (("x", TensorSpec((Sym.TOKENS, 4096), "bfloat16")), ("weight", TensorSpec((512, 4096), "bfloat16")))
-    spec = OpSpec("linear", inputs, (TensorSpec((Sym.TOKENS, 512), "bfloat16"),))
-    family = Linear(packed=True)
-    (config, *_) = (v.config for v in family.variants(spec, TARGET) if v.config["kind"] == "stream")
-    most = spec.input("weight").size(1) // 64 - config["stages"] * config["warps"]
-    for prefetch, admitted in ((0, True), (most, True), (most + 1, False), (-1, False)):
-        assert family.admits(spec, {**config, "prefetch": prefetch}, 1, TARGET) == admitted
-
-
-@pytest.mark.parametrize(("gain_us", "least"), [(-1.0, [1]), (1.0, [1, 9])])
-def test_the_vendor_takes_over_where_a_record_says_it_is_faster(tmp_path, monkeypatch, gain_us, least):
-    spec = spec_of("linear")
-    names = ("op", "N", "K", "residual", "lossless", "min_tokens")
-    config = Linear(packed=True).variants(spec, TARGET)[1].config
-    path = tmp_path / "records.json"
-    record = dict(zip(names, records.key(spec, True, 9), strict=True))
-    path.write_text(json.dumps([{"chip": TARGET.chip, **record, "config": config, "gain_us": gain_us}]))
-    monkeypatch.setattr(records, "PATH", path)
-    family = Linear(packed=True)
-    found = [variant.min_tokens for variant in family.variants(spec, TARGET)]
-    assert found[: len(least)] == least
-    if least == [1]:
-        assert found == least
-        assert family.vendor(spec, TARGET).min_tokens == 9
-
-
-def test_the_benchmark_knows_the_ranges_of_tokens():
-    assert kernels_cuda_linear.BUCKETS == matmul.BUCKETS
-
-
-def test_every_configuration_fits_shared_memory():
-    for packed in KINDS.values():
-        space = Linear(packed).space(spec_of("linear"), TARGET)
-        assert {config["kind"] for config in space} == {"stream", "wide"}
-        assert len(space) > 200
-        assert all(matmul.shared_bytes(config) <= TARGET.shared_bytes for config in space)
 
 
 @pytest.mark.parametrize(
