@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import models
 from tests.families import random_model
-from tests.runtime.test_program import run
+from tests.runtime.run_steps import run_steps
 from vllm_compile.accuracy import relative_error
 from vllm_compile.compilation import CompileOptions
 from vllm_compile.driver import compile_model
@@ -118,7 +118,7 @@ def test_prefill_decode_and_both_equal_hugging_face(plan, artifact, hugging_face
 
     program._executor._graphs["forward"] = record
     texts = prompts(generator)
-    for ours, prompt in zip(run(program, texts, STEPS), texts, strict=True):
+    for ours, prompt in zip(run_steps(program, texts, STEPS), texts, strict=True):
         assert relative_error(ours, hugging_face(prompt)) < 1e-4
     if plan is not None:  # nothing but the shapes that there are graphs of
         own = {(b.batch, b.queries, b.blocks if b.decodes else b.blocks + -(-b.queries // BLOCK)) for b in plan.buckets}
@@ -136,7 +136,7 @@ def test_buckets_in_the_artifact(model, tmp_path, hugging_face, generator):
     program = load(artifact)
     assert program._executor.buckets == ENOUGH
     texts = prompts(generator)
-    for ours, prompt in zip(run(program, texts, STEPS), texts, strict=True):
+    for ours, prompt in zip(run_steps(program, texts, STEPS), texts, strict=True):
         assert relative_error(ours, hugging_face(prompt)) < 1e-4
     with pytest.raises(TargetError, match="buckets are for targets whose graphs are static"):
         compile_model(model, "cpu", tmp_path / "cpu", options)
@@ -153,7 +153,7 @@ def test_buckets_that_do_not_do(plan, complaint, artifact, generator):
     program = load(artifact)
     program._executor.buckets = plan
     with pytest.raises(BucketError, match=complaint):
-        run(program, prompts(generator), STEPS)
+        run_steps(program, prompts(generator), STEPS)
 
 
 def test_it_loads_without_tvm_and_without_intels_software(artifact):

@@ -1,10 +1,7 @@
 """A compiled model, loaded: what it computes, what it refuses, what it needs."""
 
-import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +10,14 @@ import tvm_ffi
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from vllm_compile import file_digests
 from vllm_compile.accuracy import relative_error
 from vllm_compile.errors import ArtifactError, TargetError
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.runtime import executor
-from vllm_compile.runtime.manifest import SCHEMA, content_digest, sha256
 from vllm_compile.runtime.program import Program, device_of, load, read_weights
 from vllm_compile.targets import DETECT
+
+from .run_steps import run_steps
 
 # Kernels for another number of tokens add the same terms in another order.
 CLOSE = 1e-5
@@ -32,30 +29,8 @@ def program(tiny_fp32) -> Program:
     return load(tiny_fp32)
 
 
-@pytest.fixture
-def copy(tiny_fp32, tmp_path) -> Path:
-    """An artifact that a test may damage."""
-    return Path(shutil.copytree(tiny_fp32, tmp_path / "artifact"))
-
-
 def tokens(count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (count,), generator=generator, dtype=torch.int32)
-
-
-def run(program: Program, prompts: list[torch.Tensor], steps: list[list[int]]) -> list[torch.Tensor]:
-    """Logits of each prompt when step i feeds the tokens of request r up to steps[i][r]."""
-    batch = PagedBatch(program.plan.model, [len(prompt) for prompt in prompts])
-    rows: list[list[torch.Tensor]] = [[] for _ in prompts]
-    begin = [0] * len(prompts)
-    for end in steps:
-        ids = torch.cat([p[b:e] for p, b, e in zip(prompts, begin, end, strict=True)])
-        hidden = program(ids, kv=batch.kv, **batch.step(begin, end))
-        logits = program.logits(hidden)
-        parts = logits.clone().split([e - b for b, e in zip(begin, end, strict=True)])
-        for row, part in zip(rows, parts, strict=True):
-            row.append(part)
-        begin = end
-    return [torch.cat(row) for row in rows]
 
 
 class TestForward:
@@ -72,7 +47,7 @@ class TestForward:
     def test_prefill_decode_and_both_equal_hugging_face(self, program, hugging_face, generator):
         prompts = [tokens(count, generator) for count in (70, 1, 33)]
         steps = [[40, 0, 0], [41, 1, 30], [69, 1, 31], [70, 1, 33]]
-        for ours, prompt in zip(run(program, prompts, steps), prompts, strict=True):
+        for ours, prompt in zip(run_steps(program, prompts, steps), prompts, strict=True):
             assert relative_error(ours, hugging_face(prompt)) < 1e-4
 
     def test_another_weight_is_noticed(self, tiny_fp32, hugging_face, generator):
@@ -81,17 +56,17 @@ class TestForward:
         weights = dict(read_weights(tiny_fp32))
         name = next(name for name in weights if "layers_1_self_attn_o_proj" in name)
         broken.load_weights({**weights, name: weights[name].flip(0).contiguous()}.items())
-        assert relative_error(run(broken, [prompt], [[40]])[0], hugging_face(prompt)) > 1e-2
+        assert relative_error(run_steps(broken, [prompt], [[40]])[0], hugging_face(prompt)) > 1e-2
 
     def test_company_does_not_matter(self, program, generator):
         prompts = [tokens(count, generator) for count in (21, 48, 5)]
-        together = run(program, prompts, [[21, 48, 5]])
+        together = run_steps(program, prompts, [[21, 48, 5]])
         for ours, prompt in zip(together, prompts, strict=True):
-            assert relative_error(ours, run(program, [prompt], [[len(prompt)]])[0]) < CLOSE
+            assert relative_error(ours, run_steps(program, [prompt], [[len(prompt)]])[0]) < CLOSE
 
     def test_same_call_gives_same_bits(self, program, generator):
         prompt = tokens(48, generator)
-        first, second = (run(program, [prompt], [[47], [48]])[0] for _ in range(2))
+        first, second = (run_steps(program, [prompt], [[47], [48]])[0] for _ in range(2))
         assert first.equal(second)
 
     def test_most_probable_tokens(self, program, generator):
@@ -158,10 +133,10 @@ class TestForward:
 
     def test_more_tokens_than_prepared_for(self, tiny_fp32, generator):
         program, prompt = load(tiny_fp32), tokens(60, generator)
-        unprepared = run(program, [prompt], [[60]])[0]
+        unprepared = run_steps(program, [prompt], [[60]])[0]
         program.prepare(8, 2)
-        assert run(program, [prompt], [[5], [60]])[0].shape == unprepared.shape
-        assert run(program, [prompt], [[60]])[0].equal(unprepared)
+        assert run_steps(program, [prompt], [[5], [60]])[0].shape == unprepared.shape
+        assert run_steps(program, [prompt], [[60]])[0].equal(unprepared)
 
     def test_dummy_weights(self, tiny_bf16, generator):
         """Packed ones are zeros, and nothing else to a kernel: each layer leaves its input as it is."""
@@ -176,7 +151,7 @@ class TestForward:
 
     def test_bfloat16(self, tiny_bf16, generator):
         program, prompt = load(tiny_bf16), tokens(40, generator)
-        (logits,) = run(program, [prompt], [[39], [40]])
+        (logits,) = run_steps(program, [prompt], [[39], [40]])
         assert program.dtype == logits.dtype == torch.bfloat16
         assert logits.isfinite().all()
 
@@ -296,7 +271,7 @@ class TestWeights:
     def test_given_by_hand(self, tiny_fp32, program, weights, generator):
         other, prompt = load(tiny_fp32, weights=False), tokens(20, generator)
         other.load_weights(weights.items())
-        assert run(other, [prompt], [[20]])[0].equal(run(program, [prompt], [[20]])[0])
+        assert run_steps(other, [prompt], [[20]])[0].equal(run_steps(program, [prompt], [[20]])[0])
 
     def test_bytes(self, tiny_fp32, program, weights):
         assert program.stored_bytes() == sum(tensor.nbytes for tensor in weights.values())
@@ -317,83 +292,6 @@ class TestWeights:
         weights[name] = change(weights[name])
         with pytest.raises(ArtifactError, match=f"{name}' is not as plan.json says"):
             load(tiny_fp32, weights=False).load_weights(weights.items())
-
-
-FILES = ("config.json", "plan.json", "kernels.so", "model-00001.safetensors", "tokenizer.json")
-
-
-class TestDamage:
-    @pytest.mark.parametrize("name", FILES)
-    def test_one_byte(self, copy, name):
-        content = bytearray((copy / name).read_bytes())
-        content[len(content) // 2] ^= 1
-        (copy / name).write_bytes(content)
-        with pytest.raises(ArtifactError, match=rf"{name} differs from what was compiled \(SHA-256\)"):
-            load(copy)
-
-    def test_weights_are_read_once_as_long_as_they_are_the_same(self, copy, tmp_path, monkeypatch):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.setattr(file_digests, "GRANULARITY_NS", 0)
-        read = []
-        monkeypatch.setattr(file_digests, "sha256", lambda path: read.append(path.name) or sha256(path))
-        weights = [name for name in FILES if name.endswith(".safetensors")]
-        for _ in range(2):
-            load(copy)
-            assert sorted(read) == sorted(weights)
-        content = (copy / weights[0]).read_bytes()
-        (copy / weights[0]).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(ArtifactError, match=rf"{weights[0]} differs from what was compiled \(SHA-256\)"):
-            load(copy)
-
-    @pytest.mark.parametrize("name", FILES)
-    def test_missing_file(self, copy, name):
-        (copy / name).unlink()
-        with pytest.raises(ArtifactError, match=f"{name} is missing"):
-            load(copy)
-
-    def test_no_manifest(self, copy):
-        (copy / "manifest.json").unlink()
-        with pytest.raises(ArtifactError, match="no compiled artifact here"):
-            load(copy)
-
-    @pytest.mark.parametrize("text", ["", "{", "[]", "{}", f'{{"schema": {SCHEMA}}}'], ids=repr)
-    def test_not_a_manifest(self, copy, text):
-        (copy / "manifest.json").write_text(text)
-        with pytest.raises(ArtifactError, match="not a manifest"):
-            load(copy)
-
-    @pytest.mark.parametrize(("schema", "advice"), [(99, "update vllm-compile"), (1, "compile the model again")])
-    def test_another_schema(self, copy, schema, advice):
-        self.change_manifest(copy, schema=schema)
-        with pytest.raises(ArtifactError, match=f"artifact schema {schema}.*{advice}"):
-            load(copy)
-
-    def test_another_processor(self, copy):
-        self.change_manifest(copy, target={"name": "cpu", "features": ["avx2", "avx1024_fp3"]})
-        with pytest.raises(ArtifactError, match=r"compiled for a CPU with avx1024_fp3, which this machine lacks"):
-            load(copy)
-
-    def test_not_a_plan(self, copy):
-        """One that its manifest knows."""
-        (copy / "plan.json").write_text("{}")
-        digests = json.loads((copy / "manifest.json").read_text())["files"]
-        self.change_manifest(copy, files=digests | {"plan.json": sha256(copy / "plan.json")})
-        with pytest.raises(ArtifactError, match=r"plan.json: not a plan"):
-            load(copy)
-
-    @staticmethod
-    def change_manifest(directory: Path, **fields) -> None:
-        path = directory / "manifest.json"
-        manifest = json.loads(path.read_text()) | fields
-        path.write_text(json.dumps(manifest | {"digest": content_digest(manifest)}))
-
-    def test_manifest_changed_by_hand(self, copy):
-        path = copy / "manifest.json"
-        manifest = json.loads(path.read_text())
-        manifest["verdict"]["outcome"] = "unknown"
-        path.write_text(json.dumps(manifest))
-        with pytest.raises(ArtifactError, match=r"manifest.json differs from what was compiled"):
-            load(copy)
 
 
 RUN = """
@@ -428,10 +326,3 @@ def test_every_targets_device():
     assert devices == {name: "cpu" if name in cpu else "cuda" for name in DETECT}
     with pytest.raises(TargetError, match="unknown target 'h300'"):
         device_of("h300")
-
-
-def test_no_pickle(tiny_fp32):
-    """Known kinds of files only, and none begins as a pickle or an archive of pickles does."""
-    for path in tiny_fp32.iterdir():
-        assert path.suffix in (".json", ".so", ".safetensors"), path.name
-        assert not path.read_bytes().startswith((b"\x80", b"PK"))
