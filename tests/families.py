@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import vllm_compile
 from tests.conftest import SEED
+from tests.greedy import decided
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.quick_verification import not_run
 from vllm_compile.schedules.cpu import gate_up, linear
@@ -150,13 +151,13 @@ def prompts(lengths: Sequence[int] = PROMPTS) -> list[torch.Tensor]:
 
 
 def continued(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
-    """Hugging Face's greedy continuation."""
-    text = ids[None]
+    """Hugging Face's greedy continuation, as far as it is decided."""
+    text, rows = ids[None], []
     for _ in range(NEW_TOKENS):
         with torch.no_grad():
-            logits = model(input_ids=text, use_cache=False).logits
-        text = torch.cat([text, logits[:, -1:].argmax(-1)], dim=1)
-    return text[0, len(ids) :].tolist()
+            rows.append(model(input_ids=text, use_cache=False).logits[0, -1])
+        text = torch.cat([text, rows[-1].argmax().view(1, 1)], dim=1)
+    return decided(torch.stack(rows))
 
 
 def served(artifact: Path, requests: Sequence[torch.Tensor], first_position: int = 0) -> list[list[int]]:

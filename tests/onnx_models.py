@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from tests import models
 from tests.conftest import SEED
+from tests.greedy import decided
 from vllm_compile.frontend.model import Model
 from vllm_compile.frontend.read_model import read_model
 from vllm_compile.model_files import find_files
@@ -72,11 +73,12 @@ def logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 def continued(directory: Path, ids: torch.Tensor, new_tokens: int) -> list[int]:
-    """ONNX Runtime's greedy continuation."""
-    text = ids
+    """ONNX Runtime's greedy continuation, as far as it is decided."""
+    text, rows = ids, []
     for _ in range(new_tokens):
-        text = torch.cat([text, logits(directory, text)[-1:].argmax(-1)])
-    return text[len(ids) :].tolist()
+        rows.append(logits(directory, text)[-1])
+        text = torch.cat([text, rows[-1].argmax().view(1)])
+    return decided(torch.stack(rows))
 
 
 def edit(directory: Path, change: Callable[[Any], None]) -> None:

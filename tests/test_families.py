@@ -24,6 +24,7 @@ from tests.families import (
     random_model,
     served,
 )
+from tests.greedy import begin_with
 from vllm_compile.accuracy import relative_error
 from vllm_compile.driver import CompileOptions, compile_model
 from vllm_compile.errors import UnsupportedError
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_tokens(family, family_artifact):
     model, requests = random_model(family), prompts()
-    assert served(family_artifact(family), requests) == [continued(model, ids) for ids in requests]
+    assert begin_with(served(family_artifact(family), requests), [continued(model, ids) for ids in requests])
 
 
 def test_dynamic_rope_within_the_trained_length(tmp_path):
@@ -63,17 +64,18 @@ def test_longrope_beyond_what_it_was_trained_for(family, family_artifact):
     program = vllm_compile.load(artifact)
     assert (program.max_positions, program.long_positions) == (96, 384)
     model, requests = random_model(family), prompts(LONG_PROMPTS)
-    expected = [continued(model, ids) for ids in requests]
-    assert served(artifact, requests, first_position=96) == expected
+    assert begin_with(served(artifact, requests, first_position=96), [continued(model, ids) for ids in requests])
     short = random_model(family, original_max_position_embeddings=200)  # negative control: they matter
-    assert [continued(short, ids) for ids in requests] != expected
+    with torch.no_grad():
+        for ids in requests:
+            assert relative_error(short(ids[None]).logits, model(ids[None]).logits) > 1e-2
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "Phi-3 longrope"])  # its kernels are Phi-3's
 def test_bfloat16(family, family_artifact):
     """Against float32 no more than 1.1x the error of Hugging Face's bfloat16."""
     artifact = family_artifact(family, "bfloat16")
-    report = verify(artifact, artifact.with_name("model"), quick=True)
+    report = verify(artifact, artifact.with_name("model"))
     assert report.passed, report
 
 

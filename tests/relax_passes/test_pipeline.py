@@ -23,7 +23,7 @@ LAYER = {
 def tolerance(dtype: str) -> float:
     """In float32 merged products add in another order; in bfloat16 that may move a rounding, and the
     layers behind it make up to one step of 2**-8 in each of a few values of it."""
-    return {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+    return {"float32": 3e-5, "bfloat16": 2e-2}[dtype]
 
 
 @pytest.mark.parametrize("kind", KINDS)

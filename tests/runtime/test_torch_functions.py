@@ -55,6 +55,7 @@ def test_paged_attention(dtype, options, wider, generator):
     assert len(together) == 1
     assert len(apart) == 3, "the two that decode, and two prompts"
     tolerance = PAGED_ATTENTION.tolerance[str(dtype).removeprefix("torch.")]
+    atol = tolerance.atol * (3 if dtype is torch.bfloat16 else 1)  # scores, of up to 4, are rounded to bf16, too
     for batch in [*together, *apart]:
         exact = shape_of(batch, lengths, BLOCK)
         more = wider if exact.queries > 1 else 0
@@ -62,7 +63,7 @@ def test_paged_attention(dtype, options, wider, generator):
         result = attend(inputs, attributes, lengths, batch, bucket)
         mine = ~result.isnan().flatten(1).any(1)
         assert int(mine.sum()) == sum(lengths.queries[r] for r in batch)
-        torch.testing.assert_close(result[mine], expected[mine], rtol=tolerance.rtol, atol=tolerance.atol)
+        torch.testing.assert_close(result[mine], expected[mine], rtol=tolerance.rtol, atol=atol)
 
 
 def test_attention_sees_a_missing_block(generator):

@@ -14,7 +14,7 @@ TEXT = "the quick brown fox jumps over the lazy dog, 0123456789 times a day. "
 
 
 def save_model(directory: Path, seed: int, dtype: str = "float32") -> LlamaForCausalLM:
-    """Two layers, grouped heads, and weights so large that greedy choices are never close to a tie."""
+    """Two layers, grouped heads, and weights so large that all of them show."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

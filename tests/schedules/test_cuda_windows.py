@@ -92,7 +92,7 @@ def sample(generator, case):
     window = options.get("window", 0)
     for request, (_, length) in enumerate(lengths):
         for position in range(max(length - window - 1, 0), min(length - window + 1, length)) if window else ():
-            inputs["kv"][table[request, position // size], :, position % size, sizes[2] :] *= max(window / 8, 1)
+            inputs["kv"][table[request, position // size], :, position % size, sizes[2] :] *= max(window / 16, 1)
     return op, inputs, attributes | options
 
 

@@ -121,7 +121,8 @@ def test_matches_reference(name, generator, tmp_path):
         for ours, theirs in zip(actual, expected, strict=True):
             assert (ours != theirs).sum() <= max(1, ours.numel() // 100)
     changed = case.inputs[case.changed].clone()
-    changed[len(changed) // 2 :] += 1
+    # Of a table and a cache perhaps not all rows are read; of logits all, changed by as much, mean the same.
+    changed[0 if case.changed in ("kv", "table") else len(changed) // 2 :] += 1
     with pytest.raises(AssertionError):
         harness.assert_matches(case.op, case.run({**case.inputs, case.changed: changed}), expected)
 
