@@ -16,7 +16,7 @@ from examples import demo, train_llama
 from tests.runtime.tiny_llama import save_model
 
 TEXTS = [inspect.getsource(module) for module in (subprocess, json, os)]
-# The seed of a model that is never near a tie: the demo wants all 48 tokens equal, which one in thousands is not.
+# Seed of a model that meets no near tie, as one token in thousands is: the demo wants all 48 equal.
 UNDOUBTING = 5
 STUBBORN = """
 import signal, time
