@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import vllm_compile
 from tests.conftest import SEED
-from tests.greedy import decided
+from tests.greedy import Tokens, decided
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.quick_verification import not_run
 from vllm_compile.schedules.cpu import gate_up, linear
@@ -150,7 +150,7 @@ def prompts(lengths: Sequence[int] = PROMPTS) -> list[torch.Tensor]:
     return [torch.randint(3, 160, (length,), generator=generator) for length in lengths]
 
 
-def continued(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
+def continued(model: PreTrainedModel, ids: torch.Tensor) -> Tokens:
     """Hugging Face's greedy continuation, as far as it is decided."""
     text, rows = ids[None], []
     for _ in range(NEW_TOKENS):

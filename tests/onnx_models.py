@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from tests import models
 from tests.conftest import SEED
-from tests.greedy import decided
+from tests.greedy import Tokens, decided
 from vllm_compile.frontend.model import Model
 from vllm_compile.frontend.read_model import read_model
 from vllm_compile.model_files import find_files
@@ -72,7 +72,7 @@ def logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(["logits"], feed)[0][0])
 
 
-def continued(directory: Path, ids: torch.Tensor, new_tokens: int) -> list[int]:
+def continued(directory: Path, ids: torch.Tensor, new_tokens: int) -> Tokens:
     """ONNX Runtime's greedy continuation, as far as it is decided."""
     text, rows = ids, []
     for _ in range(new_tokens):

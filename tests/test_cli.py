@@ -215,7 +215,7 @@ class TestVerify:
         assert code == 0
         assert report["passed"]
         assert report["error"] < 1e-4
-        assert report["agreement"] > 0.98  # of 249 tokens, of which two may nearly tie
+        assert report["agreement"] > 0.99  # of 249 tokens, of which two may nearly tie
         assert report["greedy"] is None, "a CPU's names no tokens"
         assert len(report["layers"]) == 2, "layer 0, and layer 1 with the final norm"
         assert max(report["layers"]) < 1e-4

@@ -14,7 +14,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 import vllm_compile
 from tests.families import NEW_TOKENS, prompts, random_model, served
 from tests.frontend.test_onnx import EOS, WHOLE_CACHE, rounded
-from tests.greedy import begin_with
+from tests.greedy import same_tokens
 from tests.onnx_models import GRAPH, VOCABULARY, build, continued, llama, logits
 from vllm_compile import driver
 from vllm_compile.accuracy import relative_error
@@ -55,7 +55,7 @@ def artifact(directory, cache) -> Path:
 def test_float32(artifact, directory):
     """Several requests at once, prefilled and decoded; the logits differ in the order of sums."""
     requests = prompts()
-    assert begin_with(served(artifact, requests), [continued(directory, ids, NEW_TOKENS) for ids in requests])
+    assert same_tokens(served(artifact, requests), [continued(directory, ids, NEW_TOKENS) for ids in requests])
     assert relative_error(compiled_logits(artifact, requests[0]), logits(directory, requests[0])) < 1e-5
 
 
@@ -93,7 +93,7 @@ def test_windows_and_caps(tmp_path):
     directory = build(tmp_path, random_model("Gemma 2", **EOS), **WHOLE_CACHE)
     artifact = vllm_compile.compile(directory, out=tmp_path / "artifact").artifact
     requests = prompts()
-    assert begin_with(served(artifact, requests), [continued(directory, ids, NEW_TOKENS) for ids in requests])
+    assert same_tokens(served(artifact, requests), [continued(directory, ids, NEW_TOKENS) for ids in requests])
 
 
 def test_bfloat16(tmp_path, generator):
@@ -122,7 +122,7 @@ def test_behind_vllm(artifact, directory):
     outputs = llm.generate([TokensPrompt(prompt_token_ids=ids.tolist()) for ids in requests], sampling, use_tqdm=False)
     llm.llm_engine.engine_core.shutdown()
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
-    assert begin_with(tokens, [continued(directory, ids, NEW_TOKENS) for ids in requests])
+    assert same_tokens(tokens, [continued(directory, ids, NEW_TOKENS) for ids in requests])
 
 
 class TestUnchanged:

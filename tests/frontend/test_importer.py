@@ -33,7 +33,7 @@ FLOAT32 = [kind for kind, options in KINDS.items() if "dtype" not in options]
 
 @pytest.mark.parametrize("kind", FLOAT32)
 def test_float32(kind, pairs, generator):
-    """Sums of tens of terms in another order: some 2**-22 relative."""
+    """Sums of tens of terms in another order: some 2**-22 relative; of five layers up to 5e-6 was seen."""
     assert relative_error(*logits(pairs(kind), prompt(generator))) < 3e-5
 
 

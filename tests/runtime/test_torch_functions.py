@@ -55,7 +55,7 @@ def test_paged_attention(dtype, options, wider, generator):
     assert len(together) == 1
     assert len(apart) == 3, "the two that decode, and two prompts"
     tolerance = PAGED_ATTENTION.tolerance[str(dtype).removeprefix("torch.")]
-    atol = tolerance.atol * (3 if dtype is torch.bfloat16 else 1)  # scores, of up to 4, are rounded to bf16, too
+    atol = tolerance.atol * (3 if dtype is torch.bfloat16 else 1)  # torch rounds scores to bf16, too
     for batch in [*together, *apart]:
         exact = shape_of(batch, lengths, BLOCK)
         more = wider if exact.queries > 1 else 0

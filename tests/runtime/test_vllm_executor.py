@@ -22,7 +22,7 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from examples import demo
-from tests.greedy import begin_with, decided
+from tests.greedy import Tokens, decided, same_tokens
 from vllm_compile.runtime import vllm_executor
 from vllm_compile.runtime.vllm_executor import OneWorkerExecutor
 from vllm_compile.runtime.vllm_processes import COMPILED_WORKER, METHOD, ONE_WORKER
@@ -178,7 +178,7 @@ def test_vllm_finds_it_by_its_name():
 
 
 @pytest.fixture(scope="module")
-def expected(tiny) -> list[int]:
+def expected(tiny) -> Tokens:
     """Hugging Face's greedy tokens, which end where a server's do, or where they are not decided."""
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     ids = torch.tensor([PROMPT])
@@ -208,7 +208,7 @@ def server(tiny_fp32, tmp_path):
 )
 def test_server(server, expected, victim, by):
     """Whichever of its processes ends first: the others do, too."""
-    assert begin_with([server.complete(PROMPT).tokens], [expected])
+    assert same_tokens([server.complete(PROMPT).tokens], [expected])
     front_end = psutil.Process(server.process.pid)
     everyone = [front_end, *front_end.children(recursive=True)]
     (worker,) = (process for process in everyone if process.parent() in everyone[1:])

@@ -24,7 +24,7 @@ from vllm.inputs import TokensPrompt
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from tests.conftest import SEED
-from tests.greedy import begin_with, decided
+from tests.greedy import Tokens, decided, same_tokens
 from tests.runtime import torch_program
 from tests.runtime.tiny_llama import TEXT, as_artifact, save_model
 from tests.runtime.torch_program import OPTIONS
@@ -85,7 +85,7 @@ def llm(artifact, frozen_before):
             yield llm
 
 
-def greedy_by_hugging_face(model, prompt: list[int], **options) -> list[int]:
+def greedy_by_hugging_face(model, prompt: list[int], **options) -> Tokens:
     """As far as they are decided."""
     ids = torch.tensor([prompt])
     options |= {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "pad_token_id": 1}
@@ -103,7 +103,7 @@ def greedy_by_vllm(llm, prompts: list[list[int]], **options) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(model, prompts) -> list[list[int]]:
+def expected(model, prompts) -> list[Tokens]:
     return [greedy_by_hugging_face(model, prompt) for prompt in prompts]
 
 
@@ -131,15 +131,15 @@ class TestOneEngine:
         assert program_of(llm).frozen - frozen_before > 100_000
 
     def test_batches_and_chunks_equal_hugging_face(self, llm, prompts, expected):
-        assert begin_with(greedy_by_vllm(llm, prompts), expected)
+        assert same_tokens(greedy_by_vllm(llm, prompts), expected)
         steps = program_of(llm).steps
         assert any(tokens > requests > 1 for tokens, requests in steps), "prefill and decode in one step"
         assert max(tokens for tokens, _ in steps) == 64, "the longer prompts in chunks"
 
     def test_cached_prefix(self, llm, prompts, expected):
         before = metric(llm, "vllm:prefix_cache_hits")
-        assert begin_with(greedy_by_vllm(llm, prompts[-2:]), expected[-2:])
-        assert begin_with(greedy_by_vllm(llm, prompts[-1:]), expected[-1:])
+        assert same_tokens(greedy_by_vllm(llm, prompts[-2:]), expected[-2:])
+        assert same_tokens(greedy_by_vllm(llm, prompts[-1:]), expected[-1:])
         assert metric(llm, "vllm:prefix_cache_hits") > before
 
     def test_logprobs(self, llm, model, prompts):
@@ -154,7 +154,7 @@ class TestOneEngine:
 
     def test_penalties(self, llm, model, prompts):
         theirs = [greedy_by_hugging_face(model, prompt, repetition_penalty=1.3) for prompt in prompts[2:5]]
-        assert begin_with(greedy_by_vllm(llm, prompts[2:5], repetition_penalty=1.3), theirs)
+        assert same_tokens(greedy_by_vllm(llm, prompts[2:5], repetition_penalty=1.3), theirs)
 
     def test_structured_output(self, llm):
         params = SamplingParams(
@@ -176,7 +176,7 @@ class TestOneEngine:
         while llm.llm_engine.has_unfinished_requests():
             pieces += [output.outputs[0].token_ids for output in llm.llm_engine.step()]
         assert len(pieces) == NEW_TOKENS
-        assert begin_with([[token for piece in pieces for token in piece]], expected[5:6])
+        assert same_tokens([[token for piece in pieces for token in piece]], expected[5:6])
 
     def test_a_wrong_block_table_is_noticed(self, llm, prompts, expected, monkeypatch):
         right = torch_program.TorchProgram.forward
@@ -186,7 +186,7 @@ class TestOneEngine:
 
         monkeypatch.setattr(torch_program.TorchProgram, "forward", wrong)
         llm.reset_prefix_cache()
-        assert not begin_with(greedy_by_vllm(llm, prompts), expected)
+        assert not same_tokens(greedy_by_vllm(llm, prompts), expected)
         llm.reset_prefix_cache()
 
 
@@ -196,7 +196,7 @@ def test_preemption(artifact, model, prompts):
     frozen = gc.get_freeze_count()
     with serving(artifact, num_gpu_blocks_override=12, max_model_len=320) as llm:
         assert program_of(llm).frozen == frozen, "in a process that is the user's it is left to vLLM"
-        assert begin_with(greedy_by_vllm(llm, crowd), [greedy_by_hugging_face(model, prompt) for prompt in crowd])
+        assert same_tokens(greedy_by_vllm(llm, crowd), [greedy_by_hugging_face(model, prompt) for prompt in crowd])
         assert metric(llm, "vllm:num_preemptions") > 0
 
 

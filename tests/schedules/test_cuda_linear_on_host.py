@@ -131,9 +131,8 @@ def test_adversarial_weights(case, generator):
     form, kind = case
     for n in (96, 320):
         inputs = sample(form, generator, 9, n)
-        most = (
-            1e3 if FORMS[form][0] is GATE_UP_SILU else 1e20
-        )  # a gate near 0, by which it is multiplied, is all rounding
+        # A gate near 0, by which the largest is multiplied, is all rounding.
+        most = 1e3 if FORMS[form][0] is GATE_UP_SILU else 1e20
         inputs["weight"] = adversarial(inputs["weight"], most)
         expected = harness.results(FORMS[form][0], inputs, {})
         for kernel in variants(form, kind, n).values():
