@@ -42,7 +42,7 @@ CONTEXT = 128  # cached tokens of each request
 BATCHES = {1: (1, 8), 9: (16,), 17: (32,), 33: (64,)}  # by least tokens of a variant: the steps that are timed
 KEY = ("chip", "op", "N", "K", "residual", "lossless", "min_tokens")  # of a record: what it is found by
 # Of a configuration: which rows and columns it takes.
-SHAPE = ("kind", "row_tiles", "row_groups", "k_groups", "cluster")
+SHAPE = ("kind", "row_tiles", "row_groups", "k_groups", "cluster", "splits")
 RECORDS = Path(__file__).parents[1] / "schedules/cuda/records.json"
 
 

@@ -2,8 +2,12 @@
 
 Each multiplies 64 rows in a part of K.  Where the weight has rows for it, 256 rows and all of K for each thread block
 keep x's share of what a multiprocessor reads low: 64 tokens are a third of the lossless weights' bytes.  With fewer
-rows the parts of K, within a thread block and in a cluster, give most multiprocessors their work.  Thread blocks of
-two warpgroups leave room for others.
+rows the parts of K, within a thread block, in a cluster, and split over the grid, give most multiprocessors their work.
+Thread blocks of two warpgroups leave room for others.
+
+Splits cost: each thread block leaves its sums in memory that the L2 cache holds (splits.cuh), and the last adds them
+up.  64 tokens of 256 rows are 64 KB; with clusters of two, which halve them, and four splits the last reads 128 KB,
+1.2 us of what a multiprocessor gets from L2.
 
 At 4.8 TB/s a multiprocessor gets a block of 256 x 64 lossless weights every 680 ns, 1,200 cycles.  Of these the
 tensor cores take 512 for 64 tokens; each scheduler has 4 warps that unpack, 110 instructions each (the machine code's
@@ -35,6 +39,8 @@ TOKENS = (8, 16, 32, 64)
 STAGES = (2, 4)
 GROUPS = ((4, 1), (2, 2), (1, 4), (2, 1), (1, 2))  # of rows and of parts of K, in a thread block
 CLUSTERS = range(1, 9)  # of thread blocks; larger ones need a launch attribute of their own
+SPLITS = range(2, 13)  # with clusters of one or two: larger ones are another way to the same
+SPLIT_BYTES, SPLIT_GROUPS = 8 << 20, 1 << 14  # as in splits.cuh: sums of a launch, and those who add them up
 LEAST_SHARE = 0.45  # of the multiprocessors: so many thread blocks at least
 DEFAULT_SHARE = 0.8  # of the places for thread blocks, one on each multiprocessor in each round, that have one
 MOST_ROUNDS = 1.5  # of thread blocks that are part of a cluster, where multiprocessors have 4 warpgroups each
@@ -53,31 +59,51 @@ def shared_bytes(config: Config) -> int:
 def fits(spec: OpSpec, config: Config, target: CudaTarget, gated: bool) -> bool:
     """True if a kernel of this configuration can be built: whole thread blocks, and rounds of all stages."""
     N, K = spec.input("weight").size(0), spec.input("weight").size(1)
-    round_columns = lossless.BLOCK * config["stages"] * config["k_groups"] * config["cluster"]
-    whole = N % (ROWS * config["row_groups"]) == 0 and K % round_columns == 0
-    return whole and shared_bytes(config) <= target.shared_bytes
+    rows, splits, cluster = ROWS * config["row_groups"], splits_of(config), config["cluster"]
+    round_columns = lossless.BLOCK * config["stages"] * config["k_groups"] * cluster
+    whole = N % rows == 0 and K % round_columns == 0 and K // round_columns >= splits
+    sums = splits * N * cluster * -(-config["tokens"] // cluster) * 4
+    held = splits == 1 or (sums <= SPLIT_BYTES and N // rows * cluster <= SPLIT_GROUPS)
+    return whole and held and shared_bytes(config) <= target.shared_bytes
 
 
 def space(packed: bool) -> Sequence[Config]:
     """Every configuration there is."""
+    spread = [(cluster, 1) for cluster in CLUSTERS] + [(cluster, splits) for cluster in (1, 2) for splits in SPLITS]
     return [
-        _config(tokens, row_groups, k_groups, cluster, stages, packed)
+        _config(tokens, row_groups, k_groups, cluster, stages, packed, splits)
         for tokens in TOKENS
         for row_groups, k_groups in GROUPS
-        for cluster in CLUSTERS
+        for cluster, splits in spread
         for stages in STAGES
         if tokens // row_groups <= MOST_X or row_groups * k_groups == 2
     ]
 
 
+def takes(config: Config, tokens: int) -> bool:
+    """Whether a kernel of this configuration can be called for so many tokens."""
+    return splits_of(config) == 1 or tokens <= config["tokens"]
+
+
+def splits_of(config: Config) -> int:
+    """Parts of K over the grid; a configuration without says nothing of them."""
+    splits: int = config.get("splits", 1)
+    return splits
+
+
 def promising(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens: int) -> Sequence[Config]:
-    """What is worth measuring for so many tokens: thread blocks for half the multiprocessors, of clusters one round."""
+    """What is worth measuring for so many tokens: thread blocks for half the multiprocessors, of parts of K one round.
+
+    Of splits only those whose thread blocks all have a place at once, and no others would leave fewer without work.
+    """
     found = []
     for config in space(packed):
-        groups = config["row_groups"] * config["k_groups"]
-        blocks = spec.input("weight").size(0) // (ROWS * config["row_groups"]) * config["cluster"]
+        groups, parts = config["row_groups"] * config["k_groups"], config["cluster"] * splits_of(config)
+        blocks = spec.input("weight").size(0) // (ROWS * config["row_groups"]) * parts
         rounds = blocks * groups / 4 / target.multiprocessors
-        filled = blocks >= LEAST_SHARE * target.multiprocessors and (config["cluster"] == 1 or rounds <= MOST_ROUNDS)
+        filled = blocks >= LEAST_SHARE * target.multiprocessors and (parts == 1 or rounds <= MOST_ROUNDS)
+        if splits_of(config) > 1:
+            filled = DEFAULT_SHARE <= rounds <= 1
         if filled and config["tokens"] == tokens and fits(spec, config, target, gated):
             found.append(config)
     return found
@@ -102,27 +128,34 @@ def default(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens:
 
 def unstaged_blocks(spec: OpSpec, config: Config) -> int:
     """Blocks of a tile, in one part of K, that the stages do not hold at the start: what can be prefetched."""
-    parts = config["k_groups"] * config["cluster"]
-    return spec.input("weight").size(1) // lossless.BLOCK // parts - config["stages"]
+    round_blocks = config["k_groups"] * config["cluster"] * config["stages"]
+    rounds = spec.input("weight").size(1) // lossless.BLOCK // round_blocks // splits_of(config)
+    return (rounds - 1) * config["stages"]
 
 
 def parameters(config: Config, gated: bool) -> list[str]:
     """The device function's template arguments."""
-    names = ("tokens", "row_groups", "k_groups", "cluster", "stages", "prefetch")
+    given = {**config, "splits": splits_of(config)}
+    names = ("tokens", "row_groups", "k_groups", "cluster", "splits", "stages", "prefetch")
     flags = (str(flag).lower() for flag in (config["lossless"], gated))
-    return [*(str(config[name]) for name in names), *flags]
+    return [*(str(given[name]) for name in names), *flags]
 
 
 def launch(config: Config, call: Call, N: int) -> Launch:
+    tokens, splits = config["tokens"], splits_of(config)
     grid = [
-        N // (ROWS * config["row_groups"]) * config["cluster"],
-        T.ceildiv(call.dims[Sym.TOKENS], config["tokens"]),
+        N // (ROWS * config["row_groups"]) * config["cluster"] * splits,
+        T.ceildiv(call.dims[Sym.TOKENS], tokens),
     ]
     threads = 160 * config["row_groups"] * config["k_groups"]  # four warps that multiply and one that brings x
-    return Launch(grid, threads, shared_bytes(config), config["cluster"])
+    # More tokens would leave sums where others leave theirs.
+    most = tokens if splits > 1 else None
+    return Launch(grid, threads, shared_bytes(config), config["cluster"], most_tokens=most)
 
 
-def _config(tokens: int, row_groups: int, k_groups: int, cluster: int, stages: int, packed: bool) -> Config:
+def _config(
+    tokens: int, row_groups: int, k_groups: int, cluster: int, stages: int, packed: bool, splits: int = 1
+) -> Config:
     return {
         "kind": "fed",
         "tokens": tokens,
@@ -132,4 +165,5 @@ def _config(tokens: int, row_groups: int, k_groups: int, cluster: int, stages: i
         "stages": stages,
         "prefetch": 0,
         "lossless": packed,
+        **({"splits": splits} if splits > 1 else {}),
     }

@@ -1,17 +1,17 @@
 // Products of up to 64 tokens with a weight matrix that is read once, x brought by warps of its own:
 // y[tokens, N] = x[tokens, K] @ weight[N, K].T
 //
-// A thread block makes ROW_GROUPS * 64 rows of the weight for TOKENS tokens, in K_GROUPS * CLUSTER parts of K: one of its
-// warpgroups multiplies 64 rows in one part, as in wide_linear.cuh, which see for the order of k, for raised codes and for
+// A thread block makes ROW_GROUPS * 64 rows of the weight for TOKENS tokens, in one of SPLITS parts of K, and that in
+// K_GROUPS * CLUSTER parts: one of its warpgroups multiplies 64 rows in one of these, as in wide_linear.cuh, which see for the order of k, for raised codes and for
 // the side list.  As many more warps as there are warpgroups load x, block of 64 columns by block, and store it to where
 // products look for it, in STAGES places for each part that take turns.
 // Nothing but these places holds warps together: of each, one barrier says that x is there, another that all products with
 // it are done.  So warps that meet with entries of the side list delay no others, and none spends instructions on x.
 //
 // A part of K has a multiple of STAGES blocks: with rounds that may end early, products behind branches, the assembler
-// serialises them.
+// serialises them.  Of SPLITS parts some have a round more than others.
 //
-// Sums: float32, blocks in order, then parts in order; a token's result has the same bits in every batch.  Weights are
+// Sums: float32, blocks in order, then parts in order, then those of SPLITS; a token's result has the same bits in every batch.  Weights are
 // copied before griddepcontrol.wait: while the kernel before still runs.
 #ifndef VLLM_COMPILE_FED_LINEAR
 #define VLLM_COMPILE_FED_LINEAR
@@ -92,8 +92,8 @@ struct FedVectors {
 };
 
 // PREFETCH, GATED, bias and residual: as in wide_linear.cuh.  `shared` holds places of x, the stages of all warps and the
-// barriers, and after them, in the same place, the sums (fed.py computes its size).
-template <int TOKENS, int ROW_GROUPS, int K_GROUPS, int CLUSTER, int STAGES, int PREFETCH, bool PACKED, bool GATED>
+// barriers, and after them, in the same place, the sums (fed.py computes its size).  With SPLITS no more tokens than TOKENS.
+template <int TOKENS, int ROW_GROUPS, int K_GROUPS, int CLUSTER, int SPLITS, int STAGES, int PREFETCH, bool PACKED, bool GATED>
 __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* weight,
                                            const void* bias_or_null,
                                            const void* residual_or_null, __nv_bfloat16* y,
@@ -118,12 +118,15 @@ __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* w
   const int tile = warp % TILES, feeder = warp - WARPS;
   const int k_group = K_GROUPS == 1 ? 0 : multiplies ? warp / TILES : feeder % K_GROUPS;
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
-  const int rows_before = blockIdx.x / CLUSTER * ROWS;
+  const int split = blockIdx.x / CLUSTER % SPLITS, rows_before = blockIdx.x / (CLUSTER * SPLITS) * ROWS;
   // Gated: tiles of gates and of ups alternate.
   const int first_row = GATED ? rows_before / 2 + tile / 2 * 16 + tile % 2 * (N / 2) : rows_before + tile * 16;
 
   // This part of K.
-  const int blocks = K / 64 / (K_GROUPS * CLUSTER), begin = (rank * K_GROUPS + k_group) * blocks;
+  constexpr int PARTS = K_GROUPS * CLUSTER;
+  const int rounds = K / 64 / (STAGES * PARTS), before = rounds * split / SPLITS;
+  const int blocks = (rounds * (split + 1) / SPLITS - before) * STAGES;
+  const int begin = before * STAGES * PARTS + (rank * K_GROUPS + k_group) * blocks;
   char* const places = static_cast<char*>(shared) + k_group * PLACES_OF_PART;
 
   const X vectors(shared_address(shared) + COPIES + k_group * X::BARRIERS);
@@ -152,10 +155,8 @@ __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* w
     if constexpr (PREFETCH > 0)
       prefetch_blocks<PACKED>(weight, first_row, K, begin + STAGES, begin + min(STAGES + PREFETCH, blocks), lane);
     Side side;
-    if constexpr (PACKED) {
+    if constexpr (PACKED)
       side.start(side_list(weight, N, K), row_table(weight, N, K) + first_row + lane, lane < 16, begin * 64);
-      scale = side.scale;
-    }
     wait_for_kernels_before();
 
     const uint64_t descriptor = matrix_descriptor(shared_address(places), TOKENS * 16, 128);
@@ -189,9 +190,12 @@ __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* w
         multiply(a[stage % 2], stage, first + stage, parity);
     wgmma_wait<0>();
     wgmma_results(sums);
+    if constexpr (PACKED) scale = side.scale();
   }
-  write_results<TOKENS, ROWS, K_GROUPS, CLUSTER, THREADS, GATED>(sums, scale, multiplies, k_group, tile, rows_before, tokens,
-                                                                 N, bias_or_null, residual, y, shared, DenseRows{});
+  const int block = block_again() / CLUSTER;
+  write_results<TOKENS, ROWS, K_GROUPS, CLUSTER, THREADS, GATED, SPLITS>(
+      sums, scale, multiplies, k_group, tile, block / SPLITS * ROWS, tokens, N, bias_or_null, residual, y, shared, DenseRows{},
+      block % SPLITS);
 }
 
 }  // namespace vllm_compile

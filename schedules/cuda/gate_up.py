@@ -54,7 +54,7 @@ class GateUpSilu(KernelFamily):
         return matmul.promising(spec, target, self.packed, min_tokens, gated=True)
 
     def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: CudaTarget) -> bool:
-        return matmul.admits(spec, config, target, self.packed, gated=True)
+        return matmul.admits(spec, config, min_tokens, target, self.packed, gated=True)
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         return matmul.matmul(spec, config, target, gated=True)

@@ -30,7 +30,7 @@ class Launch:
 
     So many neighbours along the first axis as `cluster` says can read each other's shared memory.  `resident` is how
     many a multiprocessor has room for, if that is known: the assembler gives threads the registers that this leaves.
-    It guesses otherwise, and may spill to make room for more.
+    It guesses otherwise, and may spill to make room for more.  A call for more tokens than `most_tokens` is refused.
     """
 
     grid: Sequence[Any]
@@ -38,6 +38,7 @@ class Launch:
     shared_bytes: int = 0
     cluster: int = 1
     resident: int | None = None
+    most_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,10 @@ def kernel(
                 ]
             }
         )
+        if how.most_tokens is not None:
+            what = f"{function.partition('<')[0]} is made for no more than {how.most_tokens} tokens"
+            with T.Assert(call.dims[Sym.TOKENS] <= how.most_tokens, what, "ValueError"):
+                pass
         with ExitStack() as bindings:  # the first is the outermost
             for extent, tag in zip(extents, tags, strict=True):
                 bindings.enter_context(T.thread_binding(extent, thread=tag))

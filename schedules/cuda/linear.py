@@ -51,7 +51,7 @@ class Linear(KernelFamily):
         return matmul.promising(spec, target, self.packed, min_tokens)
 
     def admits(self, spec: OpSpec, config: Config, min_tokens: int, target: CudaTarget) -> bool:
-        return matmul.admits(spec, config, target, self.packed)
+        return matmul.admits(spec, config, min_tokens, target, self.packed)
 
     def build(self, spec: OpSpec, config: Config, target: CudaTarget) -> tirx.PrimFunc:
         return matmul.matmul(spec, config, target, gated=False)

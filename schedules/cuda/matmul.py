@@ -63,14 +63,19 @@ def promising(spec: OpSpec, target: CudaTarget, packed: bool, min_tokens: int, g
     found = []
     for config in configs:
         rest = max(KINDS[config["kind"]].unstaged_blocks(spec, config), 0)
-        share = fit // (config.get("k_groups", 1) * config.get("cluster", 1))  # of one part of K
+        parts = config.get("k_groups", 1) * config.get("cluster", 1) * config.get("splits", 1)
+        share = fit // parts  # of one part of K
         found += [{**config, "prefetch": blocks} for blocks in sorted({0, min(share, rest)})]
     return found
 
 
-def admits(spec: OpSpec, config: Config, target: CudaTarget, packed: bool, gated: bool = False) -> bool:
-    """True for a configuration of the space, whatever it prefetches of what its stages do not hold."""
+def admits(
+    spec: OpSpec, config: Config, min_tokens: int, target: CudaTarget, packed: bool, gated: bool = False
+) -> bool:
+    """True for a configuration of the space that takes a variant's tokens, whatever it prefetches."""
     if {**config, "prefetch": 0} not in space(spec, target, packed, gated):
+        return False
+    if config["kind"] == "fed" and not fed.takes(config, BUCKETS[min_tokens]):
         return False
     blocks = config.get("prefetch", 0)
     if not isinstance(blocks, int):

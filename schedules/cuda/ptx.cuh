@@ -84,6 +84,20 @@ __device__ __forceinline__ float power_of_two(float exponent) {
   return result;
 }
 
+// blockIdx.x, read again here: no register keeps it until now.
+__device__ __forceinline__ int block_again() {
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+
+// One more at `counter`, and how many there were.  Who comes later sees what this thread has written or seen before.
+__device__ __forceinline__ int arrive(int* counter) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 // Lets the next kernel of the stream start (programmatic dependent launch); it waits before it reads our results.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 

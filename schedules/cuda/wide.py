@@ -87,7 +87,10 @@ def fills(spec: OpSpec, target: CudaTarget) -> bool:
 
 
 def default(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens: int) -> Config | None:
-    """A choice by arithmetic, for up to `tokens` tokens; None if none fits, or for weights with few rows.
+    """A choice by arithmetic, for up to `tokens` tokens; None if none fits, or where cuBLAS is faster.
+
+    That is so of weights with few rows, and from 33 tokens on of those whose last round of thread blocks would be
+    mostly empty (Qwen2.5-7B's gates and ups, whose 37,888 rows are 1.12 rounds: benchmarks/baseline.md).
 
     The largest thread blocks that keep the multiprocessors busy: at least four in five have one and all are resident,
     or the last round of several is not mostly empty.  Blocks of 256 rows, of which one is resident, only for 64 tokens,
@@ -108,8 +111,8 @@ def default(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens:
         chosen = next((c for c in configs if c["blocks"] == 2 and c["stages"] >= 3), configs[0])
         count, slots = _thread_blocks(spec, shape), resident * target.multiprocessors
         if 0.8 * target.multiprocessors <= count <= slots or count / (-(-count // slots) * slots) >= 0.7:
-            break
-    return chosen
+            return chosen
+    return chosen if width < TOKENS[-1] else None
 
 
 def roomy(spec: OpSpec, target: CudaTarget, gated: bool, tokens: int) -> Config | None:

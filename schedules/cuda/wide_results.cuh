@@ -2,6 +2,7 @@
 #ifndef VLLM_COMPILE_WIDE_RESULTS
 #define VLLM_COMPILE_WIDE_RESULTS
 
+#include "splits.cuh"
 #include "vectors.cuh"
 #include "wgmma.cuh"
 
@@ -11,12 +12,12 @@ namespace vllm_compile {
 // real, in K_GROUPS * CLUSTER parts of K.  A warp that `multiplies` has the sums of 16 rows, tile number `tile`, in one
 // part; its lane r has row r's scale.  Tiles, the bias, GATED: as in wide_linear.cuh.  y and residual begin with the first
 // of the tokens; which.y(token) is its row of y.  `shared`, K_GROUPS * TOKENS * (ROWS + 4) floats, may be in use until all
-// copies have been waited for.
-template <int TOKENS, int ROWS, int K_GROUPS, int CLUSTER, int THREADS, bool GATED, class Rows>
+// copies have been waited for.  All that is one of SPLITS parts of K, number `split` (splits.cuh).
+template <int TOKENS, int ROWS, int K_GROUPS, int CLUSTER, int THREADS, bool GATED, int SPLITS = 1, class Rows>
 __device__ __forceinline__ void write_results(const float (&sums)[TOKENS / 8][4], float scale, bool multiplies, int k_group,
                                               int tile, int rows_before, int tokens, int N, const void* bias_or_null,
                                               const __nv_bfloat16* residual, __nv_bfloat16* y, void* shared,
-                                              const Rows& which) {
+                                              const Rows& which, int split = 0) {
   // What this thread finishes: 4 neighbouring rows of a token at a time.  The thread blocks of a cluster share the tokens.
   constexpr int QUADS = (GATED ? ROWS / 2 : ROWS) / 4;
   constexpr int SHARE = (TOKENS + CLUSTER - 1) / CLUSTER, ITEMS = SHARE * QUADS, OWN = (ITEMS + THREADS - 1) / THREADS;
@@ -29,15 +30,23 @@ __device__ __forceinline__ void write_results(const float (&sums)[TOKENS / 8][4]
   };
   const int first_result = GATED ? rows_before / 2 : rows_before;
   const __nv_bfloat16* const bias = static_cast<const __nv_bfloat16*>(bias_or_null);
-  uint2 add[OWN], biases[OWN];  // on their way while the sums are exchanged
+  struct Extras {  // four numbers each
+    uint2 bias, residual;
+  };
+  auto extras = [&](int token, int quad) {
+    Extras found = {};
+    const int n = first_result + quad * 4;
+    if (!GATED && residual) found.residual = *reinterpret_cast<const uint2*>(residual + (size_t)token * N + n);
+    if (!GATED && bias) found.bias = *reinterpret_cast<const uint2*>(bias + n);
+    return found;
+  };
+  Extras early[OWN];  // on their way while the sums are exchanged, unless another thread block may want them
+  if constexpr (SPLITS == 1) {
 #pragma unroll
-  for (int own = 0; own < OWN; own++) {
-    int token, quad;
-    add[own] = biases[own] = make_uint2(0, 0);
-    if (!GATED && place(own, token, quad)) {
-      const int n = first_result + quad * 4;
-      if (residual) add[own] = *reinterpret_cast<const uint2*>(residual + (size_t)token * N + n);
-      if (bias) biases[own] = *reinterpret_cast<const uint2*>(bias + n);
+    for (int own = 0; own < OWN; own++) {
+      int token, quad;
+      early[own] = {};
+      if (place(own, token, quad)) early[own] = extras(token, quad);
     }
   }
 
@@ -88,33 +97,76 @@ __device__ __forceinline__ void write_results(const float (&sums)[TOKENS / 8][4]
     const uint32_t word = i < 2 ? words.x : words.y;
     return __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
   };
+  // The sums of gates, and of ups behind them; or of rows, and nothing.
+  auto totals = [&](float(&sum)[4], float(&up)[4], int token, int quad) {
+    if constexpr (GATED) {
+      total(sum, token, quad / 4 * 32 + quad % 4 * 4);
+      total(up, token, quad / 4 * 32 + quad % 4 * 4 + 16);
+    } else {
+      total(sum, token, quad * 4);
+    }
+  };
+  auto finish = [&](float(&sum)[4], const float(&up)[4], const Extras& more, int token, int quad) {
 #pragma unroll
-  for (int own = 0; own < OWN; own++) {
-    int token, quad;
-    if (place(own, token, quad)) {
-      float sum[4];
+    for (int i = 0; i < 4; i++) {
       if constexpr (GATED) {
-        float up[4];
-        total(sum, token, quad / 4 * 32 + quad % 4 * 4);
-        total(up, token, quad / 4 * 32 + quad % 4 * 4 + 16);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const float gate = rounded(sum[i]);
-          sum[i] = rounded(gate / (1.f + __expf(-gate))) * rounded(up[i]);
-        }
+        const float gate = rounded(sum[i]);
+        sum[i] = rounded(gate / (1.f + __expf(-gate))) * rounded(up[i]);
       } else {
-        total(sum, token, quad * 4);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          if (bias) sum[i] += half(biases[own], i);
-          if (residual) sum[i] = half(add[own], i) + rounded(sum[i]);
-        }
+        if (bias) sum[i] += half(more.bias, i);
+        if (residual) sum[i] = half(more.residual, i) + rounded(sum[i]);
       }
-      *reinterpret_cast<uint2*>(y + (size_t)which.y(token) * width + first_result + quad * 4) =
-          make_uint2(word_of(sum[0], sum[1]), word_of(sum[2], sum[3]));
+    }
+    *reinterpret_cast<uint2*>(y + (size_t)which.y(token) * width + first_result + quad * 4) =
+        make_uint2(word_of(sum[0], sum[1]), word_of(sum[2], sum[3]));
+  };
+  if constexpr (SPLITS == 1) {
+#pragma unroll
+    for (int own = 0; own < OWN; own++) {
+      int token, quad;
+      float sum[4], up[4];
+      if (place(own, token, quad)) {
+        totals(sum, up, token, quad);
+        finish(sum, up, early[own], token, quad);
+      }
+    }
+    if constexpr (CLUSTER > 1) cluster_arrive_and_wait();  // others may still read our sums
+  } else {
+    const int group = rows_before / ROWS * CLUSTER + rank;
+    auto stored = [&](int of_split, int own, bool ups) {  // [group][split][rows or gates, ups][quad of a token]
+      return split_sums + ((group * SPLITS + of_split) * (GATED ? 2 : 1) + ups) * ITEMS + own * THREADS + threadIdx.x;
+    };
+#pragma unroll
+    for (int own = 0; own < OWN; own++) {
+      int token, quad;
+      float sum[4], up[4];
+      if (place(own, token, quad)) {
+        totals(sum, up, token, quad);
+        *stored(split, own, false) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+        if (GATED) *stored(split, own, true) = make_float4(up[0], up[1], up[2], up[3]);
+      }
+    }
+    if constexpr (CLUSTER > 1) cluster_arrive_and_wait();
+    if (!last_of_splits<SPLITS>(group)) return;
+    auto added = [&](float(&sum)[4], int own, bool ups) {
+#pragma unroll
+      for (int s = 0; s < SPLITS; s++) {
+        const float4 part = __ldcg(stored(s, own, ups));
+        sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
+      }
+    };
+#pragma unroll 1
+    for (int own = 0; own < OWN; own++) {
+      int token, quad;
+      float sum[4] = {}, up[4] = {};
+      if (place(own, token, quad)) {
+        const Extras more = extras(token, quad);
+        added(sum, own, false);
+        if (GATED) added(up, own, true);
+        finish(sum, up, more, token, quad);
+      }
     }
   }
-  if constexpr (CLUSTER > 1) cluster_arrive_and_wait();  // others may still read our sums
 }
 
 }  // namespace vllm_compile

@@ -170,7 +170,11 @@ char* shared_at(uint32_t address, unsigned bytes, const char* instruction, Site 
 
 char* shared_of_cluster_at(uint32_t address, uint32_t rank, unsigned bytes, const char* instruction, Site site) {
   if (rank >= current->cluster) fail(site, "%s in block %u of a cluster of %u", instruction, rank, current->cluster);
-  return checked(*(running->block - rank_in_cluster() + rank), address, bytes, instruction, site);
+  const Block& other = *(running->block - rank_in_cluster() + rank);
+  if (other.returned == other.threads.size())
+    fail(site, "%s in block %u of the cluster, whose threads have returned: its shared memory is another's", instruction,
+         rank);
+  return checked(other, address, bytes, instruction, site);
 }
 
 }  // namespace cuda_on_host

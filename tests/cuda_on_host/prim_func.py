@@ -28,7 +28,10 @@ def run_kernel(
         _bind(buffer.name, buffer.strides, tensor.stride() if len(buffer.strides) else (), bound)
         arguments[buffer.name] = tensor
     sizes = {"blockIdx": [1, 1, 1], "threadIdx": [1, 1, 1], "clusterCtaIdx": [1, 1, 1]}
-    loops, allocations, call = _parts(function)
+    assertions, loops, allocations, call = _parts(function)
+    for assertion in assertions:
+        if not _value(assertion.condition, bound):
+            raise ValueError("".join(part.value for part in assertion.message_parts))
     for loop in loops:
         index, axis = loop.thread_binding.thread_tag.split(".")
         sizes[index]["xyz".index(axis)] = _value(loop.extent, bound)
@@ -53,7 +56,7 @@ def prepare(functions: Iterable[tirx.PrimFunc]) -> None:
     """Compile several kernels at once."""
     units = []
     for function in functions:
-        call = _parts(function)[2]
+        call = _parts(function)[-1]
         words, scalars = _arguments(function, call)
         types = {buffer.name: runner.TYPES[str(buffer.dtype)] + "*" for buffer in function.params}
         types |= {name: "float" if "float" in str(value.ty) else "int64_t" for name, value in scalars.items()}
@@ -61,14 +64,15 @@ def prepare(functions: Iterable[tirx.PrimFunc]) -> None:
     runner.prepare(units)
 
 
-def _parts(function: tirx.PrimFunc) -> tuple[list[Any], list[Any], Any]:
-    """Loops over blocks and threads, allocations of shared memory, and the call."""
-    loops, body = [], function.body
+def _parts(function: tirx.PrimFunc) -> tuple[list[Any], list[Any], list[Any], Any]:
+    """What is asserted before, loops over blocks and threads, allocations of shared memory, and the call."""
+    *assertions, body = function.body.seq if isinstance(function.body, tirx.SeqStmt) else [function.body]
+    loops = []
     while isinstance(body, tirx.For | tirx.AttrStmt):  # of loops, and what the assembler is told
         loops += [body] if isinstance(body, tirx.For) else []
         body = body.body
     *allocations, evaluation = body.seq if isinstance(body, tirx.SeqStmt) else [body]
-    return loops, allocations, evaluation.value
+    return assertions, loops, allocations, evaluation.value
 
 
 def _arguments(function: tirx.PrimFunc, call: Any) -> tuple[list[str], dict[str, Any]]:

@@ -64,6 +64,14 @@ inline float power_of_two(float exponent) {
   return result < 0x1p-126f ? 0 : result;
 }
 
+inline int block_again() { return blockIdx.x; }
+
+inline int arrive(int* counter, Site site = Site::current()) {
+  const int before = (*counter)++;
+  cuda_on_host::take_turns(site);
+  return before;
+}
+
 inline void launch_dependents() { cuda_on_host::count_launch_of_dependents(); }
 inline void wait_for_kernels_before() { cuda_on_host::count_wait_for_kernels_before(); }
 

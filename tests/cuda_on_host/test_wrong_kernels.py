@@ -105,6 +105,23 @@ def test_wrong_kernels_are_reported(kind):
         )
 
 
+def test_shared_memory_ends_with_its_block():
+    body = """
+      static_cast<float4*>(shared)[lane] = make_float4(lane, 0, 0, 0);
+      cluster_arrive_and_wait();
+      if (cluster_rank() == 1) return;
+      for (int i = 0; i < 1000; i++) __nanosleep(1);
+      x[lane] = load_cluster(shared_address(shared) + lane * 16, 1).x;
+    """
+    options = {"grid": 2, "cluster": 2, "shared_bytes": 512}
+    with pytest.raises(EmulationError, match="in block 1 of the cluster, whose threads have returned"):
+        launch(body, arguments={"x": torch.zeros(32)}, **options)
+    x = torch.zeros(32)
+    waits = body.replace("if (cluster_rank() == 1) return;", "") + "cluster_arrive_and_wait();"
+    launch(waits, arguments={"x": x}, **options)
+    assert x.tolist() == list(range(32))
+
+
 PHASES = """
   const uint32_t filled = shared_address(shared), emptied = filled + 16;
   float* const places = static_cast<float*>(shared) + 16;

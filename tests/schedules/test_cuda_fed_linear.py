@@ -19,10 +19,10 @@ def spec_of(N, K, gated=False):
     return kernels_cuda_linear.spec_of("gate_up_silu" if gated else "linear", N, K, residual=False)
 
 
-def config_of(tokens, row_groups, k_groups, cluster, stages, packed=True):
+def config_of(tokens, row_groups, k_groups, cluster, stages, packed=True, **splits):
     names = ("tokens", "row_groups", "k_groups", "cluster", "stages")
     shape = zip(names, (tokens, row_groups, k_groups, cluster, stages), strict=True)
-    return {"kind": "fed", **dict(shape), "prefetch": 0, "lossless": packed}
+    return {"kind": "fed", **dict(shape), "prefetch": 0, "lossless": packed, **splits}
 
 
 CASES = {
@@ -32,6 +32,10 @@ CASES = {
     "qkv": (Linear, spec_of(6144, 4096), config_of(16, 2, 1, 4, 4)),
     "down": (Linear, spec_of(4096, 14336), config_of(32, 1, 4, 2, 4)),
     "down_of_many": (Linear, spec_of(4096, 14336), config_of(64, 4, 1, 7, 4)),
+    "down_in_splits": (Linear, spec_of(4096, 14336), config_of(64, 4, 1, 2, 4, splits=4)),
+    "down_of_few_in_splits": (Linear, spec_of(4096, 14336), config_of(16, 2, 2, 1, 4, splits=4)),
+    "o_in_splits": (Linear, spec_of(4096, 4096), config_of(64, 4, 1, 1, 4, splits=8)),
+    "gates_in_splits": (GateUpSilu, spec_of(16384, 2048, True), config_of(64, 4, 1, 1, 4, splits=2)),
     "qkv_of_1b": (Linear, spec_of(3072, 2048), config_of(64, 1, 2, 2, 4)),
     "plain": (Linear, spec_of(512, 512), config_of(32, 4, 1, 1, 2, packed=False)),
 }
@@ -73,6 +77,8 @@ def test_machine_code_has_what_the_kernel_is_about(built):
         )
         if config["cluster"] > 1:
             wanted += ("UCGABAR_ARV", "UCGABAR_WAIT")
+        if "splits" in config:
+            wanted += ("ATOMG.E.ADD", "STG.E.128", "LDG.E.128.STRONG.GPU")
         for instruction in wanted:
             assert instruction in code, f"{symbol} has no {instruction}"
         assert code.count("LDGSTS") % 3 == 0 or not config["lossless"], "three vectors a block"
@@ -82,8 +88,8 @@ def test_machine_code_has_what_the_kernel_is_about(built):
 def shapes(spec, tokens, gated=False):
     """What is worth measuring, with four stages."""
     found = fed.promising(spec, TARGET, True, gated, tokens)
-    names = ("row_groups", "k_groups", "cluster")
-    return {tuple(config[name] for name in names) for config in found if config["stages"] == 4}
+    names = ("row_groups", "k_groups", "cluster", "splits")
+    return {tuple(config[name] for name in names if name in config) for config in found if config["stages"] == 4}
 
 
 def test_what_it_is_for():
@@ -91,18 +97,29 @@ def test_what_it_is_for():
     assert shapes(gates, 32, True) == {(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 1), (1, 2, 1)}, "rows enough: whole K"
     assert (1, 4, 1) not in shapes(gates, 64, True), "x of a warp that brings it"
     four, two = {(4, 1, 4), (4, 1, 7), (4, 1, 8), (2, 2, 2), (2, 2, 4)}, {(2, 1, 2), (2, 1, 4), (2, 1, 7), (2, 1, 8)}
-    assert shapes(down, 64) == {*four, *two, (1, 2, 1), (1, 2, 2), (1, 2, 4)}, (
-        "64 to 256 thread blocks, parts of K alike"
+    splits = {(4, 1, 1, 7), (4, 1, 1, 8), (4, 1, 2, 4), (2, 2, 1, 4), (2, 2, 2, 2)}
+    splits_of_two = {(2, 1, 1, 7), (2, 1, 1, 8), (2, 1, 2, 4), (1, 2, 1, 4), (1, 2, 2, 2)}
+    assert shapes(down, 64) == {*four, *two, (1, 2, 1), (1, 2, 2), (1, 2, 4), *splits, *splits_of_two}, (
+        "64 to 256 thread blocks, parts of K in a cluster alike; of splits those that all have a place at once"
     )
     assert not shapes(spec_of(256, 14336), 16), "too few rows for the chip"
 
 
 def test_what_can_be_built():
     gates = spec_of(28672, 4096, True)
-    assert matmul.admits(gates, config_of(64, 4, 1, 1, 4), TARGET, True, True)
-    assert not matmul.admits(gates, config_of(64, 1, 4, 1, 4), TARGET, True, True), "x of a warp that brings it"
-    assert not matmul.admits(gates, config_of(8, 4, 2, 1, 2), TARGET, True, True), "four warpgroups"
-    assert not matmul.admits(spec_of(28672, 4096 + 128, True), config_of(64, 4, 1, 1, 4), TARGET, True, True), "rounds"
-    assert not matmul.admits(spec_of(28672 + 128, 4096, True), config_of(64, 4, 1, 1, 4), TARGET, True, True), "rows"
-    assert matmul.admits(spec_of(256, 2048), config_of(16, 1, 4, 4, 2), TARGET, True)
-    assert not matmul.admits(spec_of(256, 1024), config_of(16, 1, 4, 4, 2), TARGET, True), "rounds of each part"
+    assert matmul.admits(gates, config_of(64, 4, 1, 1, 4), 33, TARGET, True, True)
+    assert not matmul.admits(gates, config_of(64, 1, 4, 1, 4), 33, TARGET, True, True), "x of a warp that brings it"
+    assert not matmul.admits(gates, config_of(8, 4, 2, 1, 2), 33, TARGET, True, True), "four warpgroups"
+    assert not matmul.admits(spec_of(28672, 4096 + 128, True), config_of(64, 4, 1, 1, 4), 33, TARGET, True, True), (
+        "rounds"
+    )
+    assert not matmul.admits(spec_of(28672 + 128, 4096, True), config_of(64, 4, 1, 1, 4), 33, TARGET, True, True), (
+        "rows"
+    )
+    assert matmul.admits(spec_of(256, 2048), config_of(16, 1, 4, 4, 2), 33, TARGET, True)
+    assert not matmul.admits(spec_of(256, 1024), config_of(16, 1, 4, 4, 2), 33, TARGET, True), "rounds of each part"
+    narrow, split = spec_of(4096, 4096), config_of(32, 4, 1, 1, 4, splits=8)
+    assert matmul.admits(narrow, split, 17, TARGET, True)
+    assert not matmul.admits(narrow, split, 33, TARGET, True), "more tokens than there is memory for"
+    assert not matmul.admits(spec_of(4096, 1024), split, 17, TARGET, True), "a round for each"
+    assert not matmul.admits(spec_of(128256, 4096), split, 17, TARGET, True), "memory for sums"

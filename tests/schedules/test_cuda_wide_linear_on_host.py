@@ -39,6 +39,11 @@ class Case:
     def tokens(self):
         return dict(self.how)["tokens"]
 
+    @property
+    def most(self):
+        """Tokens that there may be."""
+        return self.tokens if "splits" in dict(self.how) else self.tokens + 5
+
     def config(self):
         return {"lossless": self.packed, "prefetch": 2, **dict(self.how)}
 
@@ -54,9 +59,10 @@ def wide(tokens, row_groups, k_groups, cluster, blocks, stages):
     return (("kind", "wide"), *zip(names, (tokens, row_groups, k_groups, cluster, blocks, stages), strict=True))
 
 
-def fed(tokens, row_groups, k_groups, cluster, stages):
+def fed(tokens, row_groups, k_groups, cluster, stages, splits=None):
     names = ("tokens", "row_groups", "k_groups", "cluster", "stages")
-    return (("kind", "fed"), *zip(names, (tokens, row_groups, k_groups, cluster, stages), strict=True))
+    shape = (("kind", "fed"), *zip(names, (tokens, row_groups, k_groups, cluster, stages), strict=True))
+    return shape if splits is None else (*shape, ("splits", splits))
 
 
 ALL = ("bias", "residual")
@@ -94,6 +100,11 @@ CASES = {
     "fed_two_parts": Case(fed(16, 1, 2, 2, 2), True, 128, 16, gated=True),
     "fed_most_of_x": Case(fed(64, 1, 2, 2, 4), True, 64, 16, optional=("bias",)),
     "fed_sums_are_largest": Case(fed(64, 4, 1, 2, 2), True, 256, 8),
+    # Parts of K over the grid: unequal ones, in clusters, of gates.
+    "fed_splits": Case(fed(64, 4, 1, 1, 4, 3), True, 512, 16, optional=ALL),
+    "fed_splits_of_clusters": Case(fed(32, 2, 1, 2, 2, 4), True, 256, 20, optional=("residual",)),
+    "fed_splits_gated": Case(fed(16, 2, 1, 2, 2, 2), True, 256, 12, gated=True),
+    "fed_splits_plain": Case(fed(8, 2, 2, 1, 2, 5), False, 128, 20, optional=("bias",)),
 }
 
 
@@ -123,10 +134,17 @@ def run(case, inputs, **options):
 
 
 def test_matches_reference(case, generator):
-    for tokens in (1, case.tokens - 3, case.tokens, case.tokens + 5):
+    for tokens in (1, case.tokens - 3, case.tokens, case.most):
         op, inputs = case.sample(generator, tokens)
         expected = harness.results(op, inputs, {})
         harness.assert_matches(op, (run(case, inputs),), expected)
+
+
+def test_more_tokens_than_splits_are_made_for_are_refused(generator):
+    case = CASES["fed_splits"]
+    _, inputs = case.sample(generator, case.tokens + 1)
+    with pytest.raises(ValueError, match="made for no more than 64 tokens"):
+        run(case, inputs)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.packed])
