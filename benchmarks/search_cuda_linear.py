@@ -6,10 +6,11 @@
 Kernels overlap with those before and after them, and compete for shared memory and the L2 cache; so a configuration is
 worth what the whole decode step costs with it (step_cuda.py), of which all else stays as it is.  `run` goes through the
 calls of the model, the largest weights first, and keeps the best before it turns to the next; each kernel's result is
-compared with float64 before.  All are timed for a few steps; then the best of each shape for a second, in which the GPU
-comes to draw as much power as it may: of kernels that are as fast at first, the one that takes less energy wins.  The
-fastest are written as records into schedules/cuda/records.json; what gives a wrong result is named and left out.
---buckets takes some of the numbers of tokens.
+compared with float64 before.  All are timed by themselves; those that come within a quarter of the fastest for a few
+steps; then the best of each of eight shapes for a second, in which the GPU comes to draw as much power as it may: of
+kernels that are as fast at first, the one that takes less energy wins.  The fastest are written as records into
+schedules/cuda/records.json; what gives a wrong result is named and left out.  --buckets takes some of the numbers of
+tokens, --missing (of both steps) what has no record yet.
 """
 
 from __future__ import annotations
@@ -27,7 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels_cuda_linear import BUCKETS, Kernels, build_configs, extras, reference, spec_of, symbol
+from kernels_cuda_linear import (
+    BUCKETS,
+    Kernels,
+    build_configs,
+    cold_weights,
+    extras,
+    median_us,
+    reference,
+    spec_of,
+    symbol,
+)
 from step_cuda import step_us, sustained_us
 
 from vllm_compile import lossless
@@ -43,6 +54,8 @@ BATCHES = {1: (1, 8), 9: (16,), 17: (32,), 33: (64,)}  # by least tokens of a va
 KEY = ("chip", "op", "N", "K", "residual", "lossless", "min_tokens")  # of a record: what it is found by
 # Of a configuration: which rows and columns it takes.
 SHAPE = ("kind", "row_tiles", "row_groups", "k_groups", "cluster", "splits")
+ALONE = 1.25  # of the fastest: kernels that take longer by themselves are not faster in a step
+FINALISTS = 8  # shapes that are timed for a second
 RECORDS = Path(__file__).parents[1] / "schedules/cuda/records.json"
 
 
@@ -76,19 +89,38 @@ def linear_calls(plan: Plan) -> list[LinearCall]:
     return sorted(found.values(), key=lambda call: -call.spec.input("weight").nbytes() * call.count)
 
 
-def build(plan: Plan, folder: Path, buckets: Sequence[int]) -> None:
+def searched(
+    plan: Plan, buckets: Sequence[int], known: Sequence[Mapping[str, Any]], chip: str
+) -> list[tuple[LinearCall, int]]:
+    """Calls and least numbers of tokens that are to be searched: those that no known record of this chip is of."""
+    have = {tuple(record[name] for name in KEY) for record in known}
+    return [
+        (call, least)
+        for least in buckets
+        for call in linear_calls(plan)
+        if tuple(identity(chip, call, least).values()) not in have
+    ]
+
+
+def identity(chip: str, call: LinearCall, least: int) -> dict[str, Any]:
+    """What a record is found by."""
+    N, K = call.spec.input("weight").shape
+    found = (chip, call.spec.op, N, K, call.spec.has_input("residual"), call.packed, least)
+    return dict(zip(KEY, found, strict=True))
+
+
+def build(wanted: Sequence[tuple[LinearCall, int]], folder: Path) -> None:
     """A library for each call with every promising configuration."""
     from vllm_compile.schedules.cuda import matmul
 
     target = cuda.for_chip()
     pending = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for call in linear_calls(plan):
-            for least in buckets:
-                gated = call.spec.op == "gate_up_silu"
-                promising = matmul.promising(call.spec, target, call.packed, least, gated)
-                configs = {f"{call.name}_{least}_{i}": (call.spec, config) for i, config in enumerate(promising)}
-                pending.append(pool.submit(build_configs, library(folder, call, least), configs))
+        for call, least in wanted:
+            gated = call.spec.op == "gate_up_silu"
+            promising = matmul.promising(call.spec, target, call.packed, least, gated)
+            configs = {f"{call.name}_{least}_{i}": (call.spec, config) for i, config in enumerate(promising)}
+            pending.append(pool.submit(build_configs, library(folder, call, least), configs))
     for made in pending:
         made.result()  # raises what went wrong
 
@@ -147,6 +179,20 @@ def right(call: LinearCall, least: int, kernels: Kernels) -> list[str]:
     return kept
 
 
+def fast_alone(call: LinearCall, least: int, kernels: Kernels, names: Sequence[str]) -> list[str]:
+    """Those of the kernels that take at most ALONE times as long as the fastest, each after its like, weights cold."""
+    weights = cold_weights(call.spec)[call.packed]
+    x = torch.randn(BUCKETS[least], call.spec.input("weight").size(1), device="cuda").bfloat16()
+    more = extras(call.spec, BUCKETS[least])
+    y = torch.empty(BUCKETS[least], call.spec.outputs[0].size(1), device="cuda", dtype=torch.bfloat16)
+    graphs = {}
+    for name in names:
+        bound = [kernels.bound(name, [x, weight, *more.values(), y]) for weight in weights]
+        graphs[name] = kernels.graph(lambda bound=bound: [run() for run in bound])
+    times = dict(zip(graphs, median_us(list(graphs.values())), strict=True))
+    return [name for name, us in times.items() if us <= ALONE * min(times.values())]
+
+
 def search(program: Candidates, call: LinearCall, least: int, names: Sequence[str], configs: Mapping[str, Any]) -> dict:
     """The record of the best of these kernels, which the program's plan has from now on."""
     plan = program.plan
@@ -157,7 +203,8 @@ def search(program: Candidates, call: LinearCall, least: int, names: Sequence[st
 
     times = {name: us(name, partial(step_us, replays=5)) for name in names}
     slowest_first = sorted(times, key=times.__getitem__, reverse=True)
-    finalists = {tuple(map(configs[name].get, SHAPE)): name for name in slowest_first}.values()
+    of_shapes = {tuple(map(configs[name].get, SHAPE)): name for name in slowest_first}
+    finalists = sorted(of_shapes.values(), key=times.__getitem__)[:FINALISTS]
     finals = {name: us(name, sustained_us) for name in finalists}
     ranking = sorted(finals, key=finals.__getitem__)
     best = ranking[0]
@@ -173,18 +220,7 @@ def search(program: Candidates, call: LinearCall, least: int, names: Sequence[st
     )
     gain = (vendor - finals[best]) / calls
     print(f"{call.name} {least}: {len(names)} configs, cuBLAS {gain:+.1f}: {shown}", flush=True)
-    N, K = call.spec.input("weight").shape
-    return {
-        "chip": chip(),
-        "op": call.spec.op,
-        "N": N,
-        "K": K,
-        "residual": call.spec.has_input("residual"),
-        "lossless": call.packed,
-        "min_tokens": least,
-        "config": configs[best],
-        "gain_us": round(gain, 2),
-    }
+    return {**identity(chip(), call, least), "config": configs[best], "gain_us": round(gain, 2)}
 
 
 def chip() -> str:
@@ -217,26 +253,28 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--buckets", nargs="+", type=int, choices=BUCKETS, default=list(BUCKETS), help="least tokens")
+    parser.add_argument("--missing", action="store_true", help="only what --records has no record of")
     parser.add_argument("--records", type=Path, default=RECORDS, help="where `run` writes")
     options = parser.parse_args()
     plan = from_json((options.artifact / PLAN).read_text())
+    known = read_records(options.records)  # what cannot be added to is said before the search
+    this = chip() if options.action == "run" else cuda.for_chip().chip
+    wanted = searched(plan, options.buckets, known if options.missing else [], this)
     if options.action == "build":
-        return build(plan, options.folder, options.buckets)
-    read_records(options.records)  # what cannot be added to is said before the search
+        return build(wanted, options.folder)
     torch.manual_seed(0)
-    calls = linear_calls(plan)
-    found = {(c, least): Kernels(library(options.folder, c, least)) for c in calls for least in options.buckets}
+    found = {(call, least): Kernels(library(options.folder, call, least)) for call, least in wanted}
     others = {name: kernels.module[name] for kernels in found.values() for name in kernels.configs}
     program = Candidates(options.artifact, plan, read_manifest(options.artifact), others=others)
     program.load_dummy_weights()
     print(f"{torch.cuda.get_device_name()}; microseconds a call beside the best")
     records = []
-    for least in options.buckets:
-        for call in calls:
-            kernels = found[call, least]
-            if names := right(call, least, kernels):
-                records.append(search(program, call, least, names, kernels.configs))
-                write_records(options.records, records)
+    for (call, least), kernels in found.items():
+        if names := right(call, least, kernels):
+            names = fast_alone(call, least, kernels, names)
+            records.append(search(program, call, least, names, kernels.configs))
+            write_records(options.records, records)
+    for least in {least: None for _, least in wanted}:
         steps = {batch: sustained_us(program, batch, CONTEXT) for batch in BATCHES[least]}
         print(f"from {least} tokens: steps of {steps} us", flush=True)
     return None

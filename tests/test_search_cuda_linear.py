@@ -14,7 +14,17 @@ from vllm_compile.targets import resolve
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import search_cuda_linear
-from search_cuda_linear import RECORDS, linear_calls, read_records, search, with_kernel, write_records
+from search_cuda_linear import (
+    FINALISTS,
+    RECORDS,
+    identity,
+    linear_calls,
+    read_records,
+    search,
+    searched,
+    with_kernel,
+    write_records,
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +88,26 @@ def test_what_is_fastest_after_a_second_is_kept(plan, monkeypatch, vendors, kept
     assert found["config"] == configs["b"]
     assert found["gain_us"] == round((vendors - 20) / call.count, 2)
     assert kernel() == kept
+
+
+def test_few_shapes_are_timed_for_long(plan, monkeypatch):
+    call, program = linear_calls(plan)[0], SimpleNamespace(plan=plan, set_plan=lambda changed: None)
+    configs = {str(i): {"kind": "stream", "row_tiles": i, "lossless": True} for i in range(FINALISTS + 4)}
+    timed = iter(range(1, 100))
+    monkeypatch.setattr(search_cuda_linear, "step_us", lambda *_, replays: next(timed))
+    monkeypatch.setattr(search_cuda_linear, "sustained_us", lambda *_: next(timed))
+    monkeypatch.setattr(search_cuda_linear, "chip", lambda: "h200")
+    found = search(program, call, 9, list(configs), configs)
+    assert found["config"] == configs["0"]
+    assert next(timed) == len(configs) + FINALISTS + 2, "of all shapes but the slowest, and of the vendor's product"
+
+
+def test_what_has_no_record_is_searched(plan):
+    calls = linear_calls(plan)
+    assert searched(plan, [1, 33], [], "h200") == [(call, least) for least in (1, 33) for call in calls]
+    known = [identity("h200", calls[0], 33), identity("h100", calls[1], 33), identity("h200", calls[2], 1)]
+    assert searched(plan, [33], known, "h200") == [(call, 33) for call in calls[1:]]
+    assert list(known[0]) == list(search_cuda_linear.KEY)
 
 
 def test_records_of_an_older_form_are_one_line_before_the_search(tmp_path):
