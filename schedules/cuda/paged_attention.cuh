@@ -21,6 +21,7 @@
 #ifndef VLLM_COMPILE_PAGED_ATTENTION
 #define VLLM_COMPILE_PAGED_ATTENTION
 
+#include "arrivals.cuh"
 #include "scores.cuh"
 #include "vectors.cuh"
 
@@ -32,7 +33,7 @@ constexpr int TILE = 16;  // cached tokens of a tile: no block of the cache is s
 constexpr int PARTS = 264, MOST_ROWS = 16, MOST_HEAD_DIM = 256;
 __device__ float attention_parts[PARTS * MOST_ROWS * MOST_HEAD_DIM];
 __device__ float2 attention_sums[PARTS * MOST_ROWS];  // {largest score, sum of exponentials} of a part
-__device__ unsigned attention_arrived[PARTS];         // blocks of a split request that are done; zero between launches
+__device__ int attention_arrived[PARTS];              // blocks of a split request that are done; zero between launches
 
 // The KV cache: kv [blocks, KV_HEADS, block_size, 2 * HEAD_DIM], strides in elements, and where requests lie in it.
 struct PagedCache {
@@ -333,28 +334,18 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
         if (i % HEAD_DIM == 0) attention_sums[part * GROUP + at] = make_float2(most, total);
       }
     }
-    if (parts > 1) {
-      // The last block to arrive finds the parts of all.
-      __threadfence();
-      __syncthreads();
-      unsigned* const last = static_cast<unsigned*>(shared);
-      if (threadIdx.x == 0) *last = atomicAdd(&attention_arrived[item], 1u) == (unsigned)parts - 1;
-      __syncthreads();
-      if (*last) {
-        __threadfence();
-        for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-          const float2* const sums = attention_sums + item * splits * GROUP + i / HEAD_DIM;
-          float most = -INFINITY, total = 0.f, value = 0.f;
-          for (int part = 0; part < parts; part++) most = fmaxf(most, __ldcg(sums + part * GROUP).x);
-          for (int part = 0; part < parts; part++) {
-            const float2 ends = __ldcg(sums + part * GROUP);
-            const float weight = exp2f(ends.x - most);
-            total += weight * ends.y;
-            value += weight * __ldcg(attention_parts + (item * splits + part) * (GROUP * HEAD_DIM) + i);
-          }
-          result[i] = __float2bfloat16_rn(value / total);
+    if (parts > 1 && last_to_arrive(attention_arrived + item, parts)) {
+      for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
+        const float2* const sums = attention_sums + item * splits * GROUP + i / HEAD_DIM;
+        float most = -INFINITY, total = 0.f, value = 0.f;
+        for (int part = 0; part < parts; part++) most = fmaxf(most, __ldcg(sums + part * GROUP).x);
+        for (int part = 0; part < parts; part++) {
+          const float2 ends = __ldcg(sums + part * GROUP);
+          const float weight = exp2f(ends.x - most);
+          total += weight * ends.y;
+          value += weight * __ldcg(attention_parts + (item * splits + part) * (GROUP * HEAD_DIM) + i);
         }
-        if (threadIdx.x == 0) attention_arrived[item] = 0;
+        result[i] = __float2bfloat16_rn(value / total);
       }
     }
     __syncthreads();  // before the next query's tiles take the place of the sums

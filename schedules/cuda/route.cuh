@@ -6,11 +6,12 @@
 #ifndef VLLM_COMPILE_ROUTE
 #define VLLM_COMPILE_ROUTE
 
+#include "arrivals.cuh"
 #include "vectors.cuh"
 
 namespace vllm_compile {
 
-__device__ unsigned route_arrived;  // thread blocks of a launch that have chosen; zero between launches, which take turns
+__device__ int route_arrived;  // thread blocks of a launch that have chosen; zero between launches, which take turns
 
 __device__ __forceinline__ float number(float value) { return value; }
 __device__ __forceinline__ float number(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -88,16 +89,11 @@ __device__ __forceinline__ void route(const Logit* logits, int* experts, float* 
       scores[(size_t)token * TOP_K + lane] = chosen / all;
     }
   }
-  if (gridDim.x > 1) __threadfence();
-  __syncthreads();  // of what this thread block has written, in memory too
+  // What this thread block has written is wanted below, by itself or by the last of all.
   if (gridDim.x > 1) {
-    if (threadIdx.x == 0) {
-      begins[0] = atomicAdd(&route_arrived, 1u) == gridDim.x - 1;
-      if (begins[0]) route_arrived = 0;
-    }
+    if (!last_to_arrive(&route_arrived, gridDim.x)) return;
+  } else {
     __syncthreads();
-    if (!begins[0]) return;
-    __threadfence();
   }
 
   const int entries = tokens * TOP_K, stretch = (entries + THREADS - 1) / THREADS * 32;

@@ -2,6 +2,7 @@
 #ifndef VLLM_COMPILE_WIDE_RESULTS
 #define VLLM_COMPILE_WIDE_RESULTS
 
+#include "arrivals.cuh"
 #include "splits.cuh"
 #include "vectors.cuh"
 #include "wgmma.cuh"
@@ -28,6 +29,13 @@ __device__ __forceinline__ void write_results(const float (&sums)[TOKENS / 8][4]
     quad = i % QUADS;
     return i < ITEMS && token < min(tokens, TOKENS);
   };
+  auto each = [&](auto&& does) {
+#pragma unroll
+    for (int own = 0; own < OWN; own++) {
+      int token, quad;
+      if (place(own, token, quad)) does(own, token, quad);
+    }
+  };
   const int first_result = GATED ? rows_before / 2 : rows_before;
   const __nv_bfloat16* const bias = static_cast<const __nv_bfloat16*>(bias_or_null);
   struct Extras {  // four numbers each
@@ -41,14 +49,7 @@ __device__ __forceinline__ void write_results(const float (&sums)[TOKENS / 8][4]
     return found;
   };
   Extras early[OWN];  // on their way while the sums are exchanged, unless another thread block may want them
-  if constexpr (SPLITS == 1) {
-#pragma unroll
-    for (int own = 0; own < OWN; own++) {
-      int token, quad;
-      early[own] = {};
-      if (place(own, token, quad)) early[own] = extras(token, quad);
-    }
-  }
+  if constexpr (SPLITS == 1) each([&](int own, int token, int quad) { early[own] = extras(token, quad); });
 
   // [k_group][token][row], rows padded against bank conflicts.
   constexpr int STRIDE = ROWS + 4;
@@ -121,33 +122,25 @@ __device__ __forceinline__ void write_results(const float (&sums)[TOKENS / 8][4]
         make_uint2(word_of(sum[0], sum[1]), word_of(sum[2], sum[3]));
   };
   if constexpr (SPLITS == 1) {
-#pragma unroll
-    for (int own = 0; own < OWN; own++) {
-      int token, quad;
+    each([&](int own, int token, int quad) {
       float sum[4], up[4];
-      if (place(own, token, quad)) {
-        totals(sum, up, token, quad);
-        finish(sum, up, early[own], token, quad);
-      }
-    }
+      totals(sum, up, token, quad);
+      finish(sum, up, early[own], token, quad);
+    });
     if constexpr (CLUSTER > 1) cluster_arrive_and_wait();  // others may still read our sums
   } else {
     const int group = rows_before / ROWS * CLUSTER + rank;
     auto stored = [&](int of_split, int own, bool ups) {  // [group][split][rows or gates, ups][quad of a token]
       return split_sums + ((group * SPLITS + of_split) * (GATED ? 2 : 1) + ups) * ITEMS + own * THREADS + threadIdx.x;
     };
-#pragma unroll
-    for (int own = 0; own < OWN; own++) {
-      int token, quad;
+    each([&](int own, int token, int quad) {
       float sum[4], up[4];
-      if (place(own, token, quad)) {
-        totals(sum, up, token, quad);
-        *stored(split, own, false) = make_float4(sum[0], sum[1], sum[2], sum[3]);
-        if (GATED) *stored(split, own, true) = make_float4(up[0], up[1], up[2], up[3]);
-      }
-    }
+      totals(sum, up, token, quad);
+      *stored(split, own, false) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+      if (GATED) *stored(split, own, true) = make_float4(up[0], up[1], up[2], up[3]);
+    });
     if constexpr (CLUSTER > 1) cluster_arrive_and_wait();
-    if (!last_of_splits<SPLITS>(group)) return;
+    if (!last_to_arrive(split_arrivals + group, SPLITS)) return;
     auto added = [&](float(&sum)[4], int own, bool ups) {
 #pragma unroll
       for (int s = 0; s < SPLITS; s++) {
