@@ -54,7 +54,7 @@ BATCHES = {1: (1, 8), 9: (16,), 17: (32,), 33: (64,)}  # by least tokens of a va
 KEY = ("chip", "op", "N", "K", "residual", "lossless", "min_tokens")  # of a record: what it is found by
 # Of a configuration: which rows and columns it takes.
 SHAPE = ("kind", "row_tiles", "row_groups", "k_groups", "cluster", "splits")
-ALONE = 1.25  # of the fastest: kernels that take longer by themselves are not faster in a step
+ALONE = 1.25  # times as long as the fastest by itself: a kernel that takes longer has hardly a chance in a step
 FINALISTS = 8  # shapes that are timed for a second
 RECORDS = Path(__file__).parents[1] / "schedules/cuda/records.json"
 
@@ -147,7 +147,8 @@ def with_kernel(plan: Plan, spec: OpSpec, least: int, kernel: str | None) -> Pla
     large, variants = call.step.large, {minimum: s for minimum, s in call.step.variants if minimum != least}
     assert large is not None
     if kernel is None:
-        changed = replace(call.step, large=replace(large, min_tokens=least))
+        kept = tuple((minimum, s) for minimum, s in call.step.variants if minimum < least)
+        changed = replace(call.step, variants=kept, large=replace(large, min_tokens=least))
     else:
         variants[least] = kernel
         large = replace(large, min_tokens=max(large.min_tokens, BUCKETS[least] + 1))
@@ -182,14 +183,17 @@ def right(call: LinearCall, least: int, kernels: Kernels) -> list[str]:
 def fast_alone(call: LinearCall, least: int, kernels: Kernels, names: Sequence[str]) -> list[str]:
     """Those of the kernels that take at most ALONE times as long as the fastest, each after its like, weights cold."""
     weights = cold_weights(call.spec)[call.packed]
-    x = torch.randn(BUCKETS[least], call.spec.input("weight").size(1), device="cuda").bfloat16()
-    more = extras(call.spec, BUCKETS[least])
-    y = torch.empty(BUCKETS[least], call.spec.outputs[0].size(1), device="cuda", dtype=torch.bfloat16)
-    graphs = {}
-    for name in names:
-        bound = [kernels.bound(name, [x, weight, *more.values(), y]) for weight in weights]
-        graphs[name] = kernels.graph(lambda bound=bound: [run() for run in bound])
-    times = dict(zip(graphs, median_us(list(graphs.values())), strict=True))
+    times = dict.fromkeys(names, 0.0)
+    for tokens in BATCHES[least]:
+        x = torch.randn(tokens, call.spec.input("weight").size(1), device="cuda").bfloat16()
+        more = extras(call.spec, tokens)
+        y = torch.empty(tokens, call.spec.outputs[0].size(1), device="cuda", dtype=torch.bfloat16)
+        graphs = []
+        for name in names:
+            bound = [kernels.bound(name, [x, weight, *more.values(), y]) for weight in weights]
+            graphs.append(kernels.graph(lambda bound=bound: [run() for run in bound]))
+        for name, us in zip(names, median_us(graphs), strict=True):
+            times[name] += us
     return [name for name, us in times.items() if us <= ALONE * min(times.values())]
 
 
@@ -269,12 +273,13 @@ def main() -> None:
     program.load_dummy_weights()
     print(f"{torch.cuda.get_device_name()}; microseconds a call beside the best")
     records = []
-    for (call, least), kernels in found.items():
-        if names := right(call, least, kernels):
-            names = fast_alone(call, least, kernels, names)
-            records.append(search(program, call, least, names, kernels.configs))
-            write_records(options.records, records)
-    for least in {least: None for _, least in wanted}:
+    for least in options.buckets:
+        for call in (call for call, other in wanted if other == least):
+            kernels = found[call, least]
+            if names := right(call, least, kernels):
+                names = fast_alone(call, least, kernels, names)
+                records.append(search(program, call, least, names, kernels.configs))
+                write_records(options.records, records)
         steps = {batch: sustained_us(program, batch, CONTEXT) for batch in BATCHES[least]}
         print(f"from {least} tokens: steps of {steps} us", flush=True)
     return None

@@ -2,10 +2,9 @@
 
     python benchmarks/start_cuda.py ARTIFACT --starts 3     # ARTIFACT: of `compile --weightless --target cuda`
 
-ARTIFACT gets random weights first, unless it has some: a start reads them, as it would a model's.  They are in the page
-cache then, and from the second start on so is all that Python imports; the first two are no warm starts.  (The first
-also reads the weights for their digests, which are remembered.)  Modules without bytecode are compiled at every start
-where Python cannot write it: the script says how many of torch's lack it.
+ARTIFACT gets random weights first, unless it has some: a start reads them, as it would a model's.  The first start is
+no warm one: it reads modules from the disk, and the weights once more for their digests, which are remembered.  Modules
+without bytecode are compiled at every start where Python cannot write it: the script says how many of torch's lack it.
 """
 
 from __future__ import annotations
@@ -80,6 +79,7 @@ def main() -> None:
     manifest, plan = read_manifest(options.artifact), from_json((options.artifact / PLAN).read_text())
     if not any(map(is_weights, manifest["files"])):
         Weights(options.artifact, plan, manifest).load_dummy_weights()
+        torch.cuda.empty_cache()  # vLLM measures what is free
     absent, modules = without_bytecode(Path(torch.__file__).parent)
     print(f"{torch.cuda.get_device_name()}; {absent} of torch's {modules} modules have no bytecode", flush=True)
     for number in range(1, options.starts + 1):

@@ -10,6 +10,7 @@ import pytest
 from tests import models
 from vllm_compile.driver import lower_model
 from vllm_compile.runtime.plan import ModelShape, Plan, kernel_steps
+from vllm_compile.schedules.cuda import records
 from vllm_compile.targets import resolve
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -59,6 +60,7 @@ def test_a_vendor_takes_over(plan):
     changed = with_kernel(plan, call.spec, 9, None)
     (after,) = {step for _, step in kernel_steps(changed.functions)} - {s for _, s in kernel_steps(plan.functions)}
     assert after.large.min_tokens == 9
+    assert [least for least, _ in after.variants] == [1], "none is left that would serve again"
 
 
 @pytest.mark.parametrize(("vendors", "kept"), [(99, "b"), (1, None)])
@@ -107,7 +109,9 @@ def test_what_has_no_record_is_searched(plan):
     assert searched(plan, [1, 33], [], "h200") == [(call, least) for least in (1, 33) for call in calls]
     known = [identity("h200", calls[0], 33), identity("h100", calls[1], 33), identity("h200", calls[2], 1)]
     assert searched(plan, [33], known, "h200") == [(call, 33) for call in calls[1:]]
-    assert list(known[0]) == list(search_cuda_linear.KEY)
+    for call in calls:
+        wanted = ("h200", *records.key(call.spec, call.packed, 33))
+        assert tuple(identity("h200", call, 33).values()) == wanted
 
 
 def test_records_of_an_older_form_are_one_line_before_the_search(tmp_path):

@@ -41,6 +41,7 @@ GROUPS = ((4, 1), (2, 2), (1, 4), (2, 1), (1, 2))  # of rows and of parts of K, 
 CLUSTERS = range(1, 9)  # of thread blocks; larger ones need a launch attribute of their own
 SPLITS = range(2, 13)  # with clusters of one or two: larger ones are another way to the same
 SPLIT_BYTES, SPLIT_GROUPS = 8 << 20, 1 << 14  # as in splits.cuh: sums of a launch, and those who add them up
+RESERVED_BYTES = 1 << 10  # of shared memory, for each thread block
 LEAST_SHARE = 0.45  # of the multiprocessors: so many thread blocks at least
 DEFAULT_SHARE = 0.8  # of the places for thread blocks, one on each multiprocessor in each round, that have one
 MOST_ROUNDS = 1.5  # of thread blocks that are part of a cluster, where multiprocessors have 4 warpgroups each
@@ -94,7 +95,7 @@ def splits_of(config: Config) -> int:
 def promising(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens: int) -> Sequence[Config]:
     """What is worth measuring for so many tokens: thread blocks for half the multiprocessors, of parts of K one round.
 
-    Of splits only those whose thread blocks all have a place at once, and no others would leave fewer without work.
+    Of splits those whose thread blocks all have a place at once, and fill four in five of the places.
     """
     found = []
     for config in space(packed):
@@ -103,7 +104,8 @@ def promising(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, token
         rounds = blocks * groups / 4 / target.multiprocessors
         filled = blocks >= LEAST_SHARE * target.multiprocessors and (parts == 1 or rounds <= MOST_ROUNDS)
         if splits_of(config) > 1:
-            filled = DEFAULT_SHARE <= rounds <= 1
+            resident = max(min(4 // groups, target.shared_bytes // (shared_bytes(config) + RESERVED_BYTES)), 1)
+            filled = DEFAULT_SHARE <= blocks / resident / target.multiprocessors <= 1
         if filled and config["tokens"] == tokens and fits(spec, config, target, gated):
             found.append(config)
     return found

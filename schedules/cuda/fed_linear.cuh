@@ -2,9 +2,9 @@
 // y[tokens, N] = x[tokens, K] @ weight[N, K].T
 //
 // A thread block makes ROW_GROUPS * 64 rows of the weight for TOKENS tokens, in one of SPLITS parts of K, and that in
-// K_GROUPS * CLUSTER parts: one of its warpgroups multiplies 64 rows in one of these, as in wide_linear.cuh, which see for the order of k, for raised codes and for
-// the side list.  As many more warps as there are warpgroups load x, block of 64 columns by block, and store it to where
-// products look for it, in STAGES places for each part that take turns.
+// K_GROUPS * CLUSTER parts: one of its warpgroups multiplies 64 rows in one of these, as in wide_linear.cuh, which see for
+// the order of k, for raised codes and for the side list.  As many more warps as there are warpgroups load x, block of 64
+// columns by block, and store it to where products look for it, in STAGES places for each part that take turns.
 // Nothing but these places holds warps together: of each, one barrier says that x is there, another that all products with
 // it are done.  So warps that meet with entries of the side list delay no others, and none spends instructions on x.
 //
@@ -190,7 +190,8 @@ __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* w
         multiply(a[stage % 2], stage, first + stage, parity);
     wgmma_wait<0>();
     wgmma_results(sums);
-    if constexpr (PACKED) scale = side.scale();
+    // Exact, of powers of two; with splits no register is left that would keep it.
+    if constexpr (PACKED) scale = SPLITS > 1 ? 1.f / side.inverse : side.scale;
   }
   const int block = block_again() / CLUSTER;
   write_results<TOKENS, ROWS, K_GROUPS, CLUSTER, THREADS, GATED, SPLITS>(

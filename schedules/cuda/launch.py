@@ -111,7 +111,8 @@ def kernel(
             }
         )
         if how.most_tokens is not None:
-            what = f"{function.partition('<')[0]} is made for no more than {how.most_tokens} tokens"
+            name = function.partition("<")[0]
+            what = f"{name} is made for no more than {how.most_tokens} tokens: call another kernel for more"
             with T.Assert(call.dims[Sym.TOKENS] <= how.most_tokens, what, "ValueError"):
                 pass
         with ExitStack() as bindings:  # the first is the outermost

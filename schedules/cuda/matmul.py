@@ -87,6 +87,7 @@ def default_variants(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool
     """The fastest of a search on a GPU where one is recorded (records.py), otherwise a choice by rules.
 
     A token's result has the same bits in all batches that one variant serves; variants sum in orders of their own.
+    None serves more tokens than it is made for: a vendor's product takes over where the next one is missing.
     """
     variants: list[Variant] = []
     for min_tokens, tokens in BUCKETS.items():
@@ -100,8 +101,9 @@ def default_variants(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool
             )
         if config is None and tokens <= STREAM_TOKENS:
             config = stream.default(spec, target, packed, gated, tokens)
-        if config is not None:
-            variants.append(Variant(min_tokens, config))
+        if config is None:
+            break
+        variants.append(Variant(min_tokens, config))
     return variants
 
 
@@ -111,7 +113,7 @@ def vendor_tokens(variants: Sequence[Variant]) -> int:
 
 
 def matmul(spec: OpSpec, config: Config, target: CudaTarget, gated: bool) -> tirx.PrimFunc:
-    """The kernel of `spec`; any number of tokens, though made for those of its configuration."""
+    """The kernel of `spec`: any number of tokens, though made for those of its configuration (of splits: no more)."""
     assert fits(spec, config, target, gated), (spec, config)
     N, K = spec.input("weight").size(0), spec.input("weight").size(1)
     kind = KINDS[config["kind"]]

@@ -94,7 +94,10 @@ __device__ __forceinline__ int block_again() {
 // One more at `counter`, and how many there were.  Who comes later sees what this thread has written or seen before.
 __device__ __forceinline__ int arrive(int* counter) {
   int before;
-  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
   return before;
 }
 

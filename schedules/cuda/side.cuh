@@ -12,7 +12,7 @@ struct Side {
   const Entry* entries;
   uint32_t next, last;   // of the row
   Entry now, ahead;      // now: its value over the scale; ahead: loaded long before it is needed
-  float inverse;         // of the scale, both powers of two
+  float scale, inverse;  // powers of two
   uint32_t nearest;      // column of the next entry of all rows: one comparison says that a block has none
 
   __device__ __forceinline__ Entry entry(uint32_t at) const {
@@ -21,8 +21,9 @@ struct Side {
 
   __device__ __forceinline__ void start(const Entry* list, const Row* row, bool mine, uint32_t begin) {
     entries = list;
-    next = last = 0, inverse = 1.f;
-    if (mine) next = row[0].first, last = row[1].first, inverse = 1.f / row[0].scale;
+    next = last = 0, scale = 1.f;
+    if (mine) next = row[0].first, last = row[1].first, scale = row[0].scale;
+    inverse = 1.f / scale;
     if (begin > 0) {
       uint32_t before = 0;
 #pragma unroll 1
@@ -35,9 +36,6 @@ struct Side {
     advance();
     nearest = __reduce_min_sync(0xffffffff, now.k);
   }
-
-  // Of the row.  No register keeps it.
-  __device__ __forceinline__ float scale() const { return 1.f / inverse; }
 
   __device__ __forceinline__ void advance() {
     now = Entry{ahead.k, ahead.value * inverse};

@@ -13,8 +13,11 @@ namespace vllm_compile {
 
 constexpr int SPLIT_BYTES = 8 << 20, SPLIT_GROUPS = 1 << 14;  // of all thread blocks of a launch; as in fed.py
 
-__device__ float4 split_sums[SPLIT_BYTES / 16];
-__device__ int split_arrivals[SPLIT_GROUPS];  // of each group; zero between launches
+// Templates, so that a library has none of it unless a kernel of its has SPLIT.
+template <bool SPLIT>
+__device__ float4 split_sums[SPLIT ? SPLIT_BYTES / 16 : 1];
+template <bool SPLIT>
+__device__ int split_arrivals[SPLIT ? SPLIT_GROUPS : 1];  // of each group; zero between launches
 
 }  // namespace vllm_compile
 

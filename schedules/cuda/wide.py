@@ -94,14 +94,15 @@ def default(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens:
 
     The largest thread blocks that keep the multiprocessors busy: at least four in five have one and all are resident,
     or the last round of several is not mostly empty.  Blocks of 256 rows, of which one is resident, only for 64 tokens,
-    where the L2 cache limits; otherwise two are, so that one streams while the other starts or ends.
+    where the L2 cache limits, and no blocks of 64 rows; otherwise two are resident, so that one streams while the
+    other starts or ends.
     """
     if not fills(spec, target):
         return None
     width = next(width for width in TOKENS if tokens <= width)
     chosen: Config | None = None
     for shape in SHAPES:
-        if shape[2] > 1 or (shape[0] == 4 and width < 64):
+        if shape[2] > 1 or (shape[0] == 4 and width < 64) or (shape[0] == 1 and width == 64):
             continue
         resident = 1 if shape[0] == 4 else 2
         configs = [c for c in _roomiest(width, shape, packed, target, resident) if fits(spec, c, target, gated)]
@@ -112,7 +113,7 @@ def default(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens:
         count, slots = _thread_blocks(spec, shape), resident * target.multiprocessors
         if 0.8 * target.multiprocessors <= count <= slots or count / (-(-count // slots) * slots) >= 0.7:
             return chosen
-    return chosen if width < TOKENS[-1] else None
+    return chosen if width < 64 else None
 
 
 def roomy(spec: OpSpec, target: CudaTarget, gated: bool, tokens: int) -> Config | None:

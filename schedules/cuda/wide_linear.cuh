@@ -192,7 +192,7 @@ __device__ __forceinline__ void wide_linear(const __nv_bfloat16* x, const void* 
   wgmma_wait<0>();
   wgmma_results(sums);
 
-  write_results<TOKENS, ROWS, K_GROUPS, CLUSTER, THREADS, GATED>(sums, PACKED ? side.scale() : 1.f, true, k_group, tile,
+  write_results<TOKENS, ROWS, K_GROUPS, CLUSTER, THREADS, GATED>(sums, PACKED ? side.scale : 1.f, true, k_group, tile,
                                                                  rows_before, tokens, N, bias_or_null, residual, y, shared,
                                                                  which);
 }

@@ -131,7 +131,7 @@ __device__ __forceinline__ void write_results(const float (&sums)[TOKENS / 8][4]
   } else {
     const int group = rows_before / ROWS * CLUSTER + rank;
     auto stored = [&](int of_split, int own, bool ups) {  // [group][split][rows or gates, ups][quad of a token]
-      return split_sums + ((group * SPLITS + of_split) * (GATED ? 2 : 1) + ups) * ITEMS + own * THREADS + threadIdx.x;
+      return split_sums<(SPLITS > 1)> + ((group * SPLITS + of_split) * (GATED ? 2 : 1) + ups) * ITEMS + own * THREADS + threadIdx.x;
     };
     each([&](int own, int token, int quad) {
       float sum[4], up[4];
@@ -140,7 +140,7 @@ __device__ __forceinline__ void write_results(const float (&sums)[TOKENS / 8][4]
       if (GATED) *stored(split, own, true) = make_float4(up[0], up[1], up[2], up[3]);
     });
     if constexpr (CLUSTER > 1) cluster_arrive_and_wait();
-    if (!last_to_arrive(split_arrivals + group, SPLITS)) return;
+    if (!last_to_arrive(split_arrivals<(SPLITS > 1)> + group, SPLITS)) return;
     auto added = [&](float(&sum)[4], int own, bool ups) {
 #pragma unroll
       for (int s = 0; s < SPLITS; s++) {

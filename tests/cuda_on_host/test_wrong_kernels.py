@@ -105,6 +105,38 @@ def test_wrong_kernels_are_reported(kind):
         )
 
 
+def summed(change, seed):
+    """What the last of three thread blocks finds of parts that all have stored, with a change of arrivals.cuh."""
+    arrivals = (KERNELS / "arrivals.cuh").read_text()
+    assert change[0] in arrivals
+    source = (
+        arrivals.replace(*change)
+        + """
+      using namespace vllm_compile;
+      static float parts[3 * 64];
+      static int arrived;
+      static void sum(const float* x, float* y) {
+        parts[blockIdx.x * 64 + threadIdx.x] = x[blockIdx.x * 64 + threadIdx.x];
+        if (!last_to_arrive(&arrived, 3)) return;
+        float all = 0;
+        for (int part = 0; part < 3; part++) all += __ldcg(parts + part * 64 + 63 - threadIdx.x);
+        y[threadIdx.x] = all;
+      }
+    """
+    )
+    x, y = torch.arange(1.0, 193).view(3, 64) + 200 * seed, torch.full((64,), float("nan"))
+    options = {"grid": 3, "block": 64, "together": 3, "seed": seed}
+    run("ptx.cuh", "sum(x, y)", arguments={"x": x, "y": y}, source=source, **options)
+    return bool((y == x.sum(0).flip(0)).all())
+
+
+def test_the_last_to_arrive_finds_all_parts():
+    assert all(summed(("", ""), seed) for seed in range(20))
+    barrier = "  __syncthreads();\n  if (threadIdx.x == 0)", "  if (threadIdx.x == 0)"
+    assert not all(summed(barrier, seed) for seed in range(20)), "stored after the first thread has arrived"
+    assert not summed(("count - 1", "count - 2"), 0)
+
+
 def test_shared_memory_ends_with_its_block():
     body = """
       static_cast<float4*>(shared)[lane] = make_float4(lane, 0, 0, 0);

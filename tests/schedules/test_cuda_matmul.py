@@ -1,12 +1,14 @@
 """Which kernels serve a matrix product on CUDA (matmul.py): by rules, by records, and where a vendor's takes over."""
 
 import json
+import re
 
 import pytest
 
 from benchmarks.kernels_cuda_linear import BUCKETS, spec_of
-from vllm_compile.schedules.cuda import matmul, records
+from vllm_compile.schedules.cuda import build, fed, matmul, records
 from vllm_compile.schedules.cuda.linear import Linear
+from vllm_compile.schedules.select import token_ranges
 from vllm_compile.targets import cuda, resolve
 
 TARGET = cuda.for_chip()
@@ -38,7 +40,9 @@ def recorded(tmp_path, monkeypatch):
         (28672, 3584 + 128, True, {1: "stream", 9: "fed", 17: "fed", 33: "fed"}, 65),  # rounds of two stages
         (28672, 3584, False, {1: "stream", 9: "wide", 17: "wide", 33: "wide"}, 65),  # nothing to unpack
         (28672, 3584 + 64, True, {1: "stream", 9: "wide", 17: "wide", 33: "wide"}, 65),  # K not in rounds
-        (37888, 3584, True, {1: "stream", 9: "wide", 17: "wide", 33: "wide"}, 65),  # 148 blocks of 256 rows
+        (37888, 3584, True, {1: "stream", 9: "wide", 17: "wide"}, 33),  # 148 blocks of 256 rows
+        (37888, 3584, False, {1: "stream", 9: "wide", 17: "wide"}, 33),
+        (33792, 3584, True, {1: "stream", 9: "fed", 17: "fed", 33: "fed"}, 65),  # 132: one for each multiprocessor
         (28672 + 16, 3584, True, {1: "stream", 9: "stream"}, 17),  # no whole warpgroups
         (4096, 3584, True, {1: "stream", 9: "stream"}, 17),  # too few rows for large thread blocks
     ],
@@ -99,6 +103,32 @@ def test_the_vendor_takes_over_where_a_record_says_it_is_faster(recorded, gain_u
 
 def test_the_benchmark_knows_the_ranges_of_tokens():
     assert BUCKETS == matmul.BUCKETS
+
+
+def test_no_variant_serves_more_tokens_than_it_is_made_for(recorded):
+    """Also where a record is of a range behind one that nothing is made for; cuBLAS serves all of these."""
+    family = Linear(packed=True)
+    recorded((TARGET.chip, 33, family.space(NARROW, TARGET)[0], 1.0))
+    variants = family.variants(NARROW, TARGET)
+    ranges = token_ranges(variants, family.vendor(NARROW, TARGET))
+    assert ranges == [(1, 8), (9, 16)]
+
+
+def test_every_record_is_of_a_kernel_that_its_range_admits():
+    found = json.loads(records.PATH.read_text())
+    for record in found:
+        spec = spec_of(record["op"], record["N"], record["K"], record["residual"])
+        gated = record["op"] == "gate_up_silu"
+        admitted = matmul.admits(spec, record["config"], record["min_tokens"], TARGET, record["lossless"], gated)
+        assert admitted, record
+    assert len(found) > 40
+
+
+def test_memory_of_splits_is_as_large_as_is_counted_on():
+    header = (build.HEADERS / "splits.cuh").read_text()
+    (numbers,) = re.findall(r"SPLIT_BYTES = (\d+) << (\d+), SPLIT_GROUPS = (\d+) << (\d+);", header)
+    a, b, c, d = map(int, numbers)
+    assert (a << b, c << d) == (fed.SPLIT_BYTES, fed.SPLIT_GROUPS)
 
 
 def test_every_configuration_fits_shared_memory():
