@@ -19,4 +19,4 @@ def _has_lld() -> bool:
 
 REQUIRED = "REQUIRE_ROCM_TOOLS" in os.environ
 needs_lld = pytest.mark.skipif(not REQUIRED and not _has_lld(), reason="needs an ld.lld for AMD GPUs")
-needs_opencl = pytest.mark.skipif(not REQUIRED and not (_has_lld() and available()), reason="needs pocl-opencl-icd")
+needs_opencl = pytest.mark.skipif(not REQUIRED and not (_has_lld() and available()), reason="needs PoCL and libOpenCL")

@@ -81,7 +81,7 @@ def _device() -> tuple[Any, Any, Any, Any]:
     """The library, and a context and a queue on PoCL's CPU."""
     library = find_library("OpenCL")
     if library is None:
-        raise OpenCLError("no libOpenCL; apt-get install pocl-opencl-icd")
+        raise OpenCLError("no libOpenCL; apt-get install pocl-opencl-icd ocl-icd-libopencl1")
     cl = ctypes.CDLL(library)
     for name in ("clCreateContext", "clCreateCommandQueue", "clCreateProgramWithSource", "clCreateKernel"):
         getattr(cl, name).restype = ctypes.c_void_p
