@@ -7,10 +7,10 @@ Kernels overlap with those before and after them, and compete for shared memory 
 worth what the whole decode step costs with it (step_cuda.py), of which all else stays as it is.  `run` goes through the
 calls of the model, the largest weights first, and keeps the best before it turns to the next; each kernel's result is
 compared with float64 before.  All are timed by themselves; those that come within a quarter of the fastest for a few
-steps; then the best of each of eight shapes for a second, in which the GPU comes to draw as much power as it may: of
-kernels that are as fast at first, the one that takes less energy wins.  The fastest are written as records into
-schedules/cuda/records.json; what gives a wrong result is named and left out.  --buckets takes some of the numbers of
-tokens, --missing (of both steps) what has no record yet.
+steps; then the best of each of eight shapes (--finalists) for a second, in which the GPU comes to draw as much power as
+it may: of kernels that are as fast at first, the one that takes less energy wins.  The fastest are written as records
+into schedules/cuda/records.json; what gives a wrong result is named and left out.  --buckets takes some of the numbers
+of tokens, --missing (of both steps) what has no record yet.
 """
 
 from __future__ import annotations
@@ -197,8 +197,15 @@ def fast_alone(call: LinearCall, least: int, kernels: Kernels, names: Sequence[s
     return [name for name, us in times.items() if us <= ALONE * min(times.values())]
 
 
-def search(program: Candidates, call: LinearCall, least: int, names: Sequence[str], configs: Mapping[str, Any]) -> dict:
-    """The record of the best of these kernels, which the program's plan has from now on."""
+def search(
+    program: Candidates,
+    call: LinearCall,
+    least: int,
+    names: Sequence[str],
+    configs: Mapping[str, Any],
+    most: int = FINALISTS,
+) -> dict[str, Any]:
+    """The record of the best of these kernels, which the program's plan has from now on; `most` are timed for long."""
     plan = program.plan
 
     def us(kernel: str | None, timed: Callable[[Program, int, int], float]) -> float:
@@ -208,7 +215,7 @@ def search(program: Candidates, call: LinearCall, least: int, names: Sequence[st
     times = {name: us(name, partial(step_us, replays=5)) for name in names}
     slowest_first = sorted(times, key=times.__getitem__, reverse=True)
     of_shapes = {tuple(map(configs[name].get, SHAPE)): name for name in slowest_first}
-    finalists = sorted(of_shapes.values(), key=times.__getitem__)[:FINALISTS]
+    finalists = sorted(of_shapes.values(), key=times.__getitem__)[:most]
     finals = {name: us(name, sustained_us) for name in finalists}
     ranking = sorted(finals, key=finals.__getitem__)
     best = ranking[0]
@@ -258,6 +265,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--buckets", nargs="+", type=int, choices=BUCKETS, default=list(BUCKETS), help="least tokens")
     parser.add_argument("--missing", action="store_true", help="only what --records has no record of")
+    parser.add_argument("--finalists", type=int, default=FINALISTS, help="shapes timed for a second")
     parser.add_argument("--records", type=Path, default=RECORDS, help="where `run` writes")
     options = parser.parse_args()
     plan = from_json((options.artifact / PLAN).read_text())
@@ -278,7 +286,7 @@ def main() -> None:
             kernels = found[call, least]
             if names := right(call, least, kernels):
                 names = fast_alone(call, least, kernels, names)
-                records.append(search(program, call, least, names, kernels.configs))
+                records.append(search(program, call, least, names, kernels.configs, options.finalists))
                 write_records(options.records, records)
         steps = {batch: sustained_us(program, batch, CONTEXT) for batch in BATCHES[least]}
         print(f"from {least} tokens: steps of {steps} us", flush=True)

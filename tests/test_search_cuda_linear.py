@@ -92,16 +92,17 @@ def test_what_is_fastest_after_a_second_is_kept(plan, monkeypatch, vendors, kept
     assert kernel() == kept
 
 
-def test_few_shapes_are_timed_for_long(plan, monkeypatch):
+@pytest.mark.parametrize(("given", "most"), [([], FINALISTS), ([3], 3)])
+def test_few_shapes_are_timed_for_long(plan, monkeypatch, given, most):
     call, program = linear_calls(plan)[0], SimpleNamespace(plan=plan, set_plan=lambda changed: None)
     configs = {str(i): {"kind": "stream", "row_tiles": i, "lossless": True} for i in range(FINALISTS + 4)}
     timed = iter(range(1, 100))
     monkeypatch.setattr(search_cuda_linear, "step_us", lambda *_, replays: next(timed))
     monkeypatch.setattr(search_cuda_linear, "sustained_us", lambda *_: next(timed))
     monkeypatch.setattr(search_cuda_linear, "chip", lambda: "h200")
-    found = search(program, call, 9, list(configs), configs)
+    found = search(program, call, 9, list(configs), configs, *given)
     assert found["config"] == configs["0"]
-    assert next(timed) == len(configs) + FINALISTS + 2, "of all shapes but the slowest, and of the vendor's product"
+    assert next(timed) == len(configs) + most + 2, "of all shapes but the slowest, and of the vendor's product"
 
 
 def test_what_has_no_record_is_searched(plan):
