@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from . import program as programs
 from .decode_tail import DecodeTail
+from .prompt_graphs import PromptGraphs, cuda_graphs
 from .vllm_backend import PagedBackend, PagedImpl
 
 
@@ -65,6 +66,7 @@ class VllmCompileForCausalLM(nn.Module):
         program.prepare(max_tokens=scheduler.max_num_batched_tokens, max_requests=scheduler.max_num_seqs)
         self.program = program
         self.tail = DecodeTail(program.logits, program.greedy, scheduler.max_num_seqs)
+        self.prompts: PromptGraphs | None = None
         longest = vllm_config.model_config.max_model_len
         # Which angles serve a request must not change while it grows: it is the longest that could come that counts.
         self.first_position = program.max_positions if longest > program.max_positions else 0
@@ -91,18 +93,36 @@ class VllmCompileForCausalLM(nn.Module):
             shape = tokens, self.program.hidden_size
             return torch.zeros(shape, dtype=self.program.dtype, device=input_ids.device)
         step = metadata[self.layers[0].layer_name]
-        hidden_TD = self.program.forward(
-            input_ids,
-            positions + self.first_position if self.first_position else positions,
-            [layer.kv_cache for layer in self.layers],
-            step.block_table,
-            step.seq_lens,
-            step.query_start_loc,
-            step.slot_mapping[:tokens],
-        )
-        if self.tail.recording and tokens == step.seq_lens.shape[0]:
+        given = {
+            "input_ids": input_ids,
+            "positions": positions + self.first_position if self.first_position else positions,
+            "block_table": step.block_table,
+            "seq_lens": step.seq_lens,
+            "query_start_loc": step.query_start_loc,
+            "slot_mapping": step.slot_mapping[:tokens],
+        }
+        decodes = tokens == step.seq_lens.shape[0]
+        if self.prompts is not None and not decodes and (replayed_TD := self.prompts.forward(**given)) is not None:
+            return replayed_TD
+        hidden_TD = self._run(**given)
+        if self.tail.recording and decodes:
             self.tail.record(hidden_TD)
         return hidden_TD
+
+    def record_prompts(self, vllm_config: Any) -> None:
+        """From here on short steps with prompts are replayed; to be called behind vLLM's own capture of graphs."""
+        scheduler, (blocks, _, block_size, _) = vllm_config.scheduler_config, self.layers[0].kv_cache.shape
+        self.prompts = PromptGraphs(
+            self._run,
+            most_tokens=scheduler.max_num_batched_tokens,
+            most_requests=scheduler.max_num_seqs,
+            table_width=min(-(-vllm_config.model_config.max_model_len // block_size), blocks),
+            device=self.layers[0].kv_cache.device,
+            record=cuda_graphs(),
+        )
+
+    def _run(self, **step: Any) -> torch.Tensor:
+        return self.program.forward(**step, kv=[layer.kv_cache for layer in self.layers])
 
     def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """[S, D] -> [S, V]"""

@@ -1,9 +1,10 @@
-"""vLLM's worker for GPUs, which takes a whole step in one call, and whose runner repeats steps."""
+"""vLLM's worker for GPUs, which takes a whole step in one call, whose runner repeats steps, and replays prompts."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -26,6 +27,17 @@ class CompiledWorker(WholeSteps, Worker):
         """As vLLM's, which makes the runner here."""
         super().init_device()
         self._repeat_steps()
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM's, which captures its graphs here; ours are recorded behind them."""
+        times = super().compile_or_warm_up_model()
+        # What sleeps gives its memory away, and a graph may have some of it that vLLM does not know of.
+        graphs = self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        if graphs and not self.vllm_config.model_config.enable_sleep_mode:
+            model: Any = self.model_runner.get_model()
+            with torch.inference_mode():
+                model.record_prompts(self.vllm_config)
+        return times
 
     def wake_up(self, *tags: Any, **named: Any) -> None:
         """As vLLM's: what the runner has written to the GPU's memory may be gone (in 0.26 block tables are)."""

@@ -115,7 +115,7 @@ class TestModel:
         model = VllmCompileForCausalLM(vllm_config=config)
         hidden_TD = torch.randn(8, model.program.hidden_size, generator=generator)
         model.program.load_weights()
-        monkeypatch.setattr(model.program, "forward", lambda ids, *rest: hidden_TD[: len(ids)])
+        monkeypatch.setattr(model.program, "forward", lambda input_ids, **rest: hidden_TD[: len(input_ids)])
         return model
 
     def step(self, model, config, tokens: int, requests: int) -> torch.Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_compile.runtime import vllm_runner, vllm_worker
@@ -27,6 +29,25 @@ def test_the_runner_repeats_steps_from_then_on(monkeypatch, name, given):
     monkeypatch.setattr(vllm_runner, "repeat_steps", done.append)
     getattr(object.__new__(CompiledWorker), name)(*given)
     assert done == [given, "a runner"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "sleeps", "recorded"),
+    [("FULL_DECODE_ONLY", False, True), ("NONE", False, False), ("FULL_DECODE_ONLY", True, False)],
+)
+def test_prompts_are_recorded_behind_vllms_graphs(monkeypatch, mode, sleeps, recorded):
+    """Where vLLM has graphs of whole steps, and keeps their memory."""
+    done = []
+    worker = object.__new__(CompiledWorker)
+    worker.vllm_config = SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode]),
+        model_config=SimpleNamespace(enable_sleep_mode=sleeps),
+    )
+    model = SimpleNamespace(record_prompts=done.append)
+    worker.model_runner = SimpleNamespace(get_model=lambda: model)
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: done.append("vLLM's") or "times")
+    assert worker.compile_or_warm_up_model() == "times"
+    assert done == ["vLLM's", *([worker.vllm_config] if recorded else [])]
 
 
 def test_a_vllm_whose_runner_is_made_of_other_parts(monkeypatch):

@@ -1,0 +1,102 @@
+"""Steps with prompts that are replayed, beside the same steps run at once: hidden states, and what is in the caches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_compile.accuracy import relative_error
+from vllm_compile.paged_batch import BLOCK_SIZE, PagedBatch
+from vllm_compile.runtime.program import Program, load
+from vllm_compile.runtime.prompt_graphs import TOKENS, PromptGraphs
+
+CLOSE = 1e-5  # kernels for another number of tokens add the same terms in another order
+LENGTHS = (90, 1, 40)
+MOST_TOKENS, MOST_REQUESTS = 100, 8  # of a step
+
+
+def run_again(run):
+    """In the place of a GPU's graph: what is in the same memory each time."""
+    return run, run()
+
+
+@pytest.fixture(scope="module")
+def program(tiny_fp32) -> Program:
+    program = load(tiny_fp32)
+    program.prepare(MOST_TOKENS)
+    return program
+
+
+@pytest.fixture
+def server(program, generator):
+    """`server(steps, graphs)`: hidden states of each, as `graphs` or the program itself computes them; and caches."""
+    ids = [torch.randint(0, program.vocab_size, (n,), dtype=torch.int32, generator=generator) for n in LENGTHS]
+
+    def serve(steps, most_tokens=MOST_TOKENS, most_requests=MOST_REQUESTS, width=9, replayed=True):
+        batch, begin, found = PagedBatch(program.plan.model, LENGTHS), [0] * len(LENGTHS), []
+        graphs = None
+        if replayed:
+            given = most_tokens, most_requests, width, program.device, run_again
+            graphs = PromptGraphs(lambda **step: program.forward(**step, kv=batch.kv), *given)
+        for end in steps:
+            step = batch.step(begin, end)
+            step["input_ids"] = torch.cat([i[b:e] for i, b, e in zip(ids, begin, end, strict=True)])
+            hidden_TD = program.forward(**step, kv=batch.kv) if graphs is None else graphs.forward(**step)
+            found.append(None if hidden_TD is None else hidden_TD.clone())
+            begin = end
+        return found, batch.kv
+
+    return serve
+
+
+STEPS = [[40, 0, 0], [41, 0, 30], [88, 0, 31], [89, 1, 39], [90, 1, 40]]
+
+
+def test_a_replayed_step_is_the_step(server):
+    """Prompts in pieces, among requests that decode and such as have not begun, each in the place of a longer one."""
+    expected, expected_kv = server(STEPS, replayed=False)
+    found, kv = server(STEPS)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert relative_error(ours, theirs) < CLOSE
+    for ours, theirs in zip(kv, expected_kv, strict=True):
+        assert ours.isnan().equal(theirs.isnan()), "what no token was cached in is as it was"
+        assert relative_error(ours.nan_to_num(), theirs.nan_to_num()) < CLOSE
+
+
+def test_a_narrow_table_of_blocks_is_noticed(server):
+    """Negative control of the comparison above: blocks that lie beyond the table are not read, or others are."""
+    expected, _ = server(STEPS, replayed=False)
+    found, _ = server(STEPS, width=LENGTHS[0] // BLOCK_SIZE - 1)
+    assert relative_error(found[2], expected[2]) > CLOSE
+
+
+@pytest.mark.parametrize(("most_tokens", "most_requests"), [(39, 8), (100, 2)])
+def test_none_has_room(server, most_tokens, most_requests):
+    (found,), kv = server([[40, 0, 0]], most_tokens, most_requests)
+    assert found is None
+    assert all(cache.isnan().all() for cache in kv), "recording caches nothing"
+
+
+@pytest.mark.parametrize("most", [2, 16, 100, 512, 4096])
+def test_sizes(most):
+    """Up to the longest step and no further, the largest first; none that the program would take for one of decode."""
+    recorded = []
+
+    def record(run):
+        run()
+        return run, torch.empty(0)
+
+    graphs = PromptGraphs(lambda **step: recorded.append(step), most, 300, 4, torch.device("cpu"), record)
+    sizes = [len(step["input_ids"]) for step in recorded]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == min(most, max(TOKENS))
+    assert set(sizes[1:]) <= set(TOKENS)
+    for step in recorded:
+        assert len(step["seq_lens"]) == min(len(step["input_ids"]) - 1, 300)
+        assert (step["slot_mapping"] == -1).all()
+    short = SimpleNamespace(**{name: tensor[:1] for name, tensor in recorded[0].items()})
+    assert graphs.forward(**vars(short) | {"query_start_loc": torch.tensor([0, 1], dtype=torch.int32)}) is not None
+    assert len(recorded[-1]["input_ids"]) == sizes[-1], "the smallest that has room is replayed"
