@@ -7,7 +7,8 @@ be noticed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from vllm_compile.targets import cuda
 from . import harness
 from .expressions import every_function, inputs_of, rotation, spec_of
 
-LIBRARY = "kernels.so"
+LIBRARY, SYMBOLS = "kernels.so", "kernels.json"  # of each case in order, the kernels that serve its call
 LENGTHS = {  # (queries, cached tokens) of each request
     "decode_1": ((1, 128),),
     "decode_short": ((1, 1), (1, 16), (1, 17), (0, 0), (1, 300)),
@@ -165,11 +166,14 @@ def sharing(first: int, filler: int, blocks: int) -> Callable[[dict[str, torch.T
 def build(folder: Path, seed: int) -> None:
     """Every variant for each distinct call."""
     target, kernels = cuda.for_chip(), {}
-    for spec, variants in variants_of(list(cases(torch.Generator().manual_seed(seed)))).items():
+    specs = [case.spec() for case in cases(torch.Generator().manual_seed(seed))]
+    found = variants_of(specs)
+    for spec, variants in found.items():
         for symbol, variant in variants.items():
             kernels[symbol] = family_of(spec).build(spec, variant.config, target)
     folder.mkdir(parents=True, exist_ok=True)
     resources = build_library(kernels, target, folder / LIBRARY)
+    (folder / SYMBOLS).write_text(json.dumps([list(found[spec]) for spec in specs]))
     spilled = {symbol: used for symbol, used in resources.items() if used.spilled_bytes}
     print(f"{len(kernels)} kernels; spills: {spilled or 'none'}")
 
@@ -178,11 +182,10 @@ def family_of(spec: OpSpec) -> KernelFamily:
     return choose(spec, cuda.for_chip(), lossless=False).family
 
 
-def variants_of(all_cases: list[Case]) -> dict[OpSpec, dict[str, Variant]]:
-    """Of each distinct call, by symbol; numbered in the order of the cases."""
-    specs = dict.fromkeys(case.spec() for case in all_cases)
-    found = {spec: family_of(spec).variants(spec, cuda.for_chip()) for spec in specs}
-    return {s: {f"kernel_{i}_{v.min_tokens}": v for v in found[s]} for i, s in enumerate(specs)}
+def variants_of(specs: Sequence[OpSpec]) -> dict[OpSpec, dict[str, Variant]]:
+    """Of each distinct call, by symbol; numbered in the order of the calls."""
+    found = {spec: family_of(spec).variants(spec, cuda.for_chip()) for spec in dict.fromkeys(specs)}
+    return {s: {f"kernel_{i}_{v.min_tokens}": v for v in variants} for i, (s, variants) in enumerate(found.items())}
 
 
 def check(folder: Path, seed: int) -> int:
@@ -190,20 +193,18 @@ def check(folder: Path, seed: int) -> int:
     import tvm_ffi
 
     module = tvm_ffi.load_module(str(folder / LIBRARY))
-    all_cases = list(cases(torch.Generator().manual_seed(seed)))
-    variants, failed, ran = variants_of(all_cases), 0, 0
-    for case in all_cases:
-        for symbol in variants[case.spec()]:
-            ran += 1
-            if problems := check_case(case, module[symbol]):
+    symbols, failed = json.loads((folder / SYMBOLS).read_text()), 0
+    for case, names in zip(cases(torch.Generator().manual_seed(seed)), symbols, strict=True):
+        for name, problems in zip(names, check_case(case, [module[name] for name in names]), strict=True):
+            if problems:
                 failed += 1
-                print(f"{case.op.name} {case.name} {symbol}: {'; '.join(problems)}", flush=True)
-    print(f"{ran} kernels run on {len(all_cases)} cases, {failed} failed (seed {seed})")
+                print(f"{case.op.name} {case.name} {name}: {'; '.join(problems)}", flush=True)
+    print(f"{sum(map(len, symbols))} kernels run on {len(symbols)} cases, {failed} failed (seed {seed})")
     return failed
 
 
-def check_case(case: Case, kernel: Any) -> list[str]:
-    """What is wrong with a kernel on one case."""
+def check_case(case: Case, kernels: Sequence[Any]) -> list[list[str]]:
+    """What is wrong with each kernel on one case."""
     copies = {name: tensor.clone() for name, tensor in case.inputs.items()}
     written = harness.written(case.op, copies, case.attributes)
     # The leading unit axes of the model's batch are not in memory.
@@ -212,7 +213,7 @@ def check_case(case: Case, kernel: Any) -> list[str]:
     expected = [*(result[rows] for result in written), *(copies[name] for name in case.op.updates)]
     tolerance = case.op.tolerance["bfloat16"]
 
-    def run(inputs: dict[str, torch.Tensor], graph: bool) -> list[torch.Tensor]:
+    def run(kernel: Any, inputs: dict[str, torch.Tensor], graph: bool) -> list[torch.Tensor]:
         given = {name: tensor.cuda() for name, tensor in inputs.items()}
         outputs = [torch.full_like(result, poison_of(result), device="cuda") for result in written]
         call(kernel, [*given.values(), *outputs], graph)
@@ -222,10 +223,6 @@ def check_case(case: Case, kernel: Any) -> list[str]:
         pairs = zip(actual, expected, strict=True)
         return [m for ours, theirs in pairs if (m := mismatch(ours, theirs, tolerance.rtol, tolerance.atol))]
 
-    eager = run(case.inputs, graph=False)
-    problems = wrong(eager)
-    if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(eager, run(case.inputs, True), strict=True)):
-        problems.append("a replayed graph gives other bits")
     changed = case.inputs[case.changed].clone()
     if case.changed == "logits":
         changed[:1] *= -1  # adding to all changes nothing
@@ -233,9 +230,18 @@ def check_case(case: Case, kernel: Any) -> list[str]:
         changed[0] = (changed[0] + 4) % len(case.inputs["table"])
     else:
         changed[slice(None) if case.changed == "kv" else slice(1)] += 4
-    if not wrong(run({**case.inputs, case.changed: changed}, graph=False)):
-        problems.append("a changed input is not noticed")
-    return problems
+    other = {**case.inputs, case.changed: changed}
+
+    def problems(kernel: Any) -> list[str]:
+        eager, replayed = (run(kernel, case.inputs, graph) for graph in (False, True))
+        found = wrong(eager)
+        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(eager, replayed, strict=True)):
+            found.append("a replayed graph gives other bits")
+        if not wrong(run(kernel, other, graph=False)):
+            found.append("a changed input is not noticed")
+        return found
+
+    return [problems(kernel) for kernel in kernels]
 
 
 def poison_of(result: torch.Tensor) -> float:
