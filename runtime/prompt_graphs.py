@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-# Kernels change with every 16 tokens up to 64; beyond, a step costs as much as its tokens.  Of 512 tokens an H200 takes
-# longer than its host does to launch them, even with a small model.
+# Kernels change with every 16 tokens up to 64; beyond, a step costs about what its tokens do.
 TOKENS = (16, 32, 48, 64, 96, *range(128, 257, 32), *range(320, 513, 64))
+# In a longer step each kernel is launched while the one before it runs, and what padding costs is lost: on an H200 from
+# some 400 tokens of Llama-3.2-1B on, and from 150 of Llama-3.1-8B, where it is 5 to 9 % (benchmarks/baseline.md).
+MOST_TOKENS, MOST_TOKENS_OF_LARGE = 512, 128
 
 Run = Callable[[], torch.Tensor]
 Record = Callable[[Run], tuple[Callable[[], None], torch.Tensor]]  # what runs it again, and where its result is
@@ -50,7 +52,7 @@ class PromptGraphs:
         device: torch.device,
         record: Record,
     ) -> None:
-        largest = min(most_tokens, TOKENS[-1])
+        largest = min(most_tokens, MOST_TOKENS)
         self._inputs = _padding(largest, _requests(largest, most_requests), table_width, device)
         self._graphs: list[Graph] = []
         for tokens in sorted({largest, *(size for size in TOKENS if size < largest)}, reverse=True):
@@ -85,6 +87,11 @@ class PromptGraphs:
         inputs["query_start_loc"][requests + 1 :].fill_(tokens)
         graph.replay()
         return graph.hidden[:tokens]
+
+
+def worthwhile(host_bound: bool) -> int:
+    """Tokens of the longest step that is worth a graph; `host_bound` is a model whose decode waits for the host."""
+    return MOST_TOKENS if host_bound else MOST_TOKENS_OF_LARGE
 
 
 def cuda_graphs() -> Record:

@@ -14,8 +14,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from . import program as programs
 from .decode_tail import DecodeTail
-from .prompt_graphs import PromptGraphs, cuda_graphs
+from .prompt_graphs import PromptGraphs, cuda_graphs, worthwhile
 from .vllm_backend import PagedBackend, PagedImpl
+from .vllm_processes import HOST_BOUND_BYTES
 
 
 class KVLayer(AttentionLayerBase):
@@ -112,9 +113,10 @@ class VllmCompileForCausalLM(nn.Module):
     def record_prompts(self, vllm_config: Any) -> None:
         """From here on short steps with prompts are replayed; to be called behind vLLM's own capture of graphs."""
         scheduler, (blocks, _, block_size, _) = vllm_config.scheduler_config, self.layers[0].kv_cache.shape
+        longest = worthwhile(host_bound=self.program.stored_bytes() < HOST_BOUND_BYTES)
         self.prompts = PromptGraphs(
             self._run,
-            most_tokens=scheduler.max_num_batched_tokens,
+            most_tokens=min(scheduler.max_num_batched_tokens, longest),
             most_requests=scheduler.max_num_seqs,
             table_width=min(-(-vllm_config.model_config.max_model_len // block_size), blocks),
             device=self.layers[0].kv_cache.device,

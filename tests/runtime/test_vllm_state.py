@@ -26,9 +26,12 @@ from tests.conftest import SEED
 from tests.runtime import torch_program
 from tests.runtime.tiny_llama import save_artifact
 from vllm_compile.runtime import program as programs
+from vllm_compile.runtime import vllm_model
 from vllm_compile.runtime.decode_tail import DecodeTail
+from vllm_compile.runtime.prompt_graphs import MOST_TOKENS, MOST_TOKENS_OF_LARGE, TOKENS
 from vllm_compile.runtime.vllm_backend import PagedMetadata
 from vllm_compile.runtime.vllm_model import VllmCompileForCausalLM
+from vllm_compile.runtime.vllm_processes import HOST_BOUND_BYTES
 from vllm_compile.runtime.vllm_state import WITHOUT_A_SAY, CompiledModelState, GreedySampler, is_greedy
 
 CPU = torch.device("cpu")
@@ -135,6 +138,25 @@ class TestModel:
         assert torch.equal(model.compute_logits(asked), expected_RV[:3])
         assert torch.equal(model.tail.tokens(3), expected_RV[:3].argmax(-1, keepdim=True))
         assert model.compute_logits(asked).isnan().all(), "the second time of a step they are computed"
+
+    @pytest.mark.parametrize(("host_bound", "longest"), [(True, MOST_TOKENS), (False, MOST_TOKENS_OF_LARGE)])
+    def test_prompts_are_replayed_once_they_are_recorded(self, model, config, monkeypatch, host_bound, longest):
+        """Those that are short for their model; what decodes is not."""
+        forward, ran = model.program.forward, []
+        monkeypatch.setattr(model.program, "stored_bytes", lambda: HOST_BOUND_BYTES - host_bound, raising=False)
+        monkeypatch.setattr(model.program, "forward", lambda **step: ran.append(len(step["kv"])) or forward(**step))
+        monkeypatch.setattr(vllm_model, "cuda_graphs", lambda: lambda run: (lambda: ran.append("replayed"), run()))
+        monkeypatch.setattr(config.scheduler_config, "max_num_batched_tokens", 4096)
+        for layer in model.layers:
+            layer.kv_cache = torch.empty(4, layer.num_kv_heads, 16, 2 * layer.head_dim)
+        at_once = self.step(model, config, 4, 2).clone()
+        model.record_prompts(config)
+        assert ran == [len(model.layers)] * (1 + sum(tokens <= longest for tokens in TOKENS))
+        ran.clear()
+        assert torch.equal(self.step(model, config, 4, 2), at_once)
+        assert ran == ["replayed"]
+        self.step(model, config, 4, 4)
+        assert ran == ["replayed", len(model.layers)]
 
     @pytest.mark.parametrize(("recording", "tokens", "requests"), [(False, 4, 4), (True, 4, 2)])
     def test_nothing_is_recorded_otherwise(self, model, config, monkeypatch, recording, tokens, requests):
