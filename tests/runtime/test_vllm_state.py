@@ -124,7 +124,8 @@ class TestModel:
     def step(self, model, config, tokens: int, requests: int) -> torch.Tensor:
         """Hidden states of a step of so many tokens, as vLLM has them computed."""
         integers = torch.zeros(tokens, dtype=torch.int64)
-        metadata = PagedMetadata(integers[:0], integers[:requests], integers[:0], integers)
+        given = integers.new_zeros(requests, 1), integers[:requests], integers.new_zeros(requests + 1)
+        metadata = PagedMetadata(*given, integers)
         by_layer = {layer.layer_name: metadata for layer in model.layers}
         with set_forward_context(by_layer, config, num_tokens=tokens):
             return model(integers, integers)
@@ -145,7 +146,7 @@ class TestModel:
         forward, ran = model.program.forward, []
         monkeypatch.setattr(model.program, "stored_bytes", lambda: HOST_BOUND_BYTES - host_bound, raising=False)
         monkeypatch.setattr(model.program, "forward", lambda **step: ran.append(len(step["kv"])) or forward(**step))
-        monkeypatch.setattr(vllm_model, "cuda_graphs", lambda: lambda run: (lambda: ran.append("replayed"), run()))
+        monkeypatch.setattr(vllm_model, "cuda_graphs", lambda: lambda run: (partial(ran.append, "replayed"), run()))
         monkeypatch.setattr(config.scheduler_config, "max_num_batched_tokens", 4096)
         for layer in model.layers:
             layer.kv_cache = torch.empty(4, layer.num_kv_heads, 16, 2 * layer.head_dim)
