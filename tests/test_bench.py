@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from vllm_compile import bench as benchmark
-from vllm_compile.bench import DECODE_STEPS, GPU_SHARE, Engine, Workload, bench, step_bytes
+from vllm_compile.bench import DECODE_STEPS, GPU_SHARE, Engine, bench
+from vllm_compile.bench_workloads import Workload, served_lengths, step_bytes
 from vllm_compile.cli import main
 from vllm_compile.errors import VllmCompileError
 from vllm_compile.runtime.program import load
@@ -71,6 +72,7 @@ def test_more_steps_than_positions(compiled_fp32, trained_llama):
         ("--repeats", "0"),
         ("--decode", "0x8"),
         ("--prefill", "4x0"),
+        ("--serve", "0x8"),
     ],
 )
 def test_none_of_anything(compiled_fp32, option, given, capsys):
@@ -125,7 +127,7 @@ class FakeEngine:
         self.asked.append((prompts, new_tokens))
         if self.patience is not None and sum(len(engine.asked) for engine in made) > self.patience:
             raise KeyboardInterrupt
-        return (ADMISSION + new_tokens) * self.pace
+        return (ADMISSION + max(new_tokens)) * self.pace
 
     def close(self):
         FakeEngine.living -= 1
@@ -152,10 +154,43 @@ def test_what_engines_are_asked_for(trained_llama, compiled_fp32, fakes, alone, 
         assert engine.options["max_model_len"] == 32 + 2 * n + 1
         rounds = [engine.asked[:3], engine.asked[3:6]]  # of the decode; one warms up
         for asked in rounds:
-            assert [tokens for _, tokens in asked] == [1, 1 + n, 1 + 2 * n]
+            assert [tokens for _, tokens in asked] == [[1, 1], [1 + n] * 2, [1 + 2 * n] * 2]
             assert all(prompts == asked[0][0] for prompts, _ in asked)  # the prefix cache has them from the first on
         seen = [tuple(map(tuple, prompts)) for prompts, _ in (rounds[0][0], rounds[1][0], *engine.asked[6:])]
         assert len(seen) == len(set(seen)) == 4  # a prefill never finds its prompts in the cache
+
+
+def test_a_load_that_is_served(trained_llama, compiled_fp32, fakes):
+    """Requests of the same lengths in each round, none of whose prompts has been seen; the tokens of answers count."""
+    served, most = Workload(20, 50), Workload(4, 8)
+    figures = bench(compiled_fp32, trained_llama, ["vllm"], [], [most], repeats=2, serves=[served])
+    row = next(row for row in figures["rows"] if row.workload == "serve")
+    prompt_lengths, answers = served_lengths(served)
+    assert {1 <= length <= 50 for length in (*prompt_lengths, *answers)} == {True}
+    assert len(set(prompt_lengths)) > 5
+    assert prompt_lengths != answers
+    assert row.milliseconds == pytest.approx(1e3 * (ADMISSION + max(answers)))
+    assert row.tokens_per_second == pytest.approx(sum(answers) / (ADMISSION + max(answers)))
+    assert row.gigabytes_per_second == 0
+    for engine in fakes:
+        assert engine.options["max_num_seqs"] == most.batch, "more requests than run at a time"
+        assert engine.options["max_model_len"] > 2 * 50
+        asked = engine.asked[-3:]  # one warms up
+        assert [tokens for _, tokens in asked] == [answers] * 3
+        assert [[len(prompt) for prompt in prompts] for prompts, _ in asked] == [prompt_lengths] * 3
+        assert len({str(prompts) for prompts, _ in asked}) == 3
+
+
+def test_a_load_is_cut_to_the_model(trained_llama, compiled_fp32, fakes):
+    positions = load(compiled_fp32, weights=False).max_positions
+    figures = bench(compiled_fp32, trained_llama, ["vllm"], [], [Workload(1, 8)], 1, serves=[Workload(3, positions)])
+    assert next(row.length for row in figures["rows"] if row.workload == "serve") == positions // 2
+    assert {engine.options["max_model_len"] for engine in fakes} == {positions}
+
+
+def test_hugging_face_serves_nothing(compiled_fp32, trained_llama):
+    with pytest.raises(VllmCompileError, match="leave it out of --against, or leave out --serve"):
+        bench(compiled_fp32, trained_llama, ["hf"], [], [Workload(1, 8)], repeats=1, serves=[Workload(3, 8)])
 
 
 def test_engines_alone_take_turns(trained_llama, compiled_fp32, fakes, monkeypatch):

@@ -4,20 +4,16 @@ Each engine lives in its own process and idles while another is timed; on a GPU 
 small for all, or each is to have the machine to itself: then they take turns, started anew for each round, so that a
 machine which changes meanwhile does so for all of them.
 
-A decode step is the difference between generating 1 + 2n tokens and generating 1 + n, divided by n, once the prompts
-are in the engine's prefix cache (which vLLM has by default; `hf` has none).  Admitting requests, in steps that do not
-only decode, is in both.  Prefill is what generating one token takes, of prompts that were never seen before.
+What they are asked for: bench_workloads.py.
 """
 
 from __future__ import annotations
 
-import random
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ from safetensors.torch import save_file
 from .artifact import write_plain_config
 from .bandwidth import read_bandwidth
 from .bench_engine import Engine
+from .bench_workloads import KINDS, Workload, interleaved, step_bytes, tokens_of
 from .errors import VllmCompileError
 from .frontend.checkpoint import DummyCheckpoint
 from .frontend.hf import read_config
@@ -43,28 +40,17 @@ GPU_CACHE_BYTES = 6 << 30  # what an engine on a GPU needs beside its weights, t
 
 
 @dataclass(frozen=True)
-class Workload:
-    """`batch` requests of `length` tokens each: decoded further, or prefilled at once."""
-
-    batch: int
-    length: int
-
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.length}"
-
-
-@dataclass(frozen=True)
 class Row:
     """One engine on one workload.
 
     Attributes:
         engine: compiled, vllm, vllm-eager or hf.
-        workload: decode or prefill.
-        batch, length: requests at once, and the tokens of each one's prompt.
-        milliseconds: median time of a decode step, or of the whole prefill.
+        workload: decode, prefill or serve.
+        batch, length: requests, and the tokens of each one's prompt; of those served, of prompts and answers at most.
+        milliseconds: median time of a decode step, of the whole prefill, or until all are served.
         quartiles: half of the times are between these.  (The least of them, as of any difference, bounds nothing.)
-        tokens_per_second: of all requests together.
-        gigabytes_per_second: bytes of weights and cache that a step must read, over its time; 0 for prefill.
+        tokens_per_second: of all requests together; of those served, of their answers.
+        gigabytes_per_second: bytes of weights and cache that a decode step must read, over its time; else 0.
         bandwidth_share: that over the measured read bandwidth.
         speedup: median over the repeats of (engine's time / compiled's time) in the same repeat.
     """
@@ -81,9 +67,6 @@ class Row:
     speedup: float
 
 
-Measure = Callable[[Engine, list[list[int]]], float]  # seconds of an engine for prompts
-
-
 def bench(
     artifact: Path,
     model: Path | None,
@@ -91,6 +74,7 @@ def bench(
     decodes: Sequence[Workload],
     prefills: Sequence[Workload],
     repeats: int,
+    serves: Sequence[Workload] = (),
     alone: bool = False,
     steps: int | None = None,
     progress: Callable[[str], None] = lambda what: None,
@@ -107,6 +91,7 @@ def bench(
         against: names out of `bench_worker.PEERS`.
         decodes, prefills: what to time.
         repeats: how often every engine does every workload.
+        serves: loads to time; as many requests run at a time as the largest decode or prefill has.
         alone: run one engine after the other instead of all at once, started anew for each repeat.
         steps: decode steps that are timed, after as many that are not; None for `DECODE_STEPS`.
     """
@@ -115,6 +100,8 @@ def bench(
     target, device = manifest["target"]["name"], device_of(manifest["target"]["name"])
     if target != "cpu" and {"hf", "vllm-all-cores"} & set(against):
         raise VllmCompileError("on a GPU the peers are vllm and vllm-eager")
+    if serves and "hf" in against:
+        raise VllmCompileError("hf runs requests of one length: leave it out of --against, or leave out --serve")
     bandwidth, steps = read_bandwidth(device), steps or DECODE_STEPS[target]
     most = plan.model.max_positions - 2 * steps - 1
     if most < 1:
@@ -123,20 +110,21 @@ def bench(
     decodes, prefills = (
         list(dict.fromkeys(replace(w, length=min(w.length, most)) for w in ws)) for ws in (decodes, prefills)
     )
+    serves = list(dict.fromkeys(replace(w, length=min(w.length, plan.model.max_positions // 2)) for w in serves))
+    lengths = [w.length + 2 * steps for w in (*decodes, *prefills)] + [2 * w.length for w in serves]
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         seed = manifest["source"]["dummy_weights_seed"]
         weightless = not list(artifact.glob("*.safetensors"))
         peer = model if model is not None and seed is None else _dummy_model(artifact, plan, seed, scratch, weightless)
         options = {
-            "max_model_len": max(w.length for w in (*decodes, *prefills)) + 2 * steps + 1,
+            "max_model_len": min(max(lengths) + 1, plan.model.max_positions),
             "max_num_seqs": max(w.batch for w in (*decodes, *prefills)),
             **({"load_format": "dummy"} if weightless else {}),
         }
         names = ("compiled", *against)
-        step: Measure = partial(_decode_step, steps=steps)
-        workloads = [("decode", workload, step) for workload in decodes]
-        workloads += [("prefill", workload, _prefill) for workload in prefills]
+        of_kinds = zip(KINDS, (decodes, prefills, serves), strict=True)
+        workloads = [(kind, workload) for kind, workloads in of_kinds for workload in workloads]
         times: dict[tuple[str, Workload], dict[str, list[float]]] = {}
         loads: dict[str, list[float]] = {name: [] for name in names}
         first_tokens: dict[str, list[float]] = {name: [] for name in names}
@@ -152,10 +140,10 @@ def bench(
                         engines.append(running.enter_context(closing(engine)))
                         loads[name].append(engine.load_seconds)
                         first_tokens[name].append(engine.first_token_seconds)
-                    for kind, workload, measure in workloads:
+                    for kind, workload in workloads:
                         progress(f"{kind}, {workload}")
                         so_far = times.setdefault((kind, workload), {name: [] for name in names})
-                        for seconds in _interleaved(engines, plan, rounds, measure, kind, workload):
+                        for seconds in interleaved(engines, plan.model.vocab_size, rounds, kind, workload, steps):
                             for name, figure in seconds.items():
                                 so_far[name].append(figure)
         except KeyboardInterrupt:
@@ -200,55 +188,12 @@ def _memory(names: Sequence[str], plan: Plan, target: str) -> dict[str, dict[str
     return {name: {"gpu_memory_utilization": round((need + spare) / total, 3)} for name, need in needs.items()}
 
 
-def step_bytes(plan: Plan, batch: int, context: int) -> int:
-    """Bytes a decode step must read: every stored weight but the tables, and the cached tokens."""
-    entries = [plan.functions[name] for name in ("forward", "logits")]
-    tables = {s.arguments[1].buffer for s in entries[0].steps if getattr(s, "op", None) == "embedding"}
-    weights = {a.buffer: a.spec.nbytes() for f in entries for a in f.weights}
-    read = sum(size for name, size in weights.items() if name not in tables and name not in plan.restored)
-    model = plan.model
-    cached = model.num_layers * model.num_kv_heads * model.cache_width * getattr(torch, model.dtype).itemsize
-    return read + batch * context * cached
-
-
-def _decode_step(engine: Engine, prompts: list[list[int]], steps: int) -> float:
-    engine.seconds(prompts, 1)  # fills the prefix cache
-    shorter = engine.seconds(prompts, 1 + steps)
-    return (engine.seconds(prompts, 1 + 2 * steps) - shorter) / steps
-
-
-def _prefill(engine: Engine, prompts: list[list[int]]) -> float:
-    return engine.seconds(prompts, 1)
-
-
-def _interleaved(
-    engines: list[Engine],
-    plan: Plan,
-    rounds: Sequence[int],
-    measure: Measure,
-    kind: str,
-    workload: Workload,
-) -> Iterator[dict[str, float]]:
-    """Seconds by engine in each of `rounds`, on random prompts that no other workload or round has.
-
-    A round 0 before them warms up and is not counted.
-    """
-    for number in (0, *rounds):
-        draw = random.Random(f"{kind} {workload} {number}")
-        ids = range(plan.model.vocab_size)
-        prompts = [draw.choices(ids, k=workload.length) for _ in range(workload.batch)]
-        seconds = {engine.name: measure(engine, prompts) for engine in engines}
-        if number:
-            yield seconds
-
-
 def _rows(
     kind: str, workload: Workload, times: dict[str, list[float]], plan: Plan, bandwidth: float, steps: int
 ) -> Iterator[Row]:
     for name, seconds in times.items():
         median = statistics.median(seconds)
         read = step_bytes(plan, workload.batch, workload.length + 3 * steps // 2) if kind == "decode" else 0
-        tokens = workload.batch * (1 if kind == "decode" else workload.length)
         yield Row(
             engine=name,
             workload=kind,
@@ -256,7 +201,7 @@ def _rows(
             length=workload.length,
             milliseconds=median * 1e3,
             quartiles=_quartiles([second * 1e3 for second in seconds]),
-            tokens_per_second=tokens / median,
+            tokens_per_second=tokens_of(kind, workload) / median,
             gigabytes_per_second=read / median / 1e9,
             bandwidth_share=read / median / 1e9 / bandwidth,
             speedup=statistics.median(t / c for t, c in zip(seconds, times["compiled"], strict=True)),

@@ -39,8 +39,8 @@ class Engine:
             raise
         self.load_seconds, self.first_token_seconds = ready["loaded"], ready["first_token"]
 
-    def seconds(self, prompts: list[list[int]], new_tokens: int) -> float:
-        """How long generating `new_tokens` tokens for each prompt takes."""
+    def seconds(self, prompts: list[list[int]], new_tokens: list[int]) -> float:
+        """How long generating so many tokens for each prompt takes."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # the answer that is missing then says so
             print(json.dumps({"prompts": prompts, "new_tokens": new_tokens}), file=self._process.stdin, flush=True)

@@ -41,6 +41,14 @@ def add_bench(commands: Any) -> None:
         metavar="BxN,...",
         help="prompts to prefill (default: 1x1024)",
     )
+    parser.add_argument(
+        "--serve",
+        type=_workloads,
+        default=[],
+        metavar="NxL,...",
+        help="loads: requests that are all there from the start, prompts and answers of 1 to L tokens, drawn; "
+        "as many run at a time as the largest batch has",
+    )
     parser.add_argument("--repeats", type=positive, default=5, help="counted rounds (default: 5)")
     parser.add_argument(
         "--alone",
@@ -72,11 +80,12 @@ def _workloads(text: str) -> list[tuple[int, int]]:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from .bench import Workload, bench
+    from .bench import bench
+    from .bench_workloads import Workload
 
     decodes = [Workload(batch, options.context) for batch in options.batch]
     decodes += [Workload(*pair) for pair in options.decode]
-    prefills = [Workload(*pair) for pair in options.prefill]
+    prefills, serves = ([Workload(*pair) for pair in pairs] for pairs in (options.prefill, options.serve))
     with console.status("starting") as status:
         figures = bench(
             options.artifact,
@@ -85,6 +94,7 @@ def _bench(options: argparse.Namespace) -> int:
             decodes,
             prefills,
             options.repeats,
+            serves,
             options.alone,
             options.steps,
             status.update,
