@@ -14,8 +14,9 @@ import torch
 
 # Kernels change with every 16 tokens up to 64; beyond, a step costs about what its tokens do.
 TOKENS = (16, 32, 48, 64, 96, *range(128, 257, 32), *range(320, 513, 64))
-# In a longer step each kernel is launched while the one before it runs, and what padding costs is lost: on an H200 from
-# some 400 tokens of Llama-3.2-1B on, and from 150 of Llama-3.1-8B, where it is 5 to 9 % (benchmarks/baseline.md).
+# In a longer step each kernel is launched while the one before it runs.  On an H200 Llama-3.2-1B's are so from some 400
+# tokens on.  Llama-3.1-8B's all are while the host has nothing else to do, and what it has to do where it has waited
+# meanwhile is worth less the longer they are, what padding costs more: a compromise (benchmarks/baseline.md).
 MOST_TOKENS, MOST_TOKENS_OF_LARGE = 512, 128
 
 Run = Callable[[], torch.Tensor]
@@ -37,7 +38,7 @@ class PromptGraphs:
 
     Args:
         forward: runs a step; its arguments are those of `Program.forward`, caches and observer left out.
-        most_tokens, most_requests: of a step.
+        most_tokens, most_requests: of a step that is replayed; there is no graph for a step of one token.
         table_width: blocks of a request at most.
         device: where the step runs.
         record: makes a graph of what it is given, with nothing in the inputs but padding.
@@ -52,10 +53,10 @@ class PromptGraphs:
         device: torch.device,
         record: Record,
     ) -> None:
-        largest = min(most_tokens, MOST_TOKENS)
-        self._inputs = _padding(largest, _requests(largest, most_requests), table_width, device)
+        self._inputs = _padding(most_tokens, _requests(most_tokens, most_requests), table_width, device)
         self._graphs: list[Graph] = []
-        for tokens in sorted({largest, *(size for size in TOKENS if size < largest)}, reverse=True):
+        sizes = {most_tokens, *(size for size in TOKENS if size < most_tokens)} - {1}
+        for tokens in sorted(sizes, reverse=True):
             requests = _requests(tokens, most_requests)
             inputs = _first(self._inputs, tokens, requests)
             # The largest first: memory that it has is enough for the others.
@@ -84,12 +85,12 @@ class PromptGraphs:
         inputs["seq_lens"][:requests].copy_(seq_lens)
         inputs["seq_lens"][requests:].zero_()
         inputs["query_start_loc"][: requests + 1].copy_(query_start_loc)
-        inputs["query_start_loc"][requests + 1 :].fill_(tokens)
+        inputs["query_start_loc"][requests + 1 :].copy_(query_start_loc[-1:])
         graph.replay()
         return graph.hidden[:tokens]
 
 
-def worthwhile(host_bound: bool) -> int:
+def longest_worthwhile(host_bound: bool) -> int:
     """Tokens of the longest step that is worth a graph; `host_bound` is a model whose decode waits for the host."""
     return MOST_TOKENS if host_bound else MOST_TOKENS_OF_LARGE
 

@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from . import program as programs
 from .decode_tail import DecodeTail
-from .prompt_graphs import PromptGraphs, cuda_graphs, worthwhile
+from .prompt_graphs import PromptGraphs, cuda_graphs, longest_worthwhile
 from .vllm_backend import PagedBackend, PagedImpl
 from .vllm_processes import HOST_BOUND_BYTES
 
@@ -111,9 +111,13 @@ class VllmCompileForCausalLM(nn.Module):
         return hidden_TD
 
     def record_prompts(self, vllm_config: Any) -> None:
-        """From here on short steps with prompts are replayed; to be called behind vLLM's own capture of graphs."""
+        """From here on short steps with prompts are replayed; to be called behind vLLM's own capture of graphs.
+
+        Raises:
+            torch.OutOfMemoryError: the graphs need more memory than is left; all steps are launched then.
+        """
         scheduler, (blocks, _, block_size, _) = vllm_config.scheduler_config, self.layers[0].kv_cache.shape
-        longest = worthwhile(host_bound=self.program.stored_bytes() < HOST_BOUND_BYTES)
+        longest = longest_worthwhile(host_bound=self.program.stored_bytes() < HOST_BOUND_BYTES)
         self.prompts = PromptGraphs(
             self._run,
             most_tokens=min(scheduler.max_num_batched_tokens, longest),

@@ -30,13 +30,20 @@ class CompiledWorker(WholeSteps, Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         """As vLLM's, which captures its graphs here; ours are recorded behind them."""
+        model: Any = self.model_runner.get_model()
+        model.prompts = None  # if it is not the first time: vLLM's are not to have a replay of ours in them
         times = super().compile_or_warm_up_model()
         # What sleeps gives its memory away, and a graph may have some of it that vLLM does not know of.
         graphs = self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         if graphs and not self.vllm_config.model_config.enable_sleep_mode:
-            model: Any = self.model_runner.get_model()
-            with torch.inference_mode():
-                model.record_prompts(self.vllm_config)
+            try:
+                with torch.inference_mode():
+                    model.record_prompts(self.vllm_config)
+            except torch.OutOfMemoryError:
+                logger.warning(
+                    "Short prompts are launched kernel by kernel, as there is no memory left for graphs of them: "
+                    "a smaller --gpu-memory-utilization leaves some"
+                )
         return times
 
     def wake_up(self, *tags: Any, **named: Any) -> None:

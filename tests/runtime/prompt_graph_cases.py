@@ -14,6 +14,7 @@ import random
 import secrets
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,7 +63,8 @@ def check(program: Program, seed: int) -> int:
     for number in range(STEPS):
         begin, end = draw_step(rng)
         step = batch.step(begin, end)
-        step["block_table"] = step["block_table"][: len(begin)]
+        columns = rng.choice([0, 40])  # that an engine's table has beyond the blocks of a request, or ours
+        step["block_table"] = torch.nn.functional.pad(step["block_table"][: len(begin)], (0, columns))
         count = len(step["positions"])
         step["input_ids"] = torch.randint(program.vocab_size, [count], dtype=torch.int32, device=program.device)
         before = copies(batch)
@@ -70,17 +72,18 @@ def check(program: Program, seed: int) -> int:
         assert replayed_TD is not None
         replayed_TD = replayed_TD.clone()
         padded = next(graph.inputs for graph in graphs._graphs if graph.tokens >= count)
-        same = []
-        for inputs in (padded, step):
+
+        def at_once(inputs: dict[str, torch.Tensor], count: int = count, before: Any = before) -> torch.Tensor:
             for cache, old in zip(batch.kv, before, strict=True):
                 cache.copy_(old)
-            hidden_TD = program.forward(**inputs, kv=batch.kv)[:count]
-            same.append(all(map(torch.equal, batch.kv, cached)) and hidden_TD.equal(replayed_TD))
-        error = relative_error(replayed_TD, hidden_TD)
+            return program.forward(**inputs, kv=batch.kv)[:count]
+
+        same = at_once(padded).equal(replayed_TD) and all(map(torch.equal, batch.kv, cached))
+        error = relative_error(replayed_TD, at_once(step))
         worst = max(worst, error)
-        if not same[0] or not error < CLOSE:
+        if not same or not error < CLOSE:
             failed += 1
-            print(f"step {number} of {len(begin)} requests, {count} tokens: same bits {same[0]}, error {error:.2e}")
+            print(f"step {number} of {len(begin)} requests, {count} tokens: same bits {same}, error {error:.2e}")
     print(f"seed {seed}: {STEPS} steps, {failed} failed; beside steps without padding the error is {worst:.2e} at most")
     return failed
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -80,7 +78,23 @@ def test_none_has_room(server, most_tokens, most_requests):
     assert all(cache.isnan().all() for cache in kv), "recording caches nothing"
 
 
-@pytest.mark.parametrize("most", [2, 16, 100, 512, 4096])
+def test_tokens_that_belong_to_no_request(program, generator):
+    """An engine's own padding is no part of the requests that a graph has beyond the step's."""
+    given = PagedBatch(program.plan.model, LENGTHS).step([0, 0, 0], [7, 1, 20])
+    given["input_ids"] = torch.randint(0, program.vocab_size, (28,), dtype=torch.int32, generator=generator)
+    padded = {
+        name: torch.cat([tensor, tensor[:4] * 0 - int(name == "slot_mapping")]) if len(tensor) == 28 else tensor
+        for name, tensor in given.items()
+    }
+    run = []
+    graphs = PromptGraphs(
+        lambda **step: run.append(step) or step["input_ids"], MOST_TOKENS, MOST_REQUESTS, 9, program.device, run_again
+    )
+    assert graphs.forward(**padded).shape == (32,)
+    assert run[-1]["query_start_loc"].tolist() == [0, 7, 8, *[28] * (MOST_REQUESTS - 2)]
+
+
+@pytest.mark.parametrize("most", [1, 2, 16, 100, 512])
 def test_sizes(most):
     """Up to the longest step and no further, the largest first; none that the program would take for one of decode."""
     recorded = []
@@ -92,11 +106,12 @@ def test_sizes(most):
     graphs = PromptGraphs(lambda **step: recorded.append(step), most, 300, 4, torch.device("cpu"), record)
     sizes = [len(step["input_ids"]) for step in recorded]
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] == min(most, max(TOKENS))
-    assert set(sizes[1:]) <= set(TOKENS)
+    assert sizes == [most, *(size for size in reversed(TOKENS) if size < most)][: most - 1]
     for step in recorded:
         assert len(step["seq_lens"]) == min(len(step["input_ids"]) - 1, 300)
         assert (step["slot_mapping"] == -1).all()
-    short = SimpleNamespace(**{name: tensor[:1] for name, tensor in recorded[0].items()})
-    assert graphs.forward(**vars(short) | {"query_start_loc": torch.tensor([0, 1], dtype=torch.int32)}) is not None
-    assert len(recorded[-1]["input_ids"]) == sizes[-1], "the smallest that has room is replayed"
+    short = {name: torch.zeros(1, dtype=torch.int32) for name in ("input_ids", "positions", "seq_lens", "slot_mapping")}
+    short |= {"block_table": torch.zeros(1, 4), "query_start_loc": torch.tensor([0, 1])}
+    assert (graphs.forward(**short) is None) == (not sizes)
+    if sizes:
+        assert len(recorded[-1]["input_ids"]) == sizes[-1], "the smallest that has room is replayed"

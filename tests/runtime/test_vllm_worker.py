@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -43,11 +44,20 @@ def test_prompts_are_recorded_behind_vllms_graphs(monkeypatch, mode, sleeps, rec
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode]),
         model_config=SimpleNamespace(enable_sleep_mode=sleeps),
     )
-    model = SimpleNamespace(record_prompts=done.append)
+    model = SimpleNamespace(record_prompts=done.append, prompts="of the first time")
     worker.model_runner = SimpleNamespace(get_model=lambda: model)
-    monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: done.append("vLLM's") or "times")
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: done.append(model.prompts) or "times")
     assert worker.compile_or_warm_up_model() == "times"
-    assert done == ["vLLM's", *([worker.vllm_config] if recorded else [])]
+    assert done == [None, *([worker.vllm_config] if recorded else [])], "vLLM captures what the program launches"
+
+    def fails(config):
+        raise torch.OutOfMemoryError("of a GPU")
+
+    model.record_prompts = fails
+    warned = []
+    monkeypatch.setattr(vllm_worker.logger, "warning", warned.append)
+    assert worker.compile_or_warm_up_model() == "times", "what has no graph is served all the same"
+    assert len(warned) == recorded
 
 
 def test_a_vllm_whose_runner_is_made_of_other_parts(monkeypatch):
