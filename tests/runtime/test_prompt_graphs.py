@@ -94,6 +94,21 @@ def test_tokens_that_belong_to_no_request(program, generator):
     assert run[-1]["query_start_loc"].tolist() == [0, 7, 8, *[28] * (MOST_REQUESTS - 2)]
 
 
+def test_what_a_larger_step_has_left(program):
+    """Is no part of the next."""
+    batch, run = PagedBatch(program.plan.model, LENGTHS), []
+    graphs = PromptGraphs(
+        lambda **step: run.append(step) or step["input_ids"], MOST_TOKENS, MOST_REQUESTS, 9, program.device, run_again
+    )
+    for live in (3, 1):
+        step = batch.step([0, 0, 0][:live], [20, 1, 9][:live])
+        step["input_ids"] = torch.zeros(len(step["positions"]), dtype=torch.int32)
+        assert graphs.forward(**step | {"block_table": step["block_table"][:live]}) is not None
+    assert run[-1]["seq_lens"].tolist() == [20, *[0] * (MOST_REQUESTS - 1)]
+    assert run[-1]["query_start_loc"].tolist() == [0, *[20] * MOST_REQUESTS]
+    assert (run[-1]["slot_mapping"] >= 0).sum() == 20
+
+
 @pytest.mark.parametrize("most", [1, 2, 16, 100, 512])
 def test_sizes(most):
     """Up to the longest step and no further, the largest first; none that the program would take for one of decode."""
@@ -110,8 +125,14 @@ def test_sizes(most):
     for step in recorded:
         assert len(step["seq_lens"]) == min(len(step["input_ids"]) - 1, 300)
         assert (step["slot_mapping"] == -1).all()
-    short = {name: torch.zeros(1, dtype=torch.int32) for name in ("input_ids", "positions", "seq_lens", "slot_mapping")}
-    short |= {"block_table": torch.zeros(1, 4), "query_start_loc": torch.tensor([0, 1])}
-    assert (graphs.forward(**short) is None) == (not sizes)
-    if sizes:
-        assert len(recorded[-1]["input_ids"]) == sizes[-1], "the smallest that has room is replayed"
+    for tokens in (1, *sizes, most + 1):
+        step = {name: torch.zeros(tokens) for name in ("input_ids", "positions", "slot_mapping")}
+        step |= {
+            "block_table": torch.zeros(1, 4),
+            "seq_lens": torch.ones(1),
+            "query_start_loc": torch.tensor([0, tokens]),
+        }
+        replayed = graphs.forward(**step) is not None
+        smallest = [size for size in sizes if size >= tokens][-1:]
+        found = [len(recorded[-1]["input_ids"])] if replayed else []
+        assert found == smallest, "the smallest that has room is replayed"
