@@ -7,8 +7,8 @@ Thread blocks of two warpgroups leave room for others.
 
 Splits cost: each thread block leaves its sums in memory that the L2 cache holds (splits.cuh), and the last adds them
 up.  64 tokens of 256 rows are 64 KB; with clusters of two, which halve them, and four splits the last reads 128 KB,
-1.2 us of what a multiprocessor gets from L2.  So down of Llama-3.1-8B at 64 tokens is 3.8 us a call faster than cuBLAS's,
-8.5 faster than without splits (benchmarks/baseline.md).
+1.2 us of what a multiprocessor gets from L2.  So down of Llama-3.1-8B at 64 tokens is 3.8 us a call faster than
+cuBLAS's, 8.5 faster than without splits (benchmarks/baseline.md).
 
 At 4.8 TB/s a multiprocessor gets a block of 256 x 64 lossless weights every 680 ns, 1,200 cycles.  Of these the
 tensor cores take 512 for 64 tokens; each scheduler has 4 warps that unpack, 110 instructions each (the machine code's
