@@ -181,8 +181,8 @@ class TestOneEngine:
     def test_a_wrong_block_table_is_noticed(self, llm, prompts, expected, monkeypatch):
         right = torch_program.TorchProgram.forward
 
-        def wrong(self, ids, positions, kv, table_RW, *rest):
-            return right(self, ids, positions, kv, (table_RW - 1).clamp(min=0), *rest)
+        def wrong(self, block_table, **rest):
+            return right(self, block_table=(block_table - 1).clamp(min=0), **rest)
 
         monkeypatch.setattr(torch_program.TorchProgram, "forward", wrong)
         llm.reset_prefix_cache()

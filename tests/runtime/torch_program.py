@@ -80,30 +80,30 @@ class TorchProgram:
         self.tokens_S1.fill_(-1)
         return self.tokens_S1[: len(logits_SV)].copy_(logits_SV.argmax(-1, keepdim=True))
 
-    def forward(self, ids_T, positions_T, kv, table_RW, lens_R, starts_R1, slots_T):
+    def forward(self, input_ids, positions, kv, block_table, seq_lens, query_start_loc, slot_mapping):
         # The references live beside TVM, which a serving process must not import before it has to.
         from vllm_compile.ops.paged_attention import reference as paged_attention
         from vllm_compile.ops.qkv_rope_cache import reference as qkv_rope_cache
         from vllm_compile.ops.rms_norm import reference as rms_norm
 
-        self.check(ids_T, positions_T, kv, table_RW, lens_R, starts_R1, slots_T)
+        self.check(input_ids, positions, kv, block_table, seq_lens, query_start_loc, slot_mapping)
         frequency = self.theta ** -(torch.arange(0, self.head_dim, 2).float() / self.head_dim)
-        angle_TD = (positions_T[:, None] * frequency).repeat(1, 2)
+        angle_TD = (positions[:, None] * frequency).repeat(1, 2)
         cos_TD, sin_TD = angle_TD.cos().to(self.dtype), angle_TD.sin().to(self.dtype)
-        x_TD = self.embed(ids_T)
+        x_TD = self.embed(input_ids)
         for i in range(self.num_layers):
             w = {name: self.weights[f"model.layers.{i}.{name}.weight"] for name in LAYER_WEIGHTS}
             normed_TD = rms_norm(x_TD, w["input_layernorm"], self.eps)
             qkv = torch.cat([F.linear(normed_TD, w[f"self_attn.{name}_proj"]) for name in "qkv"], dim=-1)
             heads = self.num_heads, self.num_kv_heads, self.head_dim
-            q_THD = qkv_rope_cache(qkv, cos_TD, sin_TD, kv[i], slots_T, *heads)
-            out_THD = paged_attention(q_THD, kv[i], table_RW, lens_R, starts_R1, self.head_dim**-0.5)
+            q_THD = qkv_rope_cache(qkv, cos_TD, sin_TD, kv[i], slot_mapping, *heads)
+            out_THD = paged_attention(q_THD, kv[i], block_table, seq_lens, query_start_loc, self.head_dim**-0.5)
             x_TD = x_TD + F.linear(out_THD.flatten(1), w["self_attn.o_proj"])
             normed_TD = rms_norm(x_TD, w["post_attention_layernorm"], self.eps)
             gate, up = (F.linear(normed_TD, w[f"mlp.{name}_proj"]) for name in ("gate", "up"))
             x_TD = x_TD + F.linear(F.silu(gate) * up, w["mlp.down_proj"])
         hidden_TD = rms_norm(x_TD, self.weights["model.norm.weight"], self.eps)
-        return self.hidden_TD.fill_(float("nan"))[: len(ids_T)].copy_(hidden_TD)
+        return self.hidden_TD.fill_(float("nan"))[: len(input_ids)].copy_(hidden_TD)
 
     def check(self, ids_T, positions_T, kv, table_RW, lens_R, starts_R1, slots_T):
         """What the compiled kernels take for granted."""
