@@ -53,7 +53,7 @@ CONTEXT = 128  # cached tokens of each request
 BATCHES = {1: (1, 8), 9: (16,), 17: (32,), 33: (64,)}  # by least tokens of a variant: the steps that are timed
 KEY = ("chip", "op", "N", "K", "residual", "lossless", "min_tokens")  # of a record: what it is found by
 # Of a configuration: which rows and columns it takes.
-SHAPE = ("kind", "row_tiles", "row_groups", "k_groups", "cluster", "splits")
+SHAPE = ("kind", "row_tiles", "row_groups", "tiles", "k_groups", "cluster", "splits")
 ALONE = 1.25  # times as long as the fastest by itself: a kernel that takes longer has hardly a chance in a step
 FINALISTS = 8  # shapes that are timed for a second
 RECORDS = Path(__file__).parents[1] / "schedules/cuda/records.json"

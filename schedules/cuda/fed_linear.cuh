@@ -1,10 +1,11 @@
 // Products of up to 64 tokens with a weight matrix that is read once, x brought by warps of its own:
 // y[tokens, N] = x[tokens, K] @ weight[N, K].T
 //
-// A thread block makes ROW_GROUPS * 64 rows of the weight for TOKENS tokens, in one of SPLITS parts of K, and that in
+// A thread block makes TILES * 16 rows of the weight for TOKENS tokens, in one of SPLITS parts of K, and that in
 // K_GROUPS * CLUSTER parts: one of its warpgroups multiplies 64 rows in one of these, as in wide_linear.cuh, which see for
-// the order of k, for raised codes and for the side list.  As many more warps as there are warpgroups load x, block of 64
-// columns by block, and store it to where products look for it, in STAGES places for each part that take turns.
+// the order of k, for raised codes and for the side list.  ROW_GROUPS warpgroups have room for the tiles; warps of the last
+// that have none multiply zeros.  As many more warps as there are warpgroups load x, block of 64 columns by block, and store
+// it to where products look for it, in STAGES places for each part that take turns.
 // Nothing but these places holds warps together: of each, one barrier says that x is there, another that all products with
 // it are done.  So warps that meet with entries of the side list delay no others, and none spends instructions on x.
 //
@@ -93,14 +94,17 @@ struct FedVectors {
 
 // PREFETCH, GATED, bias and residual: as in wide_linear.cuh.  `shared` holds places of x, the stages of all warps and the
 // barriers, and after them, in the same place, the sums (fed.py computes its size).  With SPLITS no more tokens than TOKENS.
-template <int TOKENS, int ROW_GROUPS, int K_GROUPS, int CLUSTER, int SPLITS, int STAGES, int PREFETCH, bool PACKED, bool GATED>
+template <int TOKENS, int ROW_GROUPS, int TILES, int K_GROUPS, int CLUSTER, int SPLITS, int STAGES, int PREFETCH, bool PACKED,
+          bool GATED>
 __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* weight,
                                            const void* bias_or_null,
                                            const void* residual_or_null, __nv_bfloat16* y,
                                            int tokens, int N, int K, void* shared) {
   constexpr int V = BLOCK_VECTORS<PACKED>;
-  constexpr int TILES = 4 * ROW_GROUPS, ROWS = 16 * TILES;  // a tile of 16 rows a warp
-  constexpr int WARPS = TILES * K_GROUPS, FEEDERS = ROW_GROUPS * K_GROUPS, THREADS = 32 * (WARPS + FEEDERS);
+  constexpr int PART_WARPS = 4 * ROW_GROUPS, ROWS = 16 * TILES;  // of a part of K: each has a tile of 16 rows, or none
+  static_assert(PART_WARPS - 4 < TILES && TILES <= PART_WARPS, "tiles for each warpgroup");
+  static_assert(!GATED || TILES % 2 == 0, "as many gates as ups");
+  constexpr int WARPS = PART_WARPS * K_GROUPS, FEEDERS = ROW_GROUPS * K_GROUPS, THREADS = 32 * (WARPS + FEEDERS);
   static_assert(STAGES % 2 == 0, "two sets of fragments take turns");
   using X = FedVectors<TOKENS, FEEDERS / K_GROUPS, STAGES>;
   constexpr int PLACES_OF_PART = STAGES * X::BYTES;
@@ -115,8 +119,9 @@ __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* w
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool multiplies = warp < WARPS;
-  const int tile = warp % TILES, feeder = warp - WARPS;
-  const int k_group = K_GROUPS == 1 ? 0 : multiplies ? warp / TILES : feeder % K_GROUPS;
+  const int tile = warp % PART_WARPS, feeder = warp - WARPS;
+  const bool has_tile = TILES == PART_WARPS || tile < TILES;
+  const int k_group = K_GROUPS == 1 ? 0 : multiplies ? warp / PART_WARPS : feeder % K_GROUPS;
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
   const int split = blockIdx.x / CLUSTER % SPLITS, rows_before = blockIdx.x / (CLUSTER * SPLITS) * ROWS;
   // Gated: tiles of gates and of ups alternate.
@@ -130,7 +135,7 @@ __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* w
   char* const places = static_cast<char*>(shared) + k_group * PLACES_OF_PART;
 
   const X vectors(shared_address(shared) + COPIES + k_group * X::BARRIERS);
-  if (lane == 0 && multiplies && tile == 0) vectors.start(TILES);
+  if (lane == 0 && multiplies && tile == 0) vectors.start(PART_WARPS);
   __syncthreads();
   launch_dependents();
   float sums[TOKENS / 8][4] = {};
@@ -142,21 +147,27 @@ __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* w
     uint4* const ring = reinterpret_cast<uint4*>(static_cast<char*>(shared) + K_GROUPS * PLACES_OF_PART) +
                         warp * (STAGES * V * 32) + lane;
     const uint32_t ring_address = shared_address(ring);
-    const char* const source = lane_source<PACKED>(weight, first_row, K, lane) + vector_offset<PACKED>(begin, 0, K);
+    // Those of a warp without a tile begin at null: at 64 tokens no register is left that would say that it has none.
+    const char* const source =
+        has_tile ? lane_source<PACKED>(weight, first_row, K, lane) + vector_offset<PACKED>(begin, 0, K) : nullptr;
     auto load = [&](int stage, int block) {
-      if (block < blocks)
+      const char* const from = source + vector_offset<PACKED>(block, 0, K);
+      if (block < blocks && (TILES == PART_WARPS || reinterpret_cast<uint64_t>(from) >> 32))
 #pragma unroll
         for (int v = 0; v < V; v++)
           copy_async(ring_address + (stage * V + v) * 512, source + vector_offset<PACKED>(block, v, K));
       commit_copies();
     };
+    if (!has_tile)
+#pragma unroll
+      for (int i = 0; i < STAGES * V; i++) ring[i * 32] = make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int stage = 0; stage < STAGES; stage++) load(stage, stage);
-    if constexpr (PREFETCH > 0)
+    if (PREFETCH > 0 && has_tile)
       prefetch_blocks<PACKED>(weight, first_row, K, begin + STAGES, begin + min(STAGES + PREFETCH, blocks), lane);
     Side side;
     if constexpr (PACKED)
-      side.start(side_list(weight, N, K), row_table(weight, N, K) + first_row + lane, lane < 16, begin * 64);
+      side.start(side_list(weight, N, K), row_table(weight, N, K) + first_row + lane, lane < 16 && has_tile, begin * 64);
     wait_for_kernels_before();
 
     const uint64_t descriptor = matrix_descriptor(shared_address(places), TOKENS * 16, 128);
@@ -195,7 +206,7 @@ __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* w
   }
   const int block = block_again() / CLUSTER;
   write_results<TOKENS, ROWS, K_GROUPS, CLUSTER, THREADS, GATED, SPLITS>(
-      sums, scale, multiplies, k_group, tile, block / SPLITS * ROWS, tokens, N, bias_or_null, residual, y, shared, DenseRows{},
+      sums, scale, multiplies && has_tile, k_group, tile, block / SPLITS * ROWS, tokens, N, bias_or_null, residual, y, shared, DenseRows{},
       block % SPLITS);
 }
 

@@ -19,10 +19,10 @@ def spec_of(N, K, gated=False):
     return kernels_cuda_linear.spec_of("gate_up_silu" if gated else "linear", N, K, residual=False)
 
 
-def config_of(tokens, row_groups, k_groups, cluster, stages, packed=True, **splits):
+def config_of(tokens, row_groups, k_groups, cluster, stages, packed=True, **others):
     names = ("tokens", "row_groups", "k_groups", "cluster", "stages")
     shape = zip(names, (tokens, row_groups, k_groups, cluster, stages), strict=True)
-    return {"kind": "fed", **dict(shape), "prefetch": 0, "lossless": packed, **splits}
+    return {"kind": "fed", **dict(shape), "prefetch": 0, "lossless": packed, **others}
 
 
 CASES = {
@@ -35,6 +35,7 @@ CASES = {
     "down_in_splits": (Linear, spec_of(4096, 14336), config_of(64, 4, 1, 2, 4, splits=4)),
     "down_of_few_in_splits": (Linear, spec_of(4096, 14336), config_of(16, 2, 2, 1, 4, splits=4)),
     "o_in_splits": (Linear, spec_of(4096, 4096), config_of(64, 4, 1, 1, 4, splits=8)),
+    "gates_of_fewer": (GateUpSilu, spec_of(28672, 4096, True), config_of(64, 4, 1, 1, 4, tiles=14)),
     "gates_in_splits": (GateUpSilu, spec_of(16384, 2048, True), config_of(64, 4, 1, 1, 4, splits=2)),
     "qkv_of_1b": (Linear, spec_of(3072, 2048), config_of(64, 1, 2, 2, 4)),
     "plain": (Linear, spec_of(512, 512), config_of(32, 4, 1, 1, 2, packed=False)),
@@ -89,7 +90,8 @@ def shapes(spec, tokens, gated=False):
     """What is worth measuring, with four stages."""
     found = fed.promising(spec, TARGET, True, gated, tokens)
     names = ("row_groups", "k_groups", "cluster", "splits")
-    return {tuple(config[name] for name in names if name in config) for config in found if config["stages"] == 4}
+    four = [config for config in found if config["stages"] == 4 and "tiles" not in config]
+    return {tuple(config[name] for name in names if name in config) for config in four}
 
 
 def test_what_it_is_for():
@@ -103,6 +105,9 @@ def test_what_it_is_for():
         "64 to 256 thread blocks, parts of K in a cluster alike; of splits those that all have a place at once"
     )
     assert not shapes(spec_of(256, 14336), 16), "too few rows for the chip"
+    fewer = [c for c in fed.promising(gates, TARGET, True, True, 64) if "tiles" in c]
+    assert {(c["row_groups"], c["k_groups"], c["tiles"]) for c in fewer} == {(4, 1, 14)}, "128 thread blocks, not 112"
+    assert not [c for c in fed.promising(spec_of(128256, 4096), TARGET, True, False, 64) if "tiles" in c], "rounds"
 
 
 def test_what_can_be_built():
@@ -118,6 +123,10 @@ def test_what_can_be_built():
     )
     assert matmul.admits(spec_of(256, 2048), config_of(16, 1, 4, 4, 2), 33, TARGET, True)
     assert not matmul.admits(spec_of(256, 1024), config_of(16, 1, 4, 4, 2), 33, TARGET, True), "rounds of each part"
+    assert matmul.admits(gates, config_of(64, 4, 1, 1, 4, tiles=14), 33, TARGET, True, True)
+    assert not matmul.admits(gates, config_of(64, 4, 1, 1, 4, tiles=15), 33, TARGET, True, True), "a gate for each up"
+    assert not matmul.admits(gates, config_of(64, 4, 1, 1, 4, tiles=12), 33, TARGET, True, True), "three warpgroups"
+    assert not matmul.admits(gates, config_of(64, 4, 1, 1, 4, tiles=16), 33, TARGET, True, True), "which is all"
     narrow, split = spec_of(4096, 4096), config_of(32, 4, 1, 1, 4, splits=8)
     assert matmul.admits(narrow, split, 17, TARGET, True)
     assert not matmul.admits(narrow, split, 33, TARGET, True), "more tokens than there is memory for"

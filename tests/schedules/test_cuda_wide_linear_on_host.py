@@ -64,10 +64,9 @@ def wide(tokens, row_groups, k_groups, cluster, blocks, stages):
     return (("kind", "wide"), *zip(names, (tokens, row_groups, k_groups, cluster, blocks, stages), strict=True))
 
 
-def fed(tokens, row_groups, k_groups, cluster, stages, splits=None):
+def fed(tokens, row_groups, k_groups, cluster, stages, **others):
     names = ("tokens", "row_groups", "k_groups", "cluster", "stages")
-    shape = (("kind", "fed"), *zip(names, (tokens, row_groups, k_groups, cluster, stages), strict=True))
-    return shape if splits is None else (*shape, ("splits", splits))
+    return (("kind", "fed"), *zip(names, (tokens, row_groups, k_groups, cluster, stages), strict=True), *others.items())
 
 
 ALL = ("bias", "residual")
@@ -106,10 +105,14 @@ CASES = {
     "fed_most_of_x": Case(fed(64, 1, 2, 2, 4), True, 64, 16, optional=("bias",)),
     "fed_sums_are_largest": Case(fed(64, 4, 1, 2, 2), True, 256, 8),
     # Parts of K over the grid: unequal ones, in clusters, of gates.
-    "fed_splits": Case(fed(64, 4, 1, 1, 4, 3), True, 512, 16, optional=ALL),
-    "fed_splits_of_clusters": Case(fed(32, 2, 1, 2, 2, 4), True, 256, 20, optional=("residual",)),
-    "fed_splits_gated": Case(fed(16, 2, 1, 2, 2, 2), True, 256, 12, gated=True),
-    "fed_splits_plain": Case(fed(8, 2, 2, 1, 2, 5), False, 128, 20, optional=("bias",)),
+    "fed_splits": Case(fed(64, 4, 1, 1, 4, splits=3), True, 512, 16, optional=ALL),
+    "fed_splits_of_clusters": Case(fed(32, 2, 1, 2, 2, splits=4), True, 256, 20, optional=("residual",)),
+    "fed_splits_gated": Case(fed(16, 2, 1, 2, 2, splits=2), True, 256, 12, gated=True),
+    "fed_splits_plain": Case(fed(8, 2, 2, 1, 2, splits=5), False, 128, 20, optional=("bias",)),
+    # Warps without a tile.
+    "fed_fewer_tiles": Case(fed(64, 4, 1, 1, 4, tiles=14), True, 448, 12, gated=True),
+    "fed_one_tile": Case(fed(32, 1, 2, 1, 2, tiles=1), True, 48, 8, optional=ALL),
+    "fed_fewer_tiles_plain": Case(fed(16, 2, 1, 1, 2, tiles=5), False, 160, 6, optional=("bias",)),
 }
 
 
