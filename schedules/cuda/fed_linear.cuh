@@ -206,8 +206,8 @@ __device__ __forceinline__ void fed_linear(const __nv_bfloat16* x, const void* w
   }
   const int block = block_again() / CLUSTER;
   write_results<TOKENS, ROWS, K_GROUPS, CLUSTER, THREADS, GATED, SPLITS>(
-      sums, scale, multiplies && has_tile, k_group, tile, block / SPLITS * ROWS, tokens, N, bias_or_null, residual, y, shared, DenseRows{},
-      block % SPLITS);
+      sums, scale, multiplies && has_tile, k_group, tile, block / SPLITS * ROWS, tokens, N, bias_or_null, residual, y, shared,
+      DenseRows{}, block % SPLITS);
 }
 
 }  // namespace vllm_compile
