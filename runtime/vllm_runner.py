@@ -17,8 +17,10 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
-from vllm.v1.worker.gpu.input_batch import InputBatch, combine_sampled_and_draft_tokens, prepare_pos_seq_lens
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+from .advance_step import advance_step
 
 logger = init_logger("vllm.compiled_artifact")  # below vLLM's own, which says where lines go
 
@@ -49,10 +51,11 @@ SAME = frozenset(  # the very objects of the step before; tensors' contents may 
         "is_padding",
         "cu_num_logits",
         "cu_num_logits_np",
+        "logits_indices",
     }
 )
 OTHERS = frozenset(  # objects of the step's own
-    {"num_computed_tokens_np", "seq_lens_cpu_upper_bound", "logits_indices", "has_structured_output_reqs"}
+    {"num_computed_tokens_np", "seq_lens_cpu_upper_bound", "has_structured_output_reqs"}
 )
 ABSENT = frozenset(  # None in every step that is repeated
     {
@@ -75,7 +78,7 @@ class Step:
     tokens: dict[str, int]  # by request
     graph: BatchExecutionDescriptor
     batch: InputBatch
-    tables: tuple[torch.Tensor, ...] | None = None  # of blocks, as the graph reads them
+    attention: tuple[tuple[torch.Tensor, ...], torch.Tensor] | None = None  # tables of blocks, slots: of each group
 
 
 class CompiledRunner(GPUModelRunner):
@@ -96,33 +99,27 @@ class CompiledRunner(GPUModelRunner):
             if graph is not None and may_be_repeated(batch, graph):
                 self._last = Step(scheduler_output.num_scheduled_tokens, graph, batch)
             return batch
-        batch = self._advanced(last.batch)
+        batch = self._advanced(last)
         batch.has_structured_output_reqs = scheduler_output.has_structured_output_requests
-        grown = any(blocks is not None for blocks in scheduler_output.scheduled_cached_reqs.new_block_ids)
-        self._last = replace(last, batch=batch, tables=None if grown else last.tables)
+        self._last = replace(last, batch=batch)
         return batch
 
-    def _advanced(self, batch: InputBatch) -> InputBatch:
+    def _advanced(self, last: Step) -> InputBatch:
         """The batch with a token more of each request."""
-        batch, states, buffers = copy(batch), self.req_states, self.input_buffers
-        prepare_pos_seq_lens(
+        assert last.attention is not None
+        (block_table,), (slot_mapping,) = last.attention
+        batch, states, buffers = copy(last.batch), self.req_states, self.input_buffers
+        advance_step(
             batch.idx_mapping,
-            batch.query_start_loc,
             states.num_computed_tokens.gpu,
+            states.last_sampled_tokens,
+            self.block_tables.block_tables[0].gpu,
+            self.block_tables.block_sizes_tensor,
+            buffers.input_ids,
             buffers.positions,
             buffers.seq_lens,
-        )
-        batch.logits_indices = combine_sampled_and_draft_tokens(
-            buffers.input_ids,
-            batch.idx_mapping,
-            states.last_sampled_tokens,
-            batch.query_start_loc,
-            batch.seq_lens,
-            states.prefill_len.gpu,
-            states.draft_tokens,
-            batch.cu_num_logits,
-            batch.num_reqs,
-            self.model_state.num_new_sampled_tokens_per_step,
+            block_table,
+            slot_mapping,
         )
         batch.num_computed_tokens_np = states.num_computed_tokens_np[batch.idx_mapping_np]
         lengths = np.zeros(batch.num_reqs_after_padding, dtype=np.int32)
@@ -131,20 +128,13 @@ class CompiledRunner(GPUModelRunner):
         return batch
 
     def prepare_attn(self, input_batch: InputBatch, *more: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """As vLLM's: each request's blocks, which it may have already where the graph reads them, and tokens' slots."""
+        """As vLLM's: each request's blocks, and tokens' slots; a step that is repeated has them already."""
         last = self._last
         if last is None or input_batch is not last.batch:
             return super().prepare_attn(input_batch, *more)
-        if last.tables is None:
-            last.tables, slots = super().prepare_attn(input_batch, *more)
-        else:
-            slots = self.block_tables.compute_slot_mappings(
-                input_batch.idx_mapping,
-                input_batch.query_start_loc,
-                input_batch.positions,
-                num_tokens_padded=input_batch.num_tokens_after_padding,
-            )
-        return last.tables, slots
+        if last.attention is None:
+            last.attention = super().prepare_attn(input_batch, *more)
+        return last.attention
 
     def _dummy_run(self, *given: Any, **named: Any) -> Any:
         """As vLLM's, which writes over the inputs of the step before."""
@@ -170,7 +160,9 @@ def repeats(last: Step, scheduler_output: Any, graph: BatchExecutionDescriptor |
     """
     places = last.batch.idx_mapping_np
     return (
-        scheduler_output.num_scheduled_tokens == last.tokens
+        last.attention is not None
+        and len(last.attention[0]) == 1
+        and scheduler_output.num_scheduled_tokens == last.tokens
         and graph == last.graph
         and not scheduler_output.scheduled_new_reqs
         and not scheduler_output.scheduled_cached_reqs.resumed_req_ids

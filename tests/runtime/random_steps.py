@@ -50,11 +50,22 @@ def combine_sampled_and_draft_tokens(
     return last
 
 
+def advance_step(places, computed, sampled, blocks, block_size, input_ids, positions, seq_lens, table, slots):
+    (size,) = block_size.tolist()
+    for i, place in enumerate(places.tolist()):
+        position = int(computed[place])
+        table[i, position // size] = blocks[place, position // size]
+        input_ids[i], positions[i], seq_lens[i] = sampled[place, 0], position, position + 1
+        slots[i] = table[i, position // size] * size + position % size
+
+
 class BlockTables:
     """vLLM's: of each place, and once more in the order of the step's requests."""
 
     def __init__(self) -> None:
         self.of_places = torch.full((PLACES, WIDTH), -7, dtype=torch.int32)
+        self.block_tables = [SimpleNamespace(gpu=self.of_places)]
+        self.block_sizes_tensor = torch.tensor([BLOCK_SIZE], dtype=torch.int32)
         self.counts = np.zeros(PLACES, dtype=int)
         self.inputs, self.slots = torch.full_like(self.of_places, -7), torch.full((1, TOKENS), -7)
         self.gathered = 0
@@ -198,7 +209,7 @@ class Server:
         return prepared
 
     def prepared(self, runner: GPUModelRunner, output: SimpleNamespace) -> tuple:
-        """All that a step reads: the batch, its buffers, block tables and slots."""
+        """All that a step reads: the batch, its buffers, block tables as far as tokens are cached, and slots."""
         state, _ = runner.gather_batch_req_state(output, dummy_run=False)
         decode = state.num_tokens == len(state.req_ids)
         padded = -(-len(state.req_ids) // 4) * 4 if decode else state.num_tokens
@@ -210,7 +221,9 @@ class Server:
         self.batches.append((batch, vars(batch).copy()))
         tables, slots = runner.prepare_attn(batch)
         buffers = runner.input_buffers
-        return copied((vars(batch), buffers.query_start_loc, buffers.seq_lens, tables, slots))
+        (table,) = tables
+        ahead = torch.arange(WIDTH) * BLOCK_SIZE >= buffers.seq_lens[: len(table), None]
+        return copied((vars(batch), buffers.query_start_loc, buffers.seq_lens, table.masked_fill(ahead, 0), slots))
 
     def compute(self, scheduled: dict[str, int]) -> None:
         """The step itself: the next tokens, and as many computed as were scheduled."""
