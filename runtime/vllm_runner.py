@@ -99,33 +99,36 @@ class CompiledRunner(GPUModelRunner):
             if graph is not None and may_be_repeated(batch, graph):
                 self._last = Step(scheduler_output.num_scheduled_tokens, graph, batch)
             return batch
-        batch = self._advanced(last)
+        batch = self._advanced(last.batch)
         batch.has_structured_output_reqs = scheduler_output.has_structured_output_requests
         self._last = replace(last, batch=batch)
         return batch
 
-    def _advanced(self, last: Step) -> InputBatch:
+    def _advanced(self, batch: InputBatch) -> InputBatch:
         """The batch with a token more of each request."""
-        assert last.attention is not None
-        (block_table,), (slot_mapping,) = last.attention
-        batch, states, buffers = copy(last.batch), self.req_states, self.input_buffers
-        advance_step(
-            batch.idx_mapping,
-            states.num_computed_tokens.gpu,
-            states.last_sampled_tokens,
-            self.block_tables.block_tables[0].gpu,
-            self.block_tables.block_sizes_tensor,
-            buffers.input_ids,
-            buffers.positions,
-            buffers.seq_lens,
-            block_table,
-            slot_mapping,
-        )
-        batch.num_computed_tokens_np = states.num_computed_tokens_np[batch.idx_mapping_np]
+        batch = copy(batch)
+        self._write_inputs(batch.idx_mapping)
+        batch.num_computed_tokens_np = self.req_states.num_computed_tokens_np[batch.idx_mapping_np]
         lengths = np.zeros(batch.num_reqs_after_padding, dtype=np.int32)
         np.add(batch.num_computed_tokens_np, 1, out=lengths[: batch.num_reqs])
         batch.seq_lens_cpu_upper_bound = torch.from_numpy(lengths)
         return batch
+
+    def _write_inputs(self, places: torch.Tensor) -> None:
+        """Of a decode step of the requests at these places, to where its graph reads them."""
+        states, buffers, tables = self.req_states, self.input_buffers, self.block_tables
+        advance_step(
+            places,
+            states.num_computed_tokens.gpu,
+            states.last_sampled_tokens,
+            tables.block_tables[0].gpu,
+            tables.block_sizes_tensor,
+            buffers.input_ids,
+            buffers.positions,
+            buffers.seq_lens,
+            tables.input_block_tables[0],
+            tables.slot_mappings[0],
+        )
 
     def prepare_attn(self, input_batch: InputBatch, *more: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """As vLLM's: each request's blocks, and tokens' slots; a step that is repeated has them already."""
@@ -142,9 +145,11 @@ class CompiledRunner(GPUModelRunner):
         return super()._dummy_run(*given, **named)
 
     def capture_model(self, *given: Any, **named: Any) -> Any:
-        """As vLLM's, which does so, too."""
+        """As vLLM's, which does so, too; no request is to wait until the kernel of repeated steps is compiled."""
         self._last = None
-        return super().capture_model(*given, **named)
+        captured = super().capture_model(*given, **named)
+        self._write_inputs(torch.zeros(1, dtype=torch.int32, device=self.device))  # of no request, for none to read
+        return captured
 
     def initialize_kv_cache(self, *given: Any, **named: Any) -> None:
         """As vLLM's, which makes other buffers for them."""

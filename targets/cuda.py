@@ -24,8 +24,8 @@ H200 = Chip(
     vector=66.9e12,
     sustained_bandwidth=4.5e12,
     sustained_matrix={"bfloat16": 785e12, "float32": 66.9e12},
-    launch=2.8e-6,
-    vendor_launch=5.4e-6,
+    launch=2.9e-6,
+    vendor_launch=5.6e-6,
     sources=(
         "peaks: NVIDIA H200 data sheet (SXM, dense products)",
         "sustained: reads of lm_head 128256 x 4096, and an 8192 x 8192 x 8192 bf16 product, both seen on an H200",

@@ -67,7 +67,8 @@ class BlockTables:
         self.block_tables = [SimpleNamespace(gpu=self.of_places)]
         self.block_sizes_tensor = torch.tensor([BLOCK_SIZE], dtype=torch.int32)
         self.counts = np.zeros(PLACES, dtype=int)
-        self.inputs, self.slots = torch.full_like(self.of_places, -7), torch.full((1, TOKENS), -7)
+        self.input_block_tables = [torch.full_like(self.of_places, -7)]
+        self.slot_mappings = torch.full((1, TOKENS), -7)
         self.gathered = 0
 
     def append(self, place: int, blocks: list[int], overwrite: bool) -> None:
@@ -78,17 +79,17 @@ class BlockTables:
     def gather_block_tables(self, places, num_reqs_padded):
         self.gathered += 1
         for i, place in enumerate(places.tolist()):
-            self.inputs[i, : self.counts[place]] = self.of_places[place, : self.counts[place]]
-        self.inputs[len(places) : num_reqs_padded] = 0
-        return (self.inputs[:num_reqs_padded],)
+            self.input_block_tables[0][i, : self.counts[place]] = self.of_places[place, : self.counts[place]]
+        self.input_block_tables[0][len(places) : num_reqs_padded] = 0
+        return (self.input_block_tables[0][:num_reqs_padded],)
 
     def compute_slot_mappings(self, places, query_start_loc, positions, num_tokens_padded):
-        self.slots.fill_(NO_SLOT)
+        self.slot_mappings.fill_(NO_SLOT)
         for i, place in enumerate(places.tolist()):
             begin, end = query_start_loc[i : i + 2].tolist()
             p = positions[begin:end]
-            self.slots[0, begin:end] = self.of_places[place, p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
-        return self.slots[:, :num_tokens_padded]
+            self.slot_mappings[0, begin:end] = self.of_places[place, p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
+        return self.slot_mappings[:, :num_tokens_padded]
 
 
 def vllms_runner() -> GPUModelRunner:

@@ -179,6 +179,16 @@ def test_what_may_be_repeated(decoding, changed):
     assert not may_be_repeated(batch, graph)
 
 
+def test_no_request_waits_for_a_compiler(decoding, monkeypatch):
+    """A kernel is compiled when it is launched for the first time: once graphs are captured, which no request sees."""
+    _, ours = decoding
+    calls: list[str] = []
+    monkeypatch.setattr(GPUModelRunner, "capture_model", lambda self: calls.append("graphs"))
+    monkeypatch.setattr(vllm_runner, "advance_step", lambda *given: calls.append(f"{len(given[0])} request"))
+    ours.capture_model()
+    assert calls == ["graphs", "1 request"]
+
+
 def test_another_batch_gets_blocks_of_its_own(decoding):
     _, ours = decoding
     gathered = ours.block_tables.gathered
