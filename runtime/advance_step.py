@@ -28,7 +28,7 @@ def advance_step(
     A request's block is written where this step's token is cached, as it may have got it since the step before.
 
     Args:
-        places: int32 [R], each request's row in the next three.
+        places: int32 (vLLM 0.32: int64) [R], each request's row in the next three.
         computed: int32 [S], tokens that are cached.
         sampled: int64 [S, 1], the token that was sampled last.
         blocks: int32 [S, W], blocks in order.

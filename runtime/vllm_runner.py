@@ -148,7 +148,8 @@ class CompiledRunner(GPUModelRunner):
         """As vLLM's, which does so, too; no request is to wait until the kernel of repeated steps is compiled."""
         self._last = None
         captured = super().capture_model(*given, **named)
-        self._write_inputs(torch.zeros(1, dtype=torch.int32, device=self.device))  # of no request, for none to read
+        # Of no request, for none to read; of which type places are differs by version.
+        self._write_inputs(InputBatch.make_dummy(1, 1, self.input_buffers).idx_mapping)
         return captured
 
     def initialize_kv_cache(self, *given: Any, **named: Any) -> None:

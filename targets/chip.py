@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# For chips that nobody measured, what was seen on an H200: shares of the peaks, and launches (`targets/cuda.py`).  A
-# prediction from them is a guess with a reason.
+# For chips that nobody measured, what was seen on an H200 when they were added (682cb93; `targets/cuda.py` has later
+# figures): shares of the peaks, and launches.  A prediction from them is a guess with a reason.
 H200_SHARE_OF_READS, H200_SHARE_OF_PRODUCTS = 0.94, 0.79
 H200_LAUNCH, H200_VENDOR_LAUNCH = 2.4e-6, 5.1e-6
 GUESSED = "sustained reads and launches: not measured; as on an H200, 0.94 of the peak and 2.4 us in a graph"

@@ -13,6 +13,7 @@ import inspect
 import random
 import secrets
 import sys
+from collections.abc import Iterable
 
 import torch
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -59,7 +60,7 @@ class Case:
                 self.tables.append_block_ids(place, ([rng.randrange(1 << 20)],), overwrite=False)
         self.tables.apply_staged_writes()
 
-    def of(self, values: object) -> torch.Tensor:
+    def of(self, values: Iterable[int]) -> torch.Tensor:
         return torch.tensor(list(values), dtype=torch.int32, device="cuda")
 
     def prepare(self) -> None:

@@ -185,6 +185,7 @@ class Server:
             if name == waiting and name not in coming:
                 continue
             scheduled[name] = min(max(length - computed, 1), chunk)
+            # Whose prompt ends with a block has had the next one: it gets all of its blocks before it needs them.
             grows = computed >= length and computed % BLOCK_SIZE == 0 and name not in coming
             place, blocks = self.runners[0].req_states.req_id_to_index[name], self.take(1)
             new_blocks.append([blocks] if grows else None)

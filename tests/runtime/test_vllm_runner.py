@@ -181,12 +181,14 @@ def test_what_may_be_repeated(decoding, changed):
 
 def test_no_request_waits_for_a_compiler(decoding, monkeypatch):
     """A kernel is compiled when it is launched for the first time: once graphs are captured, which no request sees."""
-    _, ours = decoding
-    calls: list[str] = []
+    server, ours = decoding
+    calls: list[object] = []
     monkeypatch.setattr(GPUModelRunner, "capture_model", lambda self: calls.append("graphs"))
-    monkeypatch.setattr(vllm_runner, "advance_step", lambda *given: calls.append(f"{len(given[0])} request"))
+    monkeypatch.setattr(vllm_runner, "advance_step", lambda *given: calls.append([part.dtype for part in given]))
+    server.step()
+    (as_served,) = calls
     ours.capture_model()
-    assert calls == ["graphs", "1 request"]
+    assert calls[1:] == ["graphs", as_served]
 
 
 def test_another_batch_gets_blocks_of_its_own(decoding):
@@ -194,6 +196,24 @@ def test_another_batch_gets_blocks_of_its_own(decoding):
     gathered = ours.block_tables.gathered
     ours.prepare_attn(copy(ours._last.batch))
     assert ours.block_tables.gathered == gathered + 1
+
+
+def with_two_caches(runner: GPUModelRunner) -> None:
+    (table,), slots = runner._last.attention
+    runner._last.attention = (table, table), slots
+
+
+def without_attention(runner: GPUModelRunner) -> None:
+    runner._last.attention = None
+
+
+@pytest.mark.parametrize("changed", [with_two_caches, without_attention])
+def test_what_the_kernel_does_not_know_is_prepared_anew(decoding, anew, changed):
+    server, ours = decoding
+    anew.clear()
+    changed(ours)
+    assert_equal(*server.step())
+    assert ours in anew
 
 
 def test_a_graph_that_is_said_in_another_way(decoding, anew, monkeypatch):
