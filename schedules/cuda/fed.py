@@ -7,7 +7,9 @@ Thread blocks of two warpgroups leave room for others.
 
 Gates and ups of Llama-3.1-8B are 112 thread blocks of 256 rows, on 132 multiprocessors, each of which gets 29 bytes a
 nanosecond at 64 tokens, 33 at 16, where all together could get 32 at 4.2 TB/s.  With 14 tiles of 16 rows instead of
-16, two warps idle, they are 128.  No record has that yet: it was not measured.
+16, two warps idle, they are 128.  Measured, that is no gain: lossless weights are 0.5 to 0.7 us a call slower so, as
+the GPU draws all the power that it may either way.  Plain ones are 0.2 to 0.7 us faster up to 32 tokens, and have such
+records (benchmarks/baseline.md).
 
 Splits cost: each thread block leaves its sums in memory that the L2 cache holds (splits.cuh), and the last adds them
 up.  64 tokens of 256 rows are 64 KB; with clusters of two, which halve them, and four splits the last reads 128 KB,
@@ -130,7 +132,8 @@ def default(spec: OpSpec, target: CudaTarget, packed: bool, gated: bool, tokens:
     """A choice by arithmetic, for up to `tokens` tokens; None unless large thread blocks fill rounds of one each.
 
     So lossless gates and ups were faster on an H200 than with the best wide kernel, lm_heads as fast within three
-    hundredths (benchmarks/baseline.md).  Plain weights, with nothing to unpack, and an H100 were not measured.
+    hundredths (benchmarks/baseline.md).  Plain weights, with nothing to unpack, have it only where a record says so; an
+    H100 was not measured.
     """
     if not packed:
         return None
