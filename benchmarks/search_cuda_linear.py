@@ -208,9 +208,9 @@ def search(
     """The record of the best of these kernels, which the program's plan has from now on; `most` are timed for long."""
     plan = program.plan
 
-    def us(kernel: str | None, timed: Callable[[Program, int, int], float]) -> float:
+    def us(kernel: str | None, timed: Callable[[Program, Sequence[int]], float]) -> float:
         program.set_plan(with_kernel(plan, call.spec, least, kernel))
-        return sum(timed(program, batch, CONTEXT) for batch in BATCHES[least])
+        return sum(timed(program, [CONTEXT] * batch) for batch in BATCHES[least])
 
     times = {name: us(name, partial(step_us, replays=5)) for name in names}
     slowest_first = sorted(times, key=times.__getitem__, reverse=True)
@@ -288,7 +288,7 @@ def main() -> None:
                 names = fast_alone(call, least, kernels, names)
                 records.append(search(program, call, least, names, kernels.configs, options.finalists))
                 write_records(options.records, records)
-        steps = {batch: sustained_us(program, batch, CONTEXT) for batch in BATCHES[least]}
+        steps = {batch: sustained_us(program, [CONTEXT] * batch) for batch in BATCHES[least]}
         print(f"from {least} tokens: steps of {steps} us", flush=True)
     return None
 

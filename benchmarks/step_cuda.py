@@ -1,6 +1,6 @@
 """Where the time of a decode step goes on a GPU: the step as a CUDA graph, whole, and without each of its kernels.
 
-    python benchmarks/step_cuda.py ARTIFACT 1x128 16x128     # batch x cached tokens; random weights
+    python benchmarks/step_cuda.py ARTIFACT 1x128 16x128 15x200+1x32000   # requests x cached tokens; random weights
 
 Kernels overlap (each is launched while the one before it ends), so that a profiler's durations do not add up; how much
 sooner the step ends without a kernel does say what it costs.  Results are garbage then, times are not: no kernel's
@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import statistics
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -49,12 +49,13 @@ def counts(plan: Plan) -> Counter[str]:
     return Counter(name_of(step) for _, step in kernel_steps(plan.functions))
 
 
-def step_graph(program: Program, batch: int, context: int) -> torch.cuda.CUDAGraph:
-    """One decode step of `batch` requests, each with a token of its own and `context` cached ones."""
-    requests = PagedBatch(program.plan.model, [context + 1] * batch, DEVICE)
+def step_graph(program: Program, contexts: Sequence[int]) -> torch.cuda.CUDAGraph:
+    """One decode step of requests with so many cached tokens, each with a token of its own."""
+    batch, lengths = len(contexts), [context + 1 for context in contexts]
+    requests = PagedBatch(program.plan.model, lengths, DEVICE)
     for kv in requests.kv:
         kv.normal_()
-    arguments = requests.step([context] * batch, [context + 1] * batch)
+    arguments = requests.step(list(contexts), lengths)
     same = torch.Generator(DEVICE).manual_seed(batch)  # tokens of one program as of the next
     ids = torch.randint(program.plan.model.vocab_size, [batch], dtype=torch.int32, device=DEVICE, generator=same)
 
@@ -69,9 +70,9 @@ def step_graph(program: Program, batch: int, context: int) -> torch.cuda.CUDAGra
     return graph
 
 
-def step_us(program: Program, batch: int, context: int, replays: int = REPLAYS) -> float:
+def step_us(program: Program, contexts: Sequence[int], replays: int = REPLAYS) -> float:
     """Microseconds of one step (`step_graph`): the median of replays, each by itself."""
-    graph, times = step_graph(program, batch, context), []
+    graph, times = step_graph(program, contexts), []
     for _ in range(3 + replays):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
@@ -82,12 +83,12 @@ def step_us(program: Program, batch: int, context: int, replays: int = REPLAYS) 
     return statistics.median(times[3:])
 
 
-def sustained_us(program: Program, batch: int, context: int, seconds: float = 1.0) -> float:
+def sustained_us(program: Program, contexts: Sequence[int], seconds: float = 1.0) -> float:
     """Microseconds of one step (`step_graph`), of those that follow each other for so long, less the first third.
 
     By then a GPU that would draw more power than it may has lowered its clock.
     """
-    graph = step_graph(program, batch, context)
+    graph = step_graph(program, contexts)
 
     def replayed(count: int) -> float:
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -103,22 +104,28 @@ def sustained_us(program: Program, batch: int, context: int, seconds: float = 1.
     return replayed(2 * third)
 
 
+def contexts_of(workload: str) -> list[int]:
+    """Cached tokens of each request: 2x200+1x3000 are 200, 200, 3000."""
+    parts = [part.split("x") for part in workload.split("+")]
+    return [int(context) for count, context in parts for _ in range(int(count))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("workloads", nargs="+", metavar="BxN")
+    parser.add_argument("workloads", nargs="+", metavar="BxN[+BxN..]")
     options = parser.parse_args()
-    workloads = [tuple(map(int, text.split("x"))) for text in options.workloads]
+    workloads = list(map(contexts_of, options.workloads))
     manifest, plan = read_manifest(options.artifact), from_json((options.artifact / PLAN).read_text())
     program = Program(options.artifact, plan, manifest)
     program.load_dummy_weights()
-    whole = [step_us(program, *workload) for workload in workloads]
+    whole = [step_us(program, workload) for workload in workloads]
     print(f"{torch.cuda.get_device_name()}, microseconds a call\n")
     print(f"| kernel | calls | {' | '.join(options.workloads)} |\n|---|---|{'---|' * len(workloads)}")
     print(f"| whole step | | {' | '.join(f'{us:.0f}' for us in whole)} |", flush=True)
     for name, calls in counts(plan).items():
         program.set_plan(without(plan, [name]))
-        costs = [(us - step_us(program, *workload)) / calls for us, workload in zip(whole, workloads, strict=True)]
+        costs = [(us - step_us(program, workload)) / calls for us, workload in zip(whole, workloads, strict=True)]
         print(f"| {name} | {calls} | {' | '.join(f'{us:.1f}' for us in costs)} |", flush=True)
 
 

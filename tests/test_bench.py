@@ -32,7 +32,7 @@ def test_figures(trained_llama, compiled_fp32, capsys, monkeypatch):
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {(row["engine"], row["workload"]): row for row in figures["rows"]}
     assert set(rows) == {(e, w) for e in ("compiled", "vllm-eager", "hf") for w in ("decode", "prefill")}
-    read = step_bytes(load(compiled_fp32).plan, 2, 128 + 3 * DECODE_STEPS["cpu"] // 2)
+    read = step_bytes(load(compiled_fp32).plan, [128 + 3 * DECODE_STEPS["cpu"] // 2] * 2)
     for (engine, workload), row in rows.items():
         tokens = 2 if workload == "decode" else row["length"]
         assert row["tokens_per_second"] == pytest.approx(tokens / row["milliseconds"] * 1e3)
@@ -71,6 +71,7 @@ def test_more_steps_than_positions(compiled_fp32, trained_llama):
         ("--context", "0"),
         ("--repeats", "0"),
         ("--decode", "0x8"),
+        ("--decode", "4x8+0x8"),
         ("--prefill", "4x0"),
         ("--serve", "0x8"),
     ],
@@ -158,6 +159,31 @@ def test_what_engines_are_asked_for(trained_llama, compiled_fp32, fakes, alone, 
             assert all(prompts == asked[0][0] for prompts, _ in asked)  # the prefix cache has them from the first on
         seen = [tuple(map(tuple, prompts)) for prompts, _ in (rounds[0][0], rounds[1][0], *engine.asked[6:])]
         assert len(seen) == len(set(seen)) == 4  # a prefill never finds its prompts in the cache
+
+
+def test_requests_of_several_lengths(trained_llama, compiled_fp32, fakes, capsys):
+    """They are decoded together; each of their tokens is read."""
+    command = ["bench", str(compiled_fp32), "--model", str(trained_llama), "--batch", "1", "--context", "8"]
+    assert main([*command, "--decode", "2x20+1x90,3x8", "--prefill", "1x8+2x9", "--repeats", "1", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {(row["workload"], row["requests"]): row for row in figures["rows"] if row["engine"] == "compiled"}
+    assert list(rows) == [("decode", "1x8"), ("decode", "2x20+1x90"), ("decode", "3x8"), ("prefill", "1x8+2x9")]
+    row, n = rows["decode", "2x20+1x90"], DECODE_STEPS["cpu"]
+    assert (row["batch"], row["length"], row["tokens_per_second"]) == (3, 90, pytest.approx(3))
+    read = step_bytes(load(compiled_fp32, weights=False).plan, [20 + 3 * n // 2] * 2 + [90 + 3 * n // 2])
+    assert row["gigabytes_per_second"] == pytest.approx(read / 1e9)
+    assert rows["prefill", "1x8+2x9"]["tokens_per_second"] == pytest.approx((8 + 2 * 9) / (1 + ADMISSION))
+    for engine in fakes:
+        assert engine.options["max_num_seqs"] == 3
+        assert engine.options["max_model_len"] == 90 + 2 * n + 1
+        asked = {tuple(len(prompt) for prompt in prompts) for prompts, _ in engine.asked}
+        assert asked == {(8,), (20, 20, 90), (8, 8, 8), (8, 9, 9)}
+
+
+def test_hugging_face_runs_one_length(compiled_fp32, trained_llama):
+    mixed = Workload.of([(1, 8), (1, 9)])
+    with pytest.raises(VllmCompileError, match="leave it out of --against, or those of several"):
+        bench(compiled_fp32, trained_llama, ["hf"], [mixed], [Workload(1, 8)], repeats=1)
 
 
 def test_a_load_that_is_served(trained_llama, compiled_fp32, fakes):

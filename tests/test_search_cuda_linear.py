@@ -78,7 +78,7 @@ def test_what_is_fastest_after_a_second_is_kept(plan, monkeypatch, vendors, kept
         }
         return dict(step.variants).get(9) if step.large.min_tokens > 9 else None
 
-    def timed_for_long(program, batch, context):
+    def timed_for_long(program, contexts):
         sustained.append(kernel())
         return {"a": 30, "b": 20, "a slower": 10, None: vendors}[kernel()]
 

@@ -13,7 +13,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,9 @@ class Row:
     Attributes:
         engine: compiled, vllm, vllm-eager or hf.
         workload: decode, prefill or serve.
-        batch, length: requests, and the tokens of each one's prompt; of those served, of prompts and answers at most.
+        requests: how many of how many tokens in their prompts, as 63x128+1x30000; of those served, of prompts and
+            answers at most.
+        batch, length: all of them, and the longest's tokens.
         milliseconds: median time of a decode step, of the whole prefill, or until all are served.
         quartiles: half of the times are between these.  (The least of them, as of any difference, bounds nothing.)
         tokens_per_second: of all requests together; of those served, of their answers.
@@ -57,6 +59,7 @@ class Row:
 
     engine: str
     workload: str
+    requests: str
     batch: int
     length: int
     milliseconds: float
@@ -100,6 +103,8 @@ def bench(
     target, device = manifest["target"]["name"], device_of(manifest["target"]["name"])
     if target != "cpu" and {"hf", "vllm-all-cores"} & set(against):
         raise VllmCompileError("on a GPU the peers are vllm and vllm-eager")
+    if "hf" in against and any(w.beside is not None for w in (*decodes, *prefills)):
+        raise VllmCompileError("hf runs requests of one length: leave it out of --against, or those of several")
     if serves and "hf" in against:
         raise VllmCompileError("hf runs requests of one length: leave it out of --against, or leave out --serve")
     bandwidth, steps = read_bandwidth(device), steps or DECODE_STEPS[target]
@@ -108,10 +113,10 @@ def bench(
         raise VllmCompileError(f"{artifact} has {plan.model.max_positions} positions, too few for --steps {steps}")
     # What is the same once it is no longer than the model is measured once.
     decodes, prefills = (
-        list(dict.fromkeys(replace(w, length=min(w.length, most)) for w in ws)) for ws in (decodes, prefills)
+        list(dict.fromkeys(workload.within(most) for workload in workloads)) for workloads in (decodes, prefills)
     )
-    serves = list(dict.fromkeys(replace(w, length=min(w.length, plan.model.max_positions // 2)) for w in serves))
-    lengths = [w.length + 2 * steps for w in (*decodes, *prefills)] + [2 * w.length for w in serves]
+    serves = list(dict.fromkeys(workload.within(plan.model.max_positions // 2) for workload in serves))
+    lengths = [max(w.lengths) + 2 * steps for w in (*decodes, *prefills)] + [2 * w.length for w in serves]
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         seed = manifest["source"]["dummy_weights_seed"]
@@ -119,7 +124,7 @@ def bench(
         peer = model if model is not None and seed is None else _dummy_model(artifact, plan, seed, scratch, weightless)
         options = {
             "max_model_len": min(max(lengths) + 1, plan.model.max_positions),
-            "max_num_seqs": max(w.batch for w in (*decodes, *prefills)),
+            "max_num_seqs": max(len(w.lengths) for w in (*decodes, *prefills)),
             **({"load_format": "dummy"} if weightless else {}),
         }
         names = ("compiled", *against)
@@ -193,12 +198,14 @@ def _rows(
 ) -> Iterator[Row]:
     for name, seconds in times.items():
         median = statistics.median(seconds)
-        read = step_bytes(plan, workload.batch, workload.length + 3 * steps // 2) if kind == "decode" else 0
+        contexts = [length + 3 * steps // 2 for length in workload.lengths]
+        read = step_bytes(plan, contexts) if kind == "decode" else 0
         yield Row(
             engine=name,
             workload=kind,
-            batch=workload.batch,
-            length=workload.length,
+            requests=str(workload),
+            batch=len(workload.lengths),
+            length=max(workload.lengths),
             milliseconds=median * 1e3,
             quartiles=_quartiles([second * 1e3 for second in seconds]),
             tokens_per_second=tokens_of(kind, workload) / median,

@@ -23,13 +23,33 @@ KINDS = ("decode", "prefill", "serve")
 
 @dataclass(frozen=True)
 class Workload:
-    """`batch` requests of `length` tokens each, decoded further or prefilled at once; of up to so many, if served."""
+    """`batch` requests of `length` tokens each, decoded further or prefilled at once; of up to so many, if served.
+
+    `beside` are further ones, of another length, in the same batch.
+    """
 
     batch: int
     length: int
+    beside: Workload | None = None
+
+    @staticmethod
+    def of(parts: Sequence[tuple[int, int]]) -> Workload:
+        """Of (requests, tokens of each) in one batch."""
+        (batch, length), *rest = parts
+        return Workload(batch, length, Workload.of(rest) if rest else None)
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.length}"
+        return f"{self.batch}x{self.length}" + (f"+{self.beside}" if self.beside is not None else "")
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of each request."""
+        return [self.length] * self.batch + (self.beside.lengths if self.beside is not None else [])
+
+    def within(self, most: int) -> Workload:
+        """The same, of no more tokens a request."""
+        beside = self.beside and self.beside.within(most)
+        return Workload(self.batch, min(self.length, most), beside)
 
 
 def interleaved(
@@ -39,7 +59,7 @@ def interleaved(
 
     A round 0 before them warms up and is not counted.
     """
-    lengths = served_lengths(workload)[0] if kind == "serve" else [workload.length] * workload.batch
+    lengths = served_lengths(workload)[0] if kind == "serve" else workload.lengths
     for number in (0, *rounds):
         draw = random.Random(f"{kind} {workload} {number}")
         prompts = [draw.choices(range(vocabulary), k=length) for length in lengths]
@@ -59,18 +79,18 @@ def tokens_of(kind: str, workload: Workload) -> int:
     """Tokens that a workload's time is of: one of each request, those of all prompts, or those of all answers."""
     if kind == "serve":
         return sum(served_lengths(workload)[1])
-    return workload.batch * (workload.length if kind == "prefill" else 1)
+    return sum(workload.lengths) if kind == "prefill" else len(workload.lengths)
 
 
-def step_bytes(plan: Plan, batch: int, context: int) -> int:
-    """Bytes a decode step must read: every stored weight but the tables, and the cached tokens."""
+def step_bytes(plan: Plan, contexts: Sequence[int]) -> int:
+    """Bytes a decode step must read: every stored weight but the tables, and each request's cached tokens."""
     entries = [plan.functions[name] for name in ("forward", "logits")]
     tables = {s.arguments[1].buffer for s in entries[0].steps if getattr(s, "op", None) == "embedding"}
     weights = {a.buffer: a.spec.nbytes() for f in entries for a in f.weights}
     read = sum(size for name, size in weights.items() if name not in tables and name not in plan.restored)
     model = plan.model
     cached = model.num_layers * model.num_kv_heads * model.cache_width * getattr(torch, model.dtype).itemsize
-    return read + batch * context * cached
+    return read + sum(contexts) * cached
 
 
 def _seconds(engine: Engine, kind: str, workload: Workload, prompts: list[list[int]], steps: int) -> float:

@@ -32,13 +32,17 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--batch", type=positives, default=[1, 8, 16], help="batch sizes to decode (default: 1,8,16)")
     parser.add_argument("--context", type=positive, default=128, help="tokens of each prompt then (default: 128)")
     parser.add_argument(
-        "--decode", type=_workloads, default=[], metavar="BxN,...", help="further decodes: batch x tokens of a prompt"
+        "--decode",
+        type=_mixed_workloads,
+        default=[],
+        metavar="BxN[+BxN],...",
+        help="further decodes: batch x tokens of a prompt; of several lengths in one batch with +",
     )
     parser.add_argument(
         "--prefill",
-        type=_workloads,
-        default=[(1, 1024)],
-        metavar="BxN,...",
+        type=_mixed_workloads,
+        default=[[(1, 1024)]],
+        metavar="BxN[+BxN],...",
         help="prompts to prefill (default: 1x1024)",
     )
     parser.add_argument(
@@ -79,13 +83,18 @@ def _workloads(text: str) -> list[tuple[int, int]]:
     ]
 
 
+def _mixed_workloads(text: str) -> list[list[tuple[int, int]]]:
+    """`4x4096,63x128+1x30000` as pairs, those of one batch together."""
+    return [_workloads(item.replace("+", ",")) for item in text.split(",")]
+
+
 def _bench(options: argparse.Namespace) -> int:
     from .bench import bench
     from .bench_workloads import Workload
 
     decodes = [Workload(batch, options.context) for batch in options.batch]
-    decodes += [Workload(*pair) for pair in options.decode]
-    prefills, serves = ([Workload(*pair) for pair in pairs] for pairs in (options.prefill, options.serve))
+    decodes += map(Workload.of, options.decode)
+    prefills, serves = list(map(Workload.of, options.prefill)), [Workload(*pair) for pair in options.serve]
     with console.status("starting") as status:
         figures = bench(
             options.artifact,
@@ -115,7 +124,7 @@ def _bench(options: argparse.Namespace) -> int:
             *reads,
             f"{row.speedup:.2f}x",
         ]
-        table.add_row(f"{row.workload} {row.batch} x {row.length}", row.engine, *figures_of)
+        table.add_row(f"{row.workload} {row.requests}", row.engine, *figures_of)
     console.print(table)
     loads, first = _starts(figures["load_seconds"]), _starts(figures["first_token_seconds"])
     console.print(f"engines loaded in: {loads}; first token after: {first}")

@@ -14,6 +14,7 @@ from tvm import relax
 
 from .call_specs import op_spec, tensor_spec
 from .errors import UnsupportedError
+from .in_place import add_in_place
 from .kernel_table import Kernels, KernelTable
 from .ops import OwnOp, op_of
 from .ops.base import arguments_of
@@ -137,13 +138,14 @@ class _FunctionLowering:
         result = Argument(self._names[function.body.body], tensor_spec(function.body.body.ty))
         scratch = {name: spec for name, spec in self._scratch.items() if name != result.buffer}
         inputs = [p for p in function.params if p.name not in self._own_weights]
+        steps = add_in_place(scratch, self._steps)
         return Function(
             name=name,
             inputs=tuple(Argument(p.name, tensor_spec(p.ty)) for p in inputs),
             weights=tuple(Argument(w.name, w.spec) for w in self.weights.values()),
             results=(result,),
-            buffers=assign_slots(scratch, self._steps),
-            steps=tuple(self._steps),
+            buffers=assign_slots(scratch, steps),
+            steps=steps,
         )
 
     def _lower(self, binding: relax.VarBinding) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from .runtime.plan import ModelShape
 
@@ -22,17 +23,17 @@ class PagedBatch:
 
     Attributes:
         kv: one cache per layer, [blocks, kv_heads, BLOCK_SIZE, cache_width].
-        block_table: int32 [R, W].
+        block_table: int32 [R, W]; block 0, which nobody has, fills it up.
     """
 
     def __init__(self, model: ModelShape, lengths: Sequence[int], device: torch.device = CPU) -> None:
-        width = -(-max(lengths) // BLOCK_SIZE)
-        count = len(lengths) * width + 1
+        widths = [-(-length // BLOCK_SIZE) for length in lengths]
+        count = sum(widths) + 1
         shape = (count, model.num_kv_heads, BLOCK_SIZE, model.cache_width)
         dtype = getattr(torch, model.dtype)
         self.kv = [torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(model.num_layers)]
         order = torch.arange(count - 1, 0, -1, dtype=torch.int32, device=device)
-        self.block_table = order.view(len(lengths), width).contiguous()
+        self.block_table = pad_sequence(order.split(widths), batch_first=True)
 
     def step(self, begin: Sequence[int], end: Sequence[int]) -> dict[str, torch.Tensor]:
         """Arguments of `Program.forward` for feeding tokens begin[r] to end[r] of each request r."""

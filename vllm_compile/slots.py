@@ -12,7 +12,7 @@ def assign_slots(
     scratch: dict[str, TensorSpec], steps: Sequence[KernelStep | TorchStep | CallStep]
 ) -> tuple[Buffer, ...]:
     """Give each scratch buffer a slot that no buffer alive at the same time holds (a linear scan)."""
-    used = [_buffers_of(step) for step in steps]
+    used = [buffers_of(step) for step in steps]
     last = {name: index for index, names in enumerate(used) for name in names}
     live: dict[str, int] = {}
     buffers = []
@@ -25,7 +25,8 @@ def assign_slots(
     return tuple(buffers)
 
 
-def _buffers_of(step: KernelStep | TorchStep | CallStep | VendorCall) -> list[str]:
+def buffers_of(step: KernelStep | TorchStep | CallStep | VendorCall) -> list[str]:
+    """Names of what a step reads or writes, either way that it may be done."""
     if isinstance(step, CallStep):
         return list(step.arguments)
     if isinstance(step, VendorCall):
@@ -33,4 +34,4 @@ def _buffers_of(step: KernelStep | TorchStep | CallStep | VendorCall) -> list[st
     if isinstance(step, TorchStep):
         return [*(argument.buffer for _, argument in step.inputs), *(result.buffer for result in step.results)]
     large = step.large.steps if step.large is not None else ()
-    return [*(argument.buffer for argument in step.arguments), *(name for s in large for name in _buffers_of(s))]
+    return [*(argument.buffer for argument in step.arguments), *(name for s in large for name in buffers_of(s))]

@@ -4,11 +4,15 @@ Bytes: 4 * KH * D a cached token, read once for all queries of its group; 4 * H 
 tensor cores do meanwhile.  Llama-3.1-8B: 4,096 bytes a token and layer; 16 requests of 1,024 tokens are 67 MB, 14 us
 at 4.8 TB/s; one of 131,072 is 537 MB, 112 us.
 
-Splits: each request's KV heads are split until there are about as many thread blocks as the chip holds, but a stretch
-is no shorter than `short_tiles`: starting another block, and adding up what two of them found, costs as much as reading
-so much.  Two blocks of 4 warps fit on a multiprocessor (96 KB of stages each at D = 128), or one of 8: either way
-warps * (stages - 1) * 16 * 4 * D bytes are under way, 128 KB, above the 29 KB that a multiprocessor's share of 4.8 TB/s
-needs at 800 ns of latency.
+Parts: each request's KV heads are cut until there are about as many thread blocks as the chip holds, but a part is no
+shorter than `short_tiles`: starting another block, and adding up what two of them found, costs as much as reading so
+much.  Where lengths differ, longer requests have more parts (attention_pieces.cuh).  Two blocks of 4 warps fit on a
+multiprocessor (96 KB of stages each at D = 128), or one of 8: either way warps * (stages - 1) * 16 * 4 * D bytes are
+under way, 128 KB, above the 29 KB that a multiprocessor's share of 4.8 TB/s needs at 800 ns of latency.
+
+Many requests keep a multiprocessor busy with several blocks that are at different points of theirs: of a block's life
+with 200 cached tokens a third goes by before its first tile is there and after its last.  Twelve warps of 168
+registers, or sixteen of 128 where heads are small, are what it has registers for.
 
 Within a window of W tokens a query reads W / 16 + 1 tiles at most, whatever the context: Mistral-7B-v0.1 (4,096 bytes
 a token and layer, W = 4,096) 16.8 MB a request and layer, 3.5 us.  A soft cap costs an exponential and a division more
@@ -18,10 +22,10 @@ for each of a tile's 16 * 8 scores: 16 cycles of a multiprocessor's special func
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import e, log2
 
 from tvm import tirx
 from tvm.script import tirx as T
@@ -30,7 +34,7 @@ from vllm_compile.spec import OpSpec, Sym
 from vllm_compile.targets.cuda import CudaTarget
 
 from ..family import Config, KernelFamily, Prologue, Variant, Vendor
-from .launch import Launch, kernel
+from .launch import VECTOR_BYTES, Launch, kernel
 
 TILE = 16
 WARPS = 4
@@ -38,9 +42,8 @@ SHORT_TILES = 8
 MOST_GROUP, MOST_HEAD_DIM = 16, 256
 LEAST_STAGES, MOST_STAGES = 2, 6
 MOST_SPLITS = 64
-BESIDE_BYTES = 11 << 10  # that are left of shared memory: a block's own 1 KB, and (MOST_GROUP + 2) turned heads
 PROMPTS = "prompts"  # the option by which a call asks for prefill_attention.py's kernel
-MOST_PARTS = 264  # that the workspace in paged_attention.cuh has room for
+MOST_BLOCKS = 264  # of a launch that cuts requests: SHARES in attention_pieces.cuh
 
 
 @dataclass(frozen=True)
@@ -76,33 +79,38 @@ class PagedAttention(KernelFamily):
 
 
 def default_variants(attention: OpSpec, target: CudaTarget) -> Sequence[Variant]:
-    """One large thread block on each multiprocessor while there are no more KV heads than those, then two smaller ones.
+    """One large thread block on each multiprocessor while there are no more KV heads than those, then two, then four.
 
-    The two add up in orders of their own: a request's bits are the same in batches of one of them that split it alike.
+    They add up in orders of their own: a request's bits are the same in batches of one of them that cut it alike.
     The large one has twice the tiles under way before the kernels before have ended, and fewer parts to add up.
     """
-    kv_heads, head_dim = attention.input("kv").size(1), attention.input("q").size(2)
+    q, kv_heads = attention.input("q"), attention.input("kv").size(1)
+    head_dim = q.size(2)
+    turned = (q.size(1) // kv_heads + 2) * (2 * head_dim + VECTOR_BYTES)
 
     def config(blocks: int, warps: int, short_tiles: int) -> Config:
-        stages = (target.shared_bytes // blocks - BESIDE_BYTES) // (warps * TILE * 4 * head_dim)
+        stages = (target.shared_bytes_of(blocks) - turned) // (warps * TILE * 4 * head_dim)
         if stages < LEAST_STAGES:
             return config(blocks, warps // 2, short_tiles)
         return {"blocks": blocks, "warps": warps, "stages": min(stages, MOST_STAGES), "short_tiles": short_tiles}
 
-    few = target.multiprocessors // kv_heads
-    large, small = config(1, 2 * WARPS, 2 * SHORT_TILES), config(2, WARPS, SHORT_TILES)
-    return (Variant(1, large), Variant(few + 1, small)) if few else (Variant(1, small),)
+    many = WARPS - (head_dim > 64) - (head_dim > 128)  # of so many registers
+    configs = [config(1, 2 * WARPS, 2 * SHORT_TILES), config(2, WARPS, SHORT_TILES), config(4, many, SHORT_TILES)]
+    served = [config["blocks"] * target.multiprocessors // kv_heads for config in configs[:-1]]  # requests, at most
+    least = [1, *(requests + 1 for requests in served)]
+    tiers = zip(least, configs, [*least[1:], math.inf], strict=True)
+    return [Variant(requests, config) for requests, config, after in tiers if requests < after]
 
 
 def most_splits(window: int, short_tiles: int) -> int:
-    """Parts of a request's cache, at most; 0 is no window."""
+    """Thread blocks for a KV head of a request, at most; 0 is no window."""
     tiles = -(-(window - 1) // TILE) + 1  # at worst it starts with the last token of one
     return min(MOST_SPLITS, -(-tiles // short_tiles)) if window else MOST_SPLITS
 
 
 def attention_scale(attention: OpSpec) -> tirx.PrimExpr:
     """What products of queries and keys are multiplied by to be exponents of 2."""
-    return T.float32(attention.attribute("scale") * log2(e))
+    return T.float32(attention.attribute("scale") * math.log2(math.e))
 
 
 def score_options(attention: OpSpec) -> list[int]:
@@ -130,7 +138,7 @@ def attention_kernel(
     kv_heads, head_dim = attention.input("kv").size(1), attention.input("q").size(2)
     group = attention.input("q").size(1) // kv_heads
     warps, stages = config["warps"], config["stages"]
-    blocks = min(config["blocks"] * target.multiprocessors, MOST_PARTS)
+    blocks = min(config["blocks"] * target.multiprocessors, MOST_BLOCKS)
     stage_bytes = warps * stages * TILE * 4 * head_dim
     most = most_splits(attention.option("window"), config["short_tiles"])
 

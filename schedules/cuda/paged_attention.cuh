@@ -1,10 +1,10 @@
 // Attention over a paged KV cache, split along the cache ("flash decoding"), grouped queries on the tensor cores.
 //
-// A thread block takes one KV head of one request and a stretch of its cached tokens; its warps take tiles of 16
-// tokens in turn.  Each warp copies its own tiles to shared memory some stages ahead (cp.async) and has its own online
-// softmax, so that warps meet only once, at the end.  The GROUP query heads that share a KV head are the rows of the
-// mma: each cached byte is read once for all of them.  Where a request is split, each block leaves its part in the
-// workspace below, and the one that comes last adds them up, in a fixed order.
+// A thread block takes one KV head of one request and a stretch of its cached tokens (attention_pieces.cuh); its warps
+// take tiles of 16 tokens in turn.  Each warp copies its own tiles to shared memory some stages ahead (cp.async) and has its own online
+// softmax, so that warps meet only once, at the end.  A tile's tokens are the rows of the mma, the GROUP query heads that
+// share a KV head its columns, eight a product: each cached byte is read once for all of them.  Where a request is split,
+// each block leaves its part in the workspace below, and the one that comes last adds them up, in a fixed order.
 //
 // Tiles that earlier steps have filled are requested before wait_for_kernels_before(), while q, k and v are computed.
 // Where this step's keys and values are made here (rope_attention.cuh), a decode step requests all tiles so: the newest
@@ -14,7 +14,7 @@
 // requested again after the wait, or their rows made here, too.
 //
 // Within a window (scores.cuh) work starts at the tile that holds the first token that the query sees: what lies before
-// is neither read nor looked up, and splits share what is left.
+// is neither read nor looked up, and parts share what is left.
 //
 // Any batch is served: several queries of a request (prefill) are taken one after the other, which is right but slow
 // (prefill_attention.cuh takes them together).
@@ -22,18 +22,16 @@
 #define VLLM_COMPILE_PAGED_ATTENTION
 
 #include "arrivals.cuh"
-#include "scores.cuh"
+#include "attention_pieces.cuh"
 #include "vectors.cuh"
 
 namespace vllm_compile {
 
-constexpr int TILE = 16;  // cached tokens of a tile: no block of the cache is smaller
-
-// Parts of split requests: a launch has no more than PARTS blocks if it splits.  Kernels of one stream take turns.
-constexpr int PARTS = 264, MOST_ROWS = 16, MOST_HEAD_DIM = 256;
-__device__ float attention_parts[PARTS * MOST_ROWS * MOST_HEAD_DIM];
-__device__ float2 attention_sums[PARTS * MOST_ROWS];  // {largest score, sum of exponentials} of a part
-__device__ int attention_arrived[PARTS];              // blocks of a split request that are done; zero between launches
+// Parts of requests that are cut.  Kernels of one stream take turns.
+constexpr int MOST_GROUP = 16, MOST_HEAD_DIM = 256;
+__device__ float attention_parts[PARTS * MOST_GROUP * MOST_HEAD_DIM];
+__device__ float2 attention_sums[PARTS * MOST_GROUP];  // {largest score, sum of exponentials} of a part
+__device__ int attention_arrived[PARTS];              // blocks of a cut request that are done; zero between launches
 
 // The KV cache: kv [blocks, KV_HEADS, block_size, 2 * HEAD_DIM], strides in elements, and where requests lie in it.
 struct PagedCache {
@@ -67,24 +65,23 @@ struct CachedTokens {
   }
 };
 
-// out [tokens, KV_HEADS * GROUP, HEAD_DIM].  Block (split, KV head, request); a split's stretch is not shorter than
-// SHORT_TILES.  scale is that of the scores times log2(e).
-template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int STAGES, int SHORT_TILES, int WINDOW, uint32_t SOFT_CAP,
-          class Tokens>
-__device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& paged,
-                                       const int* query_start_loc, void* out, float scale,
-                                       void* shared) {
+// A piece of a request's KV head, to out [tokens, KV_HEADS * GROUP, HEAD_DIM].  scale is that of the scores times
+// log2(e); `waited` says whether this block has waited for the kernels before.
+template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int STAGES, class Seen, class Tokens>
+__device__ __forceinline__ void attend_piece(const Piece& piece, const Tokens& tokens, const PagedCache& paged,
+                                             const int* query_start_loc, void* out, float scale, void* shared,
+                                             bool& waited) {
   constexpr int HEADS = KV_HEADS * GROUP, THREADS = 32 * WARPS;
   constexpr int CHUNKS = HEAD_DIM / 4;                     // 16 bytes each, of a token's K and V
   constexpr int STAGE = TILE * CHUNKS;                     // chunks of a tile
-  constexpr int STEPS = HEAD_DIM / 16, SLICES = HEAD_DIM / 8;
-  using Seen = Scores<WINDOW, SOFT_CAP>;
-  constexpr bool TALL = GROUP > 8;                         // rows 8 to 15 of the mma hold queries
-  static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM <= MOST_HEAD_DIM && GROUP <= MOST_ROWS, "beyond what this kernel does");
-  static_assert(STAGES * STAGE * 16 >= (GROUP * HEAD_DIM + 2 * GROUP) * 4, "sums of a warp fit where its stages were");
+  constexpr int STEPS = HEAD_DIM / 16;                     // columns of keys, and of values, in pieces of an mma
+  constexpr int EIGHTS = (GROUP + 7) / 8;                  // of queries
+  constexpr int SUMS = HEAD_DIM + 4;                       // floats from a query's sums to the next: no bank twice
+  static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM <= MOST_HEAD_DIM && GROUP <= MOST_GROUP, "beyond what this kernel does");
+  static_assert(STAGES * STAGE * 16 >= (GROUP * SUMS + 2 * GROUP) * 4, "sums of a warp fit where its stages were");
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int split = blockIdx.x, splits = gridDim.x, head = blockIdx.y, request = blockIdx.z;
+  const int head = blockIdx.y, request = piece.request;
   // Arguments of the whole program: no kernel before writes them.
   const int first_row = query_start_loc[request], queries = query_start_loc[request + 1] - first_row;
   const int length = queries > 0 ? paged.seq_lens[request] : 0;
@@ -93,7 +90,6 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
   uint4* const ring = static_cast<uint4*>(shared) + warp * STAGES * STAGE;
   const uint32_t ring_address = shared_address(ring);
   uint4* const turned = static_cast<uint4*>(shared) + WARPS * STAGES * STAGE;  // queries, the newest key and value
-  bool waited = false;
 
   // Positions from `begin` on that another request fills in this step, that lie before this one's new tokens and that the
   // first of those sees; none if their blocks are not shared.  Its token of position p is `token` + p.
@@ -104,7 +100,7 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
     const int first = query_start_loc[other], count = other == request ? 0 : query_start_loc[other + 1] - first;
     const int end = count > 0 ? paged.seq_lens[other] : 0, begin = end - count;
     Filled filled{begin, min(end, length - queries), first - begin};
-    if constexpr (WINDOW > 0) filled.begin = max(begin, Seen::first(length - queries + 1));
+    filled.begin = max(begin, Seen::first(length - queries + 1));
     return filled;
   };
   auto shares_block = [&](int other, int index) {
@@ -112,12 +108,11 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
   };
   bool shares = false;  // rows that others fill
 
-  launch_dependents();
   bool newest_is_made = false;  // here: it is not read from the cache
   if constexpr (Tokens::MAKES_ROWS) {
     newest_is_made = queries == 1 && tokens.slots[first_row] >= 0;
-    if (queries > 1 && split == 0) {
-      wait_for_kernels_before(), waited = true;
+    if (queries > 1) {
+      if (!waited) wait_for_kernels_before(), waited = true;
       tokens.template store<THREADS>(first_row, queries, head);
       __syncthreads();
     }
@@ -125,13 +120,9 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
   for (int query = 0; query < queries && length > 0; query++) {
     const int visible = length - queries + 1 + query;  // cached tokens up to the query's own
     const int before = Seen::first(visible) / TILE;    // tiles that it sees nothing of
-    const int tiles = (visible + TILE - 1) / TILE, seen = tiles - before;
-    int stretch = seen;
-    if (queries == 1) stretch = max((seen + splits - 1) / splits, SHORT_TILES);
-    stretch = (stretch + WARPS - 1) / WARPS * WARPS;
-    const int parts = (seen + stretch - 1) / stretch;
-    if (split >= parts) break;
-    const int begin = split * stretch + before + warp, end = min(split * stretch + before + stretch, tiles);
+    const int tiles = (visible + TILE - 1) / TILE, parts = piece.parts;
+    const int2 own = parts == 1 ? make_int2(0, tiles - before) : piece.tiles(tiles - before);
+    const int begin = before + own.x + warp, end = before + own.y;
     const int fresh = (length - queries) / TILE;  // from this tile on, tokens are of this very step
 
     // Lane i knows where tile i of the coming 32 of this warp lies.
@@ -139,8 +130,8 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
     auto load = [&](int number) {
       const int tile = begin + number * WARPS;
       if (number % 32 == 0) {
-        const int own = (tile + lane * WARPS) * TILE;
-        if (own < visible) block = table[own / paged.block_size], row = own % paged.block_size;
+        const int token = (tile + lane * WARPS) * TILE;
+        if (token < visible) block = table[token / paged.block_size], row = token % paged.block_size;
       }
       const int at_block = __shfl_sync(0xffffffff, block, number % 32);
       const int at_row = __shfl_sync(0xffffffff, row, number % 32);
@@ -164,14 +155,25 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
       if (!waited && !newest_is_made && tile < end && tile >= fresh) wait_for_kernels_before(), waited = true;
       load(number);
     }
+    bool found = false;  // by this thread; who makes rows meets the others once they are made
     if (query == 0) {
-      bool found = false;
-      for (int other = threadIdx.x; other < gridDim.z; other += THREADS) {
-        const Filled filled = filled_by(other);
-        for (int position = filled.begin; position < filled.end && !found; position += paged.block_size)
-          found = shares_block(other, position / paged.block_size);
+      bool more = false;
+      for (int first = threadIdx.x; first < gridDim.z; first += 2 * THREADS) {
+#pragma unroll  // loads for two requests are under way at once
+        for (int i = 0; i < 2; i++) {
+          const int other = min(first + i * THREADS, (int)gridDim.z - 1);
+          const Filled filled = filled_by(other);
+          const int index = filled.begin / paged.block_size;
+          if (filled.begin < filled.end) found |= shares_block(other, index);
+          more |= filled.end > (index + 1) * paged.block_size;
+        }
       }
-      shares = __syncthreads_or(found);
+      for (int other = threadIdx.x; more && other < gridDim.z; other += THREADS) {
+        const Filled filled = filled_by(other);
+        for (int index = filled.begin / paged.block_size + 1; index * paged.block_size < filled.end; index++)
+          found |= shares_block(other, index);
+      }
+      if constexpr (!Tokens::MAKES_ROWS) shares = __syncthreads_or(found);
     }
     if (!waited) wait_for_kernels_before(), waited = true;
     if constexpr (!Tokens::MAKES_ROWS) {
@@ -189,23 +191,28 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
       const int64_t block = table[(visible - 1) / paged.block_size], at = (visible - 1) % paged.block_size;
       const int64_t row = head * paged.head_stride + block * paged.block_stride + at * paged.token_stride;
       tokens.template turn<THREADS>(turned, first_row + query, head, newest_is_ours, row);
-      __syncthreads();
+      found = __syncthreads_or(found);
+      if (query == 0) shares = found;
       q_rows = reinterpret_cast<const uint32_t*>(turned);
     } else {
       q_rows = tokens.queries(first_row + query, head);
     }
-    uint32_t q_words[STEPS][4];
+    uint32_t q_words[EIGHTS][STEPS][2];
 #pragma unroll
-    for (int step = 0; step < STEPS; step++)
+    for (int eight = 0; eight < EIGHTS; eight++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        // Rows of the mma beyond the group's are nobody's: zero, or where all take registers, other queries again.
-        const int at = TALL ? (g + i % 2 * 8) % GROUP : g + i % 2 * 8;
-        q_words[step][i] = at < GROUP ? q_rows[at * Tokens::STRIDE + step * 8 + i / 2 * 4 + t] : 0;
-      }
+      for (int step = 0; step < STEPS; step++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          // Columns of the mma beyond the group's are nobody's.
+          const int at = eight * 8 + g;
+          q_words[eight][step][i] = at < GROUP ? q_rows[at * Tokens::STRIDE + step * 8 + i * 4 + t] : 0;
+        }
 
-    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
-    float values[SLICES][4] = {};
+    // Of queries 2 * t and 2 * t + 1 of each eight.
+    float largest[EIGHTS][2], sum[EIGHTS][2] = {}, values[EIGHTS][STEPS][4] = {};
+#pragma unroll
+    for (int eight = 0; eight < EIGHTS; eight++) largest[eight][0] = largest[eight][1] = -INFINITY;
     for (int number = 0; begin + number * WARPS < end; number++) {
       const int tile = begin + number * WARPS;
       wait_copies<STAGES - 2>();
@@ -238,117 +245,145 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
       }
       const uint32_t stage = ring_address + number % STAGES * (STAGE * 16);
 
-      // Scores: queries are A, 16 tokens are B, twice 8.
-      float scores[2][4] = {};
+      // Scores: 16 tokens are A, queries are B.
+      float scores[EIGHTS][4] = {};
 #pragma unroll
       for (int step = 0; step < STEPS; step++) {
         uint32_t k[4];
-        load_matrices(k, stage + place<HEAD_DIM>(lane / 16 * 8 + lane % 8, step * 2, lane / 8 % 2));
-        mma(scores[0], q_words[step], k[0], k[1]);
-        mma(scores[1], q_words[step], k[2], k[3]);
+        load_matrices(k, stage + place<HEAD_DIM>(lane % 16, step * 2, lane / 16));
+#pragma unroll
+        for (int eight = 0; eight < EIGHTS; eight++) mma(scores[eight], k, q_words[eight][step][0], q_words[eight][step][1]);
       }
-      float before[2];
+      uint32_t p[EIGHTS][2];
 #pragma unroll
-      for (int half = 0; half < (TALL ? 2 : 1); half++) {
-        before[half] = largest[half];
-        float most = -INFINITY;
+      for (int eight = 0; eight < EIGHTS; eight++) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int token = tile * TILE + i / 2 * 8 + 2 * t + i % 2;
-          float& score = scores[i / 2][half * 2 + i % 2];
-          score = token < visible && Seen::reaches(token, visible) ? Seen::of(score, scale) : -INFINITY;
-          most = fmaxf(most, score);
+        for (int column = 0; column < 2; column++) {
+          float most = -INFINITY;
+#pragma unroll
+          for (int row = 0; row < 2; row++) {
+            const int token = tile * TILE + row * 8 + g;
+            float& score = scores[eight][row * 2 + column];
+            score = token < visible && Seen::reaches(token, visible) ? Seen::of(score, scale) : -INFINITY;
+            most = fmaxf(most, score);
+          }
+#pragma unroll
+          for (int lanes = 4; lanes < 32; lanes *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, lanes));
+          const float before = largest[eight][column];
+          largest[eight][column] = fmaxf(before, most);
+          const float shrink = power_of_two(before - largest[eight][column]);
+          float added = 0.f;
+#pragma unroll
+          for (int row = 0; row < 2; row++) {
+            float& score = scores[eight][row * 2 + column];
+            score = power_of_two(score - largest[eight][column]);
+            added += score;
+          }
+          sum[eight][column] = sum[eight][column] * shrink + added;
+#pragma unroll
+          for (int step = 0; step < STEPS; step++) {
+            values[eight][step][column] *= shrink;
+            values[eight][step][2 + column] *= shrink;
+          }
         }
-        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
-        largest[half] = fmaxf(largest[half], most);
-        const float shrink = exp2f(before[half] - largest[half]);
-        float added = 0.f;
+        // Probabilities lie as results do, two queries a word; as B they have two tokens in one.
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          float& score = scores[i / 2][half * 2 + i % 2];
-          score = exp2f(score - largest[half]);
-          added += score;
-        }
-        sum[half] = sum[half] * shrink + added;
-#pragma unroll
-        for (int slice = 0; slice < SLICES; slice++) {
-          values[slice][half * 2] *= shrink;
-          values[slice][half * 2 + 1] *= shrink;
-        }
+        for (int row = 0; row < 2; row++)
+          p[eight][row] = transposed_matrix(word_of(scores[eight][row * 2], scores[eight][row * 2 + 1]));
       }
-      // Probabilities are A as they lie; V, transposed on its way, is B.
-      uint32_t p[4] = {word_of(scores[0][0], scores[0][1]), 0, word_of(scores[1][0], scores[1][1]), 0};
-      if constexpr (TALL) p[1] = word_of(scores[0][2], scores[0][3]), p[3] = word_of(scores[1][2], scores[1][3]);
+      // Values: V, transposed on its way, is A.
 #pragma unroll
-      for (int pair = 0; pair < SLICES / 2; pair++) {
+      for (int step = 0; step < STEPS; step++) {
         uint32_t v[4];
-        load_matrices_transposed(v, stage + place<HEAD_DIM>(lane / 8 % 2 * 8 + lane % 8, CHUNKS / 2 + pair * 2, lane / 16));
-        mma(values[pair * 2], p, v[0], v[1]);
-        mma(values[pair * 2 + 1], p, v[2], v[3]);
+        load_matrices_transposed(v, stage + place<HEAD_DIM>(lane / 16 * 8 + lane % 8, CHUNKS / 2 + step * 2, lane / 8 % 2));
+#pragma unroll
+        for (int eight = 0; eight < EIGHTS; eight++) mma(values[eight][step], v, p[eight][0], p[eight][1]);
       }
     }
     wait_copies<0>();
 
-    // Warps meet: [GROUP][HEAD_DIM] values, then {largest, sum} of each row, where the warp's stages were.
+    // Warps meet: [GROUP][SUMS] values, then {largest, sum} of each query, where the warp's stages were.
     constexpr int OWN = STAGES * STAGE * 4;  // floats of a warp
     float* const all = static_cast<float*>(shared);
     __syncwarp();
 #pragma unroll
-    for (int half = 0; half < (TALL ? 2 : 1); half++) {
-      sum[half] += __shfl_xor_sync(0xffffffff, sum[half], 1);
-      sum[half] += __shfl_xor_sync(0xffffffff, sum[half], 2);
-      const int at = g + half * 8;
-      if (at < GROUP) {
-        float* const to = all + warp * OWN + at * HEAD_DIM;
+    for (int eight = 0; eight < EIGHTS; eight++)
 #pragma unroll
-        for (int slice = 0; slice < SLICES; slice++) {
-          to[slice * 8 + 2 * t] = values[slice][half * 2];
-          to[slice * 8 + 2 * t + 1] = values[slice][half * 2 + 1];
+      for (int column = 0; column < 2; column++) {
+        float total = sum[eight][column];
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) total += __shfl_xor_sync(0xffffffff, total, lanes);
+        const int at = eight * 8 + 2 * t + column;
+        if (at < GROUP) {
+          float* const to = all + warp * OWN + at * SUMS;
+#pragma unroll
+          for (int step = 0; step < STEPS; step++) {
+            to[step * 16 + g] = values[eight][step][column];
+            to[step * 16 + 8 + g] = values[eight][step][2 + column];
+          }
+          float* const ends = all + warp * OWN + GROUP * SUMS + at * 2;
+          if (g == 0) ends[0] = largest[eight][column], ends[1] = total;
         }
-        float* const ends = all + warp * OWN + GROUP * HEAD_DIM + at * 2;
-        if (t == 0) ends[0] = largest[half], ends[1] = sum[half];
       }
-    }
     __syncthreads();
-    const int item = request * KV_HEADS + head;  // of split requests there are few: it counts parts then
     __nv_bfloat16* const result = static_cast<__nv_bfloat16*>(out) +
                                   ((size_t)(first_row + query) * HEADS + head * GROUP) * HEAD_DIM;
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
       const int at = i / HEAD_DIM;
       float most = -INFINITY, total = 0.f, value = 0.f;
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) most = fmaxf(most, all[w * OWN + GROUP * HEAD_DIM + at * 2]);
+      for (int w = 0; w < WARPS; w++) most = fmaxf(most, all[w * OWN + GROUP * SUMS + at * 2]);
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
-        const float* const ends = all + w * OWN + GROUP * HEAD_DIM + at * 2;
-        const float weight = exp2f(ends[0] - most);
+        const float* const ends = all + w * OWN + GROUP * SUMS + at * 2;
+        const float weight = power_of_two(ends[0] - most);
         total += weight * ends[1];
-        value += weight * all[w * OWN + i];
+        value += weight * all[w * OWN + at * SUMS + i % HEAD_DIM];
       }
       if (parts == 1) {
         result[i] = __float2bfloat16_rn(value / total);
       } else {
-        const int part = item * splits + split;
+        const int part = piece.slot * KV_HEADS + head;
         attention_parts[part * (GROUP * HEAD_DIM) + i] = value;
         if (i % HEAD_DIM == 0) attention_sums[part * GROUP + at] = make_float2(most, total);
       }
     }
-    if (parts > 1 && last_to_arrive(attention_arrived + item, parts)) {
+    const int first_part = (piece.slot - piece.part) * KV_HEADS + head;
+    if (parts > 1 && last_to_arrive(attention_arrived + first_part, parts)) {
       for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-        const float2* const sums = attention_sums + item * splits * GROUP + i / HEAD_DIM;
+        const float2* const sums = attention_sums + first_part * GROUP + i / HEAD_DIM;
+        const float* const values = attention_parts + first_part * (GROUP * HEAD_DIM) + i;
         float most = -INFINITY, total = 0.f, value = 0.f;
-        for (int part = 0; part < parts; part++) most = fmaxf(most, __ldcg(sums + part * GROUP).x);
+        for (int part = 0; part < parts; part++) most = fmaxf(most, __ldcg(sums + part * (KV_HEADS * GROUP)).x);
         for (int part = 0; part < parts; part++) {
-          const float2 ends = __ldcg(sums + part * GROUP);
-          const float weight = exp2f(ends.x - most);
+          const float2 ends = __ldcg(sums + part * (KV_HEADS * GROUP));
+          const float weight = power_of_two(ends.x - most);
           total += weight * ends.y;
-          value += weight * __ldcg(attention_parts + (item * splits + part) * (GROUP * HEAD_DIM) + i);
+          value += weight * __ldcg(values + part * (KV_HEADS * GROUP * HEAD_DIM));
         }
         result[i] = __float2bfloat16_rn(value / total);
       }
     }
     __syncthreads();  // before the next query's tiles take the place of the sums
+  }
+}
+
+// Pieces of all requests, of KV head blockIdx.y: blocks of both other axes take them in turn, as many as there are along
+// the last axis requests.
+template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int STAGES, int SHORT_TILES, int WINDOW, uint32_t SOFT_CAP,
+          class Tokens>
+__device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& paged, const int* query_start_loc,
+                                       void* out, float scale, void* shared) {
+  using Seen = Scores<WINDOW, SOFT_CAP>;
+  launch_dependents();
+  bool waited = false;
+  const Pieces<Seen, KV_HEADS, SHORT_TILES> pieces(query_start_loc, paged.seq_lens);
+  for (int index = blockIdx.z * gridDim.x + blockIdx.x;; index += gridDim.x * gridDim.z) {
+    const Piece piece = pieces[index];
+    if (piece.request < 0) break;
+    attend_piece<HEAD_DIM, GROUP, KV_HEADS, WARPS, STAGES, Seen>(piece, tokens, paged, query_start_loc, out, scale,
+                                                                 shared, waited);
+    if (piece.last) break;
   }
   if (!waited) wait_for_kernels_before();
 }

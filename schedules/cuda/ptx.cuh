@@ -70,6 +70,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], uint
                : "memory");
 }
 
+// An 8 x 8 matrix of 16-bit elements, two neighbours of row lane / 4 in each lane's word, transposed.
+__device__ __forceinline__ uint32_t transposed_matrix(uint32_t word) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(word));
+  return result;
+}
+
 // Both bf16 numbers of a word times 2^64.
 __device__ __forceinline__ uint32_t raised(uint32_t word) {
   uint32_t result;

@@ -236,16 +236,30 @@ inline T exchange(const char* name, unsigned mask, T value, int from, Site site)
   return value;
 }
 
-inline uint32_t least(const char* name, unsigned mask, uint32_t value, Site site) {
+struct Least {
+  static constexpr uint32_t NEUTRAL = ~0u;
+  static uint32_t of(uint32_t a, uint32_t b) { return min(a, b); }
+};
+struct Largest {
+  static constexpr uint32_t NEUTRAL = 0;
+  static uint32_t of(uint32_t a, uint32_t b) { return max(a, b); }
+};
+struct Sum {
+  static constexpr uint32_t NEUTRAL = 0;
+  static uint32_t of(uint32_t a, uint32_t b) { return a + b; }
+};
+
+template <class Combine>
+uint32_t reduced(const char* name, unsigned mask, uint32_t value, Site site) {
   Exchanged own{value, 0, 0};
   collective(
       name, mask, false, &own,
       [](void* const (&of_lane)[WARP], uint32_t mask) {
-        uint64_t least = ~uint64_t{0};
+        uint32_t result = Combine::NEUTRAL;
         for (int i = 0; i < WARP; i++)
-          if (mask >> i & 1) least = min(least, static_cast<Exchanged*>(of_lane[i])->value);
+          if (mask >> i & 1) result = Combine::of(result, static_cast<Exchanged*>(of_lane[i])->value);
         for (int i = 0; i < WARP; i++)
-          if (mask >> i & 1) static_cast<Exchanged*>(of_lane[i])->result = least;
+          if (mask >> i & 1) static_cast<Exchanged*>(of_lane[i])->result = result;
       },
       site);
   return own.result;
@@ -298,7 +312,15 @@ inline unsigned __ballot_sync(unsigned mask, int predicate,
 }
 inline unsigned __reduce_min_sync(unsigned mask, unsigned value,
                                   cuda_on_host::Site site = cuda_on_host::Site::current()) {
-  return cuda_on_host::least("__reduce_min_sync", mask, value, site);
+  return cuda_on_host::reduced<cuda_on_host::Least>("__reduce_min_sync", mask, value, site);
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value,
+                                  cuda_on_host::Site site = cuda_on_host::Site::current()) {
+  return cuda_on_host::reduced<cuda_on_host::Largest>("__reduce_max_sync", mask, value, site);
+}
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value,
+                                  cuda_on_host::Site site = cuda_on_host::Site::current()) {
+  return cuda_on_host::reduced<cuda_on_host::Sum>("__reduce_add_sync", mask, value, site);
 }
 inline int __any_sync(unsigned mask, int predicate, cuda_on_host::Site site = cuda_on_host::Site::current()) {
   return cuda_on_host::vote("__any_sync", mask, predicate, site) != 0;

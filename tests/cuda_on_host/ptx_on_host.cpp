@@ -96,7 +96,7 @@ void wait_copies(int pending, Site site) {
   }
 }
 
-// ---- ldmatrix, mma
+// ---- ldmatrix, movmatrix, mma
 
 namespace {
 
@@ -118,6 +118,15 @@ void load_all(void* const (&own)[WARP], uint32_t) {
       const uint32_t high = m.transposed ? matrix[i][2 * t + 1][g] : matrix[i][g][2 * t + 1];
       (*m.to)[i] = high << 16 | low;
     }
+  }
+}
+
+void transpose_all(void* const (&own)[WARP], uint32_t) {
+  uint16_t matrix[8][8];
+  for (int lane = 0; lane < WARP; lane++) memcpy(&matrix[lane / 4][lane % 4 * 2], own[lane], 4);
+  for (int lane = 0; lane < WARP; lane++) {
+    const int g = lane / 4, t = lane % 4;
+    *static_cast<uint32_t*>(own[lane]) = static_cast<uint32_t>(matrix[2 * t + 1][g]) << 16 | matrix[2 * t][g];
   }
 }
 
@@ -149,6 +158,11 @@ void load_matrices(uint32_t (&to)[4], uint32_t shared, bool transposed, Site sit
   Matrices own = {shared_at(shared, 16, "ldmatrix", site), &to, transposed};
   access(own.row, 16, false, site);
   collective(transposed ? "ldmatrix.trans" : "ldmatrix", ALL_LANES, true, &own, load_all, site);
+}
+
+uint32_t transposed_matrix(uint32_t word, Site site) {
+  collective("movmatrix", ALL_LANES, true, &word, transpose_all, site);
+  return word;
 }
 
 void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site) {

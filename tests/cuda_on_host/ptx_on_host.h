@@ -14,6 +14,7 @@ void prefetch(const void* global, uint32_t bytes, Site site);
 void commit_copies();
 void wait_copies(int pending, Site site);
 void load_matrices(uint32_t (&to)[4], uint32_t shared, bool transposed, Site site);
+uint32_t transposed_matrix(uint32_t word, Site site);
 void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site);
 void wgmma_fence();
 void wgmma(float (*sum)[4], int columns, const uint32_t (&a)[4], uint64_t b_descriptor, Site site);
@@ -51,6 +52,10 @@ inline void load_matrices(uint32_t (&to)[4], uint32_t shared, Site site = Site::
 }
 inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t shared, Site site = Site::current()) {
   cuda_on_host::load_matrices(to, shared, true, site);
+}
+
+inline uint32_t transposed_matrix(uint32_t word, Site site = Site::current()) {
+  return cuda_on_host::transposed_matrix(word, site);
 }
 
 inline uint32_t raised(uint32_t word) {

@@ -42,6 +42,16 @@ def test_ldmatrix(transposed, generator):
     assert torch.equal(out, matrices.mT if transposed else matrices)
 
 
+def test_movmatrix(generator):
+    matrix, out = random(generator, 8, 8), torch.zeros(8, 8, dtype=torch.bfloat16)
+    body = """
+      const uint32_t word = *reinterpret_cast<const uint32_t*>(matrix + g * 8 + 2 * t);
+      *reinterpret_cast<uint32_t*>(out + g * 8 + 2 * t) = transposed_matrix(word);
+    """
+    launch(body, arguments={"matrix": matrix, "out": out})
+    assert torch.equal(out, matrix.T)
+
+
 @pytest.mark.parametrize("stored", [SWIZZLED, UNSWIZZLED], ids=["swizzled", "unswizzled"])
 @pytest.mark.parametrize("columns", [8, 16, 64])
 def test_wgmma(columns, stored, generator):

@@ -32,6 +32,7 @@ LENGTHS = {  # (queries, cached tokens) of each request
     "decode_16": tuple((1, 1024 + 37 * i) for i in range(16)),
     "decode_40": tuple((1, 1 + 13 * i) for i in range(40)),
     "decode_long": ((1, 20000),),
+    "decode_uneven": ((1, 200), (1, 9000), *((1, 30 + 5 * i) for i in range(36)), (1, 5000), (0, 0), (1, 1)),
     "mixed": ((1, 40), (9, 9), (5, 130), (0, 0), (1, 1)),
 }
 HEADS = {  # query heads, KV heads, head size

@@ -84,11 +84,12 @@ def case(request):
     return request.param
 
 
-def run(form, kind, kernel, inputs, **options):
-    """The result, written over nan."""
+def run(form, kind, kernel, inputs, out=None, **options):
+    """The result, written over nan or `out`."""
     op = FORMS[form][0]
     weight = inputs["weight"]
-    out = torch.full((len(inputs["x"]), len(weight) // (2 if op is GATE_UP_SILU else 1)), float("nan")).bfloat16()
+    if out is None:
+        out = torch.full((len(inputs["x"]), len(weight) // (2 if op is GATE_UP_SILU else 1)), float("nan")).bfloat16()
     given = {**inputs, "weight": lossless.pack(weight) if KINDS[kind] else weight}
     report = run_kernel(kernel, *given.values(), out, early={"weight"}, **options)
     if len(out):
@@ -125,6 +126,17 @@ def test_warps_of_many_steps(name, generator):
     kernel = Linear(packed).build(harness.op_spec(LINEAR, inputs, {}), config, TARGET)
     expected = harness.results(LINEAR, inputs, {})
     harness.assert_matches(LINEAR, (run("linear", kind, kernel, inputs),), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_residual_may_lie_where_the_sum_will(kind, generator):
+    for tokens in TOKENS:
+        inputs = sample("linear_bias_residual", generator, tokens)
+        for kernel in variants("linear_bias_residual", kind).values():
+            apart = run("linear_bias_residual", kind, kernel, inputs)
+            sums = inputs["residual"].clone()
+            run("linear_bias_residual", kind, kernel, {**inputs, "residual": sums}, out=sums)
+            assert torch.equal(sums, apart)
 
 
 def test_adversarial_weights(case, generator):

@@ -132,9 +132,10 @@ def case(request):
     return request.param
 
 
-def run(case, inputs, **options):
-    """The result, written over nan."""
-    out = torch.full((len(inputs["x"]), case.N // 2 if case.gated else case.N), float("nan")).bfloat16()
+def run(case, inputs, out=None, **options):
+    """The result, written over nan or `out`."""
+    if out is None:
+        out = torch.full((len(inputs["x"]), case.N // 2 if case.gated else case.N), float("nan")).bfloat16()
     weight = lossless.pack(inputs["weight"]) if case.packed else inputs["weight"]
     report = run_kernel(kernel(case), *{**inputs, "weight": weight}.values(), out, early={"weight"}, **options)
     assert report.launched == report.waited == (1, 1)
@@ -146,6 +147,16 @@ def test_matches_reference(case, generator):
         op, inputs = case.sample(generator, tokens)
         expected = harness.results(op, inputs, {})
         harness.assert_matches(op, (run(case, inputs),), expected)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "residual" in case.optional])
+def test_residual_may_lie_where_the_sum_will(name, generator):
+    case = CASES[name]
+    for tokens in (1, case.tokens, case.most):
+        _, inputs = case.sample(generator, tokens)
+        apart, sums = run(case, inputs), inputs["residual"].clone()
+        run(case, {**inputs, "residual": sums}, out=sums)
+        assert torch.equal(sums, apart)
 
 
 def test_more_tokens_than_splits_are_made_for_are_refused(generator):
