@@ -97,6 +97,14 @@ def test_large_batches_go_to_vendors_with_plain_weights(packed):
 
 
 @without_driver
+def test_residuals_of_vendors_products_lie_where_the_sums_will(packed):
+    plan = from_json((packed.artifact / "plan.json").read_text())
+    steps = [s for f in plan.functions.values() for s in f.steps if isinstance(s, KernelStep) and s.large is not None]
+    calls = [dict(part.arguments) for s in steps for part in s.large.steps if isinstance(part, VendorCall)]
+    sums = [(call["residual"].buffer, call["out"].buffer) for call in calls if "residual" in call]
+    assert sums == [(plan.functions["layer_0"].results[0].buffer,) * 2], "down's"
+
+
 def test_a_program_is_made_without_its_device(packed):
     """The front end does so: where it initialized CUDA, vLLM would spawn the engine, which imports everything again."""
     manifest, plan = read_manifest(packed.artifact), from_json((packed.artifact / "plan.json").read_text())

@@ -13,9 +13,9 @@ def kernel(*names, large=None):
     return KernelStep("op", "family", ((1, "k"),), tuple(Argument(name, SPEC) for name in names), large)
 
 
-def product(residual, out, function="linear", **others):
+def product(residual, out, function="linear", x="x", **others):
     """A linear layer with a residual, of ours and of a vendor's."""
-    named = {"x": "x", "weight": "w", **others, "residual": residual, "out": out}
+    named = {"x": x, "weight": "w", **others, "residual": residual, "out": out}
     call = VendorCall(function, tuple((name, Argument(buffer, SPEC)) for name, buffer in named.items()))
     return kernel(*named.values(), large=Large(65, False, (call,)))
 
@@ -45,6 +45,7 @@ def test_sum_after_sum():
         "read by a vendor later": ({"x", "r", "y"}, (*STEPS, product("r", "z", bias="b"))),
         "the result is there before": ({"x", "r", "y"}, (kernel("total", "x"), *STEPS)),
         "a bias is added, too": ({"r"}, (kernel("hidden", "r"), product("r", "total", bias="b"))),
+        "it is multiplied, too": ({"r"}, (kernel("hidden", "r"), product("r", "total", x="r"), kernel("total", "y"))),
         "another function": ({"r"}, (kernel("hidden", "r"), product("r", "total", function="paged_attention"))),
         "no vendor": ({"r"}, (kernel("hidden", "r"), kernel("x", "w", "r", "total"))),
     }.values(),

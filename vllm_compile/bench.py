@@ -103,7 +103,7 @@ def bench(
     target, device = manifest["target"]["name"], device_of(manifest["target"]["name"])
     if target != "cpu" and {"hf", "vllm-all-cores"} & set(against):
         raise VllmCompileError("on a GPU the peers are vllm and vllm-eager")
-    if "hf" in against and any(w.beside is not None for w in (*decodes, *prefills)):
+    if "hf" in against and any(len(set(w.lengths)) > 1 for w in (*decodes, *prefills)):
         raise VllmCompileError("hf runs requests of one length: leave it out of --against, or those of several")
     if serves and "hf" in against:
         raise VllmCompileError("hf runs requests of one length: leave it out of --against, or leave out --serve")

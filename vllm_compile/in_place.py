@@ -7,6 +7,7 @@ each residual in the thread that writes the sum in its place.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TypeAlias, TypeVar
@@ -36,10 +37,12 @@ def add_in_place(scratch: Collection[str], steps: Sequence[Step]) -> tuple[Step,
 
 
 def _sums(step: Step) -> list[tuple[str, str]]:
-    """(residual, result) of a step's vendor product, where that adds nothing else."""
+    """(residual, result) of a step's vendor product, where that adds nothing else, and the residual is nothing else."""
     parts = step.large.steps if isinstance(step, KernelStep) and step.large is not None else ()
     products = [dict(part.arguments) for part in parts if isinstance(part, VendorCall) and part.function == "linear"]
-    return [(p["residual"].buffer, p["out"].buffer) for p in products if "residual" in p and "bias" not in p]
+    sums = [(p["residual"].buffer, p["out"].buffer) for p in products if "residual" in p and "bias" not in p]
+    uses = Counter(buffers_of(step))
+    return [(residual, total) for residual, total in sums if uses[residual] == uses[total]]
 
 
 def _renamed(step: Step, old: str, new: str) -> Step:

@@ -10,9 +10,10 @@ much.  Where lengths differ, longer requests have more parts (attention_pieces.c
 multiprocessor (96 KB of stages each at D = 128), or one of 8: either way warps * (stages - 1) * 16 * 4 * D bytes are
 under way, 128 KB, above the 29 KB that a multiprocessor's share of 4.8 TB/s needs at 800 ns of latency.
 
-Many requests keep a multiprocessor busy with several blocks that are at different points of theirs: of a block's life
-with 200 cached tokens a third goes by before its first tile is there and after its last.  Twelve warps of 168
-registers, or sixteen of 128 where heads are small, are what it has registers for.
+Many requests keep a multiprocessor busy with four blocks that are at different points of theirs: of the time of warps
+that see 200 cached tokens, two fifths go by waiting for tiles (Nsight Compute's samples, 64 requests of Llama-3.1-8B),
+and others read meanwhile.  At D = 128 they have three warps of 168 registers each, at D = 64 four of 128: what there is;
+96 KB are under way.
 
 Within a window of W tokens a query reads W / 16 + 1 tiles at most, whatever the context: Mistral-7B-v0.1 (4,096 bytes
 a token and layer, W = 4,096) 16.8 MB a request and layer, 3.5 us.  A soft cap costs an exponential and a division more
@@ -41,7 +42,7 @@ WARPS = 4
 SHORT_TILES = 8
 MOST_GROUP, MOST_HEAD_DIM = 16, 256
 LEAST_STAGES, MOST_STAGES = 2, 6
-MOST_SPLITS = 64
+MOST_SPLITS = 64  # blocks for a KV head of a request
 PROMPTS = "prompts"  # the option by which a call asks for prefill_attention.py's kernel
 MOST_BLOCKS = 264  # of a launch that cuts requests: SHARES in attention_pieces.cuh
 
@@ -94,12 +95,13 @@ def default_variants(attention: OpSpec, target: CudaTarget) -> Sequence[Variant]
             return config(blocks, warps // 2, short_tiles)
         return {"blocks": blocks, "warps": warps, "stages": min(stages, MOST_STAGES), "short_tiles": short_tiles}
 
-    many = WARPS - (head_dim > 64) - (head_dim > 128)  # of so many registers
-    configs = [config(1, 2 * WARPS, 2 * SHORT_TILES), config(2, WARPS, SHORT_TILES), config(4, many, SHORT_TILES)]
-    served = [config["blocks"] * target.multiprocessors // kv_heads for config in configs[:-1]]  # requests, at most
+    columns = head_dim * -(-(q.size(1) // kv_heads) // 8)  # of sums in registers, of eight queries each
+    many = WARPS - (columns > 64) - (columns > 128)
+    tiers = [config(1, 2 * WARPS, 2 * SHORT_TILES), config(2, WARPS, SHORT_TILES), config(4, many, SHORT_TILES)]
+    served = [tier["blocks"] * target.multiprocessors // kv_heads for tier in tiers[:-1]]  # requests, at most
     least = [1, *(requests + 1 for requests in served)]
-    tiers = zip(least, configs, [*least[1:], math.inf], strict=True)
-    return [Variant(requests, config) for requests, config, after in tiers if requests < after]
+    ends = [*least[1:], math.inf]
+    return [Variant(begin, tier) for begin, tier, end in zip(least, tiers, ends, strict=True) if begin < end]
 
 
 def most_splits(window: int, short_tiles: int) -> int:

@@ -1,8 +1,9 @@
 // How a launch's cached tokens are shared out among thread blocks: pieces, of one request each.
 //
-// Requests differ in length: were each one block's, all would wait for the longest.  So a request that holds much more
-// than an equal share of the tiles is cut into parts of about that; where all are alike, each is one piece, or as many
-// as there are blocks for it.  Pieces are numbered, and block i of N takes pieces i, i + N, ...
+// Requests differ in length: were each one block's, all would wait for the longest.  So where one holds much more than an
+// equal share of the tiles, requests are cut into parts of about that; where all are alike, each is one piece, or as many
+// as there are blocks for it.  Block i begins with piece i; if there are more pieces than blocks, who is done takes the
+// next.  Pieces, and so results, do not depend on who takes them.
 //
 // Lengths are known on the GPU alone, so that each warp finds this out by itself: three loads for each lane's requests,
 // all at once, and if requests are cut a scan of their parts.
@@ -15,17 +16,16 @@ namespace vllm_compile {
 
 constexpr int TILE = 16;  // cached tokens of a tile: no block of the cache is smaller
 
-// Tiles are shared out among so many blocks at most, two for each multiprocessor of an H200.  A share is cut off only
-// where half of one is left, so that requests that are cut have no more than 4 / 3 parts for each share that they hold.
+// Tiles are shared out among so many blocks at most, two for each multiprocessor of an H200.  A request of less than one
+// and a half shares is not cut, so that others have no more than 4 / 3 parts for each share that they hold.
 constexpr int SHARES = 264, PARTS = SHARES * 4 / 3;
 
 // Part `part` of `parts` of a request, whose result is the `slot`th of a KV head's in the workspace if there are others.
-// Request -1: there is no such piece.  Not `last`: there may be one for this block after it.
+// Request -1: there is no such piece.
 struct Piece {
   int request, part, parts, slot;
-  bool last;
 
-  // The first tile of a part, of a request that sees so many, and that of the next part.
+  // The first tile of the part, of a request that sees so many, and that of the next part.
   __device__ __forceinline__ int2 tiles(int seen) const {
     const int each = seen / parts, longer = seen - each * parts;  // the first ones have one more
     const int begin = part * each + min(part, longer);
@@ -33,7 +33,8 @@ struct Piece {
   }
 };
 
-// Of KV_HEADS heads with a block each; a part has at least some SHORT_TILES.
+// Of KV_HEADS heads, for each of which there are gridDim.x * gridDim.z blocks, gridDim.z being the number of requests; a
+// share has SHORT_TILES at least.
 template <class Seen, int KV_HEADS, int SHORT_TILES>
 class Pieces {
  public:
@@ -50,11 +51,20 @@ class Pieces {
     total = __reduce_add_sync(0xffffffff, total), most = __reduce_max_sync(0xffffffff, most);
     const int shares = min(blocks, max(SHARES / KV_HEADS, 1));
     share = max((total + shares - 1) / shares, SHORT_TILES);
-    cut = most + share / 2 >= 2 * share;
+    // Where each request has one block, parts have to wait until one is done with its own.
+    cut = blocks > requests ? most + share / 2 >= 2 * share : most >= 2 * share;
+    count = requests;
+    if (!cut) return;
+    count = 0;
+    for (int request = threadIdx.x % 32; request < requests; request += 32) count += parts(tiles(request));
+    count = __reduce_add_sync(0xffffffff, count);
   }
 
+  // How many there are.
+  __device__ __forceinline__ int size() const { return count; }
+
   __device__ __forceinline__ Piece operator[](int index) const {
-    if (!cut) return {index < requests ? index : -1, 0, 1, 0, index + blocks >= requests};
+    if (!cut) return {index < requests ? index : -1, 0, 1, 0};
     int before = 0, whole = 0;  // pieces of the requests before, and how many of those are one piece
     for (int first = 0; first < requests; first += 32) {
       const int request = first + threadIdx.x % 32, own = request < requests ? parts(tiles(request)) : 0;
@@ -64,18 +74,18 @@ class Pieces {
         const int others = __shfl_up_sync(0xffffffff, through, lanes);
         if (request - first >= lanes) through += others;
       }
-      through += before, before = __shfl_sync(0xffffffff, through, 31);
+      through += before;
       const uint32_t past = __ballot_sync(0xffffffff, through > index);
       const uint32_t wholes = __ballot_sync(0xffffffff, own == 1);
       if (past != 0) {
-        const int from = __ffs(past) - 1, count = __shfl_sync(0xffffffff, own, from);
-        const int part = index - __shfl_sync(0xffffffff, through, from) + count;
+        const int from = __ffs(past) - 1, parts_of = __shfl_sync(0xffffffff, own, from);
+        const int part = index - __shfl_sync(0xffffffff, through, from) + parts_of;
         whole += __popc(wholes & ((1u << from) - 1));
-        return {first + from, part, count, index - whole, first + 32 >= requests && index + blocks >= before};
+        return {first + from, part, parts_of, index - whole};
       }
-      whole += __popc(wholes);
+      before = __shfl_sync(0xffffffff, through, 31), whole += __popc(wholes);
     }
-    return {-1, 0, 1, 0, true};
+    return {-1, 0, 1, 0};
   }
 
  private:
@@ -90,7 +100,7 @@ class Pieces {
   __device__ __forceinline__ int parts(int seen) const { return max((seen + share / 2) / share, 1); }
 
   const int *query_start_loc, *seq_lens;
-  int requests, blocks, share;
+  int requests, blocks, share, count;
   bool cut;
 };
 

@@ -1,10 +1,11 @@
 // Attention over a paged KV cache, split along the cache ("flash decoding"), grouped queries on the tensor cores.
 //
-// A thread block takes one KV head of one request and a stretch of its cached tokens (attention_pieces.cuh); its warps
-// take tiles of 16 tokens in turn.  Each warp copies its own tiles to shared memory some stages ahead (cp.async) and has its own online
-// softmax, so that warps meet only once, at the end.  A tile's tokens are the rows of the mma, the GROUP query heads that
-// share a KV head its columns, eight a product: each cached byte is read once for all of them.  Where a request is split,
-// each block leaves its part in the workspace below, and the one that comes last adds them up, in a fixed order.
+// A thread block takes one KV head of one request, or a part of its cached tokens, and then another if there are more of
+// them than blocks (attention_pieces.cuh); its warps take tiles of 16 tokens in turn.  Each warp copies its own tiles to
+// shared memory some stages ahead (cp.async) and has its own online softmax, so that warps meet only once, at the end.  A
+// tile's tokens are the rows of the mma, the GROUP query heads that share a KV head its columns, eight a product: each
+// cached byte is read once for all of them.  Where a request is cut, each block leaves its part in the workspace below, and
+// the one that comes last adds them up, in a fixed order.
 //
 // Tiles that earlier steps have filled are requested before wait_for_kernels_before(), while q, k and v are computed.
 // Where this step's keys and values are made here (rope_attention.cuh), a decode step requests all tiles so: the newest
@@ -27,11 +28,13 @@
 
 namespace vllm_compile {
 
-// Parts of requests that are cut.  Kernels of one stream take turns.
-constexpr int MOST_GROUP = 16, MOST_HEAD_DIM = 256;
+// Parts of requests that are cut, which they are if shares are for two blocks of a KV head.  Kernels of one stream take
+// turns.
+constexpr int MOST_GROUP = 16, MOST_HEAD_DIM = 256, MOST_CUT_HEADS = SHARES / 2;
 __device__ float attention_parts[PARTS * MOST_GROUP * MOST_HEAD_DIM];
 __device__ float2 attention_sums[PARTS * MOST_GROUP];  // {largest score, sum of exponentials} of a part
 __device__ int attention_arrived[PARTS];              // blocks of a cut request that are done; zero between launches
+__device__ int attention_taken[MOST_CUT_HEADS];       // pieces of a KV head beyond one a block; zero between launches
 
 // The KV cache: kv [blocks, KV_HEADS, block_size, 2 * HEAD_DIM], strides in elements, and where requests lie in it.
 struct PagedCache {
@@ -368,8 +371,7 @@ __device__ __forceinline__ void attend_piece(const Piece& piece, const Tokens& t
   }
 }
 
-// Pieces of all requests, of KV head blockIdx.y: blocks of both other axes take them in turn, as many as there are along
-// the last axis requests.
+// All requests' pieces of KV head blockIdx.y, by the blocks of the other axes of the grid (attention_pieces.cuh).
 template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS, int STAGES, int SHORT_TILES, int WINDOW, uint32_t SOFT_CAP,
           class Tokens>
 __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& paged, const int* query_start_loc,
@@ -378,12 +380,14 @@ __device__ __forceinline__ void attend(const Tokens& tokens, const PagedCache& p
   launch_dependents();
   bool waited = false;
   const Pieces<Seen, KV_HEADS, SHORT_TILES> pieces(query_start_loc, paged.seq_lens);
-  for (int index = blockIdx.z * gridDim.x + blockIdx.x;; index += gridDim.x * gridDim.z) {
-    const Piece piece = pieces[index];
-    if (piece.request < 0) break;
-    attend_piece<HEAD_DIM, GROUP, KV_HEADS, WARPS, STAGES, Seen>(piece, tokens, paged, query_start_loc, out, scale,
-                                                                 shared, waited);
-    if (piece.last) break;
+  const int blocks = gridDim.x * gridDim.z;
+  int index = blockIdx.z * gridDim.x + blockIdx.x;
+  while (index < pieces.size()) {
+    attend_piece<HEAD_DIM, GROUP, KV_HEADS, WARPS, STAGES, Seen>(pieces[index], tokens, paged, query_start_loc, out,
+                                                                 scale, shared, waited);
+    if (pieces.size() <= blocks) break;
+    if (!waited) wait_for_kernels_before(), waited = true;
+    index = blocks + next_taken(attention_taken + blockIdx.y, pieces.size(), static_cast<int*>(shared));
   }
   if (!waited) wait_for_kernels_before();
 }

@@ -16,7 +16,7 @@ static void list(const int* query_start_loc, const int* seq_lens, const int* see
   for (int index = blockIdx.z * gridDim.x + blockIdx.x; index < most; index += gridDim.x * gridDim.z) {
     const Piece piece = pieces[index];
     const int2 tiles = piece.tiles(seen[piece.request < 0 ? 0 : piece.request]);
-    const int fields[7] = {piece.request, piece.part, piece.parts, piece.slot, tiles.x, tiles.y, piece.last};
+    const int fields[7] = {piece.request, piece.part, piece.parts, piece.slot, tiles.x, tiles.y, pieces.size()};
     for (int i = 0; i < 7; i++) out[(index * WARPS + threadIdx.x / 32) * 7 + i] = fields[i];
   }
 }
@@ -51,10 +51,7 @@ def pieces_of(queries, lengths, splits=1, kv_heads=8, warps=4, short_tiles=8, wi
     found = [tuple(piece) for piece in out[:, 0].tolist()]
     count = next(i for i, piece in enumerate(found) if piece[0] < 0)
     assert all(piece[0] == -1 for piece in found[count:])
-    blocks = splits * requests
-    for index, (*_, last) in enumerate(found[:count]):
-        # It may not know that it is the last where other requests than its 32 have to be looked at.
-        assert last == (index + blocks >= count) or (not last and requests > 32)
+    assert {size for *_, size in found} == {count}
     return [piece[:-1] for piece in found[:count]]
 
 
@@ -68,7 +65,9 @@ def check(pieces, queries, lengths, splits=1, kv_heads=8, warps=4, short_tiles=8
     tiles = [tiles_of(*request, window) for request in zip(queries, lengths, strict=True)]
     blocks = splits * len(lengths)
     share = max(-(-sum(tiles) // min(blocks, max(SHARES // kv_heads, 1))), short_tiles)
+    uncut = 1.5 * share if splits > 1 else 2 * share
     assert len(pieces) <= 2 * blocks
+    assert (len(pieces) > len(lengths)) == (max(tiles) >= uncut)
     slots = []
     for request, seen in enumerate(tiles):
         own = [piece for piece in pieces if piece[0] == request]
@@ -78,7 +77,7 @@ def check(pieces, queries, lengths, splits=1, kv_heads=8, warps=4, short_tiles=8
         assert [begin for *_, begin, _ in own] == ends[:-1]
         assert ends[-1] == seen
         lengths_of = [end - begin for begin, end in pairwise(ends)]
-        assert max(lengths_of) <= -(-3 * share // 2)
+        assert max(lengths_of) <= (-(-3 * share // 2) if len(pieces) > len(lengths) else uncut)
         assert max(lengths_of) - min(lengths_of) <= 1
         if len(own) > 1:
             first = own[0][3]
@@ -99,7 +98,11 @@ BATCHES = {  # queries and cached tokens of each request
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 1000}, {"kv_heads": 1, "warps": 3, "splits": 4}], ids=str)
+OPTIONS = [{}, {"window": 1000}, {"kv_heads": 1, "warps": 3, "splits": 4}]
+OPTIONS += [{"kv_heads": kv_heads, "splits": 2} for kv_heads in (3, 66, 132, 133, 300)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_every_tile_is_in_one_piece(batch, options):
     queries, lengths = zip(*BATCHES[batch], strict=True)

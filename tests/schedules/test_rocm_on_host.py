@@ -127,6 +127,19 @@ def test_matches_reference(name, generator, tmp_path):
         harness.assert_matches(case.op, case.run({**case.inputs, case.changed: changed}), expected)
 
 
+@pytest.mark.parametrize("name", [name for name, (op, *_) in CASES.items() if op is LINEAR])
+def test_residual_may_lie_where_the_sum_will(name, generator, tmp_path):
+    case = Case(name, generator, tmp_path)
+    if "residual" not in case.inputs:
+        pytest.skip("this case adds nothing")
+    stored = {**case.inputs, **{weight: layout.pack(case.inputs[weight]) for weight, layout in case.layouts.items()}}
+    for kernel in case.kernels:
+        (apart,) = case.run(case.inputs, kernel)
+        sums = case.inputs["residual"].clone()
+        case.on_host.run(kernel, *{**stored, "residual": sums}.values(), sums)
+        assert torch.equal(sums, apart)
+
+
 def test_lossless_weights_are_restored_bit_for_bit(generator, tmp_path):
     """Rows of an identity times the weight, of numbers of all sizes: each result is one weight."""
     N, K = 64, 128
