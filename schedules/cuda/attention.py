@@ -11,9 +11,9 @@ multiprocessor (96 KB of stages each at D = 128), or one of 8: either way warps 
 under way, 128 KB, above the 29 KB that a multiprocessor's share of 4.8 TB/s needs at 800 ns of latency.
 
 Many requests keep a multiprocessor busy with four blocks that are at different points of theirs: of the time of warps
-that see 200 cached tokens, two fifths go by waiting for tiles (Nsight Compute's samples, 64 requests of Llama-3.1-8B),
-and others read meanwhile.  At D = 128 they have three warps of 168 registers each, at D = 64 four of 128: what there is;
-96 KB are under way.
+that see 200 cached tokens, two fifths go by waiting for tiles (Nsight Compute's samples, 64 requests of Llama-3.1-8B)
+while others read.  At D = 128 they have three warps of 168 registers each, at D = 64 four of 128: what there is; 96 KB
+are under way.
 
 Within a window of W tokens a query reads W / 16 + 1 tiles at most, whatever the context: Mistral-7B-v0.1 (4,096 bytes
 a token and layer, W = 4,096) 16.8 MB a request and layer, 3.5 us.  A soft cap costs an exponential and a division more
@@ -44,7 +44,7 @@ MOST_GROUP, MOST_HEAD_DIM = 16, 256
 LEAST_STAGES, MOST_STAGES = 2, 6
 MOST_SPLITS = 64  # blocks for a KV head of a request
 PROMPTS = "prompts"  # the option by which a call asks for prefill_attention.py's kernel
-MOST_BLOCKS = 264  # of a launch that cuts requests: SHARES in attention_pieces.cuh
+MOST_BLOCKS = 264  # of a launch that has several for a KV head of a request
 
 
 @dataclass(frozen=True)

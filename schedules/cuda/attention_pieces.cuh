@@ -16,9 +16,9 @@ namespace vllm_compile {
 
 constexpr int TILE = 16;  // cached tokens of a tile: no block of the cache is smaller
 
-// Tiles are shared out among so many blocks at most, two for each multiprocessor of an H200.  A request of less than one
+// Tiles are shared out among so many blocks at most, four for each multiprocessor of an H200.  A request of less than one
 // and a half shares is not cut, so that others have no more than 4 / 3 parts for each share that they hold.
-constexpr int SHARES = 264, PARTS = SHARES * 4 / 3;
+constexpr int SHARES = 528, PARTS = SHARES * 4 / 3;
 
 // Part `part` of `parts` of a request, whose result is the `slot`th of a KV head's in the workspace if there are others.
 // Request -1: there is no such piece.

@@ -63,7 +63,7 @@ def test_blocks_share_the_memory_of_a_multiprocessor():
 @pytest.mark.parametrize("kv_heads", [1, 2, 8, 132, 133, 300])
 @pytest.mark.parametrize("head_dim", range(32, 257, 32))
 def test_kernels_for_more_and_more_requests(head_dim, kv_heads):
-    """More, smaller blocks the more requests there are; their stages, and a group's turned heads, fit beside each other."""
+    """More, smaller blocks the more requests there are; stages, and a group's turned heads, fit beside each other."""
     for group in (1, 8, 16):
         inputs, attributes = ops.PAGED_ATTENTION.sample(
             torch.Generator(), torch.bfloat16, ((1, 1),), group * kv_heads, kv_heads, head_dim

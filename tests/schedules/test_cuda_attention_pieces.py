@@ -9,7 +9,7 @@ from tests.cuda_on_host.runner import AVAILABLE, run
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++ on x86-64 Linux")
 
-TILE, SHARES, PARTS = 16, 264, 352  # as in the header
+TILE, SHARES, PARTS = 16, 528, 704  # as in the header
 SOURCE = """using namespace vllm_compile;
 static void list(const int* query_start_loc, const int* seq_lens, const int* seen, int* out, int most, void*) {
   const Pieces<Scores<WINDOW, 0>, KV_HEADS, SHORT_TILES> pieces(query_start_loc, seq_lens);
@@ -99,7 +99,7 @@ BATCHES = {  # queries and cached tokens of each request
 
 
 OPTIONS = [{}, {"window": 1000}, {"kv_heads": 1, "warps": 3, "splits": 4}]
-OPTIONS += [{"kv_heads": kv_heads, "splits": 2} for kv_heads in (3, 66, 132, 133, 300)]
+OPTIONS += [{"kv_heads": kv_heads, "splits": 2} for kv_heads in (3, 66, 264, 265, 300)]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -1,6 +1,7 @@
 """Causal grouped-query attention over a paged KV cache, for decode, prefill and mixed batches alike."""
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from .base import OwnOp, Tolerance, like
 
@@ -74,19 +75,19 @@ def sample(
     block_size: int = 16,
     columns: int = 0,
 ):
-    """`lengths` holds (queries, cached tokens) per request; blocks are handed out in random order.
+    """`lengths` holds (queries, cached tokens) per request; blocks are handed out in random order, one to nobody.
 
     The cache has `columns`, or twice the head size where 0.
     """
     columns = columns or 2 * head_dim
-    width = max(-(-length // block_size) for _, length in lengths) + 1
-    blocks = torch.randperm(len(lengths) * width + 1, generator=generator)
+    widths = [-(-length // block_size) + 1 for _, length in lengths]
+    blocks = torch.randperm(sum(widths) + 1, generator=generator).int()
     queries = torch.tensor([count for count, _ in lengths])
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), queries.cumsum(0)])
     inputs = {
         "q": torch.randn(int(queries.sum()), num_heads, head_dim, generator=generator).to(dtype),
         "kv": torch.randn(blocks.numel(), num_kv_heads, block_size, columns, generator=generator).to(dtype),
-        "block_table": blocks[: len(lengths) * width].view(len(lengths), width).int(),
+        "block_table": pad_sequence(blocks[:-1].split(widths), batch_first=True, padding_value=float(blocks[-1])),
         "seq_lens": torch.tensor([length for _, length in lengths], dtype=torch.int32),
         "query_start_loc": starts.int(),
     }
