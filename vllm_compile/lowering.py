@@ -14,7 +14,6 @@ from tvm import relax
 
 from .call_specs import op_spec, tensor_spec
 from .errors import UnsupportedError
-from .in_place import add_in_place
 from .kernel_table import Kernels, KernelTable
 from .ops import OwnOp, op_of
 from .ops.base import arguments_of
@@ -28,6 +27,7 @@ from .schedules.layouts import Layout
 from .schedules.select import Choice
 from .slots import assign_slots
 from .spec import OpSpec, TensorSpec
+from .sums_in_place import add_in_place
 
 VIEWS = {"relax.reshape", "relax.expand_dims", "relax.squeeze"}
 

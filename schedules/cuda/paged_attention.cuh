@@ -4,8 +4,7 @@
 // them than blocks (attention_pieces.cuh); its warps take tiles of 16 tokens in turn.  Each warp copies its own tiles to
 // shared memory some stages ahead (cp.async) and has its own online softmax, so that warps meet only once, at the end.  A
 // tile's tokens are the rows of the mma, the GROUP query heads that share a KV head its columns, eight a product: each
-// cached byte is read once for all of them.  Where a request is cut, each block leaves its part in the workspace below, and
-// the one that comes last adds them up, in a fixed order.
+// cached byte is read once for all of them.  What warps and blocks have found is added up in attention_parts.cuh.
 //
 // Tiles that earlier steps have filled are requested before wait_for_kernels_before(), while q, k and v are computed.
 // Where this step's keys and values are made here (rope_attention.cuh), a decode step requests all tiles so: the newest
@@ -22,19 +21,10 @@
 #ifndef VLLM_COMPILE_PAGED_ATTENTION
 #define VLLM_COMPILE_PAGED_ATTENTION
 
-#include "arrivals.cuh"
-#include "attention_pieces.cuh"
+#include "attention_parts.cuh"
 #include "vectors.cuh"
 
 namespace vllm_compile {
-
-// Parts of requests that are cut, which they are if shares are for two blocks of a KV head.  Kernels of one stream take
-// turns.
-constexpr int MOST_GROUP = 16, MOST_HEAD_DIM = 256, MOST_CUT_HEADS = SHARES / 2;
-__device__ float attention_parts[PARTS * MOST_GROUP * MOST_HEAD_DIM];
-__device__ float2 attention_sums[PARTS * MOST_GROUP];  // {largest score, sum of exponentials} of a part
-__device__ int attention_arrived[PARTS];              // blocks of a cut request that are done; zero between launches
-__device__ int attention_taken[MOST_CUT_HEADS];       // pieces of a KV head beyond one a block; zero between launches
 
 // The KV cache: kv [blocks, KV_HEADS, block_size, 2 * HEAD_DIM], strides in elements, and where requests lie in it.
 struct PagedCache {
@@ -79,9 +69,7 @@ __device__ __forceinline__ void attend_piece(const Piece& piece, const Tokens& t
   constexpr int STAGE = TILE * CHUNKS;                     // chunks of a tile
   constexpr int STEPS = HEAD_DIM / 16;                     // columns of keys, and of values, in pieces of an mma
   constexpr int EIGHTS = (GROUP + 7) / 8;                  // of queries
-  constexpr int SUMS = HEAD_DIM + 4;                       // floats from a query's sums to the next: no bank twice
   static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM <= MOST_HEAD_DIM && GROUP <= MOST_GROUP, "beyond what this kernel does");
-  static_assert(STAGES * STAGE * 16 >= (GROUP * SUMS + 2 * GROUP) * 4, "sums of a warp fit where its stages were");
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int head = blockIdx.y, request = piece.request;
@@ -305,68 +293,9 @@ __device__ __forceinline__ void attend_piece(const Piece& piece, const Tokens& t
     }
     wait_copies<0>();
 
-    // Warps meet: [GROUP][SUMS] values, then {largest, sum} of each query, where the warp's stages were.
-    constexpr int OWN = STAGES * STAGE * 4;  // floats of a warp
-    float* const all = static_cast<float*>(shared);
-    __syncwarp();
-#pragma unroll
-    for (int eight = 0; eight < EIGHTS; eight++)
-#pragma unroll
-      for (int column = 0; column < 2; column++) {
-        float total = sum[eight][column];
-#pragma unroll
-        for (int lanes = 4; lanes < 32; lanes *= 2) total += __shfl_xor_sync(0xffffffff, total, lanes);
-        const int at = eight * 8 + 2 * t + column;
-        if (at < GROUP) {
-          float* const to = all + warp * OWN + at * SUMS;
-#pragma unroll
-          for (int step = 0; step < STEPS; step++) {
-            to[step * 16 + g] = values[eight][step][column];
-            to[step * 16 + 8 + g] = values[eight][step][2 + column];
-          }
-          float* const ends = all + warp * OWN + GROUP * SUMS + at * 2;
-          if (g == 0) ends[0] = largest[eight][column], ends[1] = total;
-        }
-      }
-    __syncthreads();
     __nv_bfloat16* const result = static_cast<__nv_bfloat16*>(out) +
                                   ((size_t)(first_row + query) * HEADS + head * GROUP) * HEAD_DIM;
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-      const int at = i / HEAD_DIM;
-      float most = -INFINITY, total = 0.f, value = 0.f;
-#pragma unroll
-      for (int w = 0; w < WARPS; w++) most = fmaxf(most, all[w * OWN + GROUP * SUMS + at * 2]);
-#pragma unroll
-      for (int w = 0; w < WARPS; w++) {
-        const float* const ends = all + w * OWN + GROUP * SUMS + at * 2;
-        const float weight = power_of_two(ends[0] - most);
-        total += weight * ends[1];
-        value += weight * all[w * OWN + at * SUMS + i % HEAD_DIM];
-      }
-      if (parts == 1) {
-        result[i] = __float2bfloat16_rn(value / total);
-      } else {
-        const int part = piece.slot * KV_HEADS + head;
-        attention_parts[part * (GROUP * HEAD_DIM) + i] = value;
-        if (i % HEAD_DIM == 0) attention_sums[part * GROUP + at] = make_float2(most, total);
-      }
-    }
-    const int first_part = (piece.slot - piece.part) * KV_HEADS + head;
-    if (parts > 1 && last_to_arrive(attention_arrived + first_part, parts)) {
-      for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-        const float2* const sums = attention_sums + first_part * GROUP + i / HEAD_DIM;
-        const float* const values = attention_parts + first_part * (GROUP * HEAD_DIM) + i;
-        float most = -INFINITY, total = 0.f, value = 0.f;
-        for (int part = 0; part < parts; part++) most = fmaxf(most, __ldcg(sums + part * (KV_HEADS * GROUP)).x);
-        for (int part = 0; part < parts; part++) {
-          const float2 ends = __ldcg(sums + part * (KV_HEADS * GROUP));
-          const float weight = power_of_two(ends.x - most);
-          total += weight * ends.y;
-          value += weight * __ldcg(values + part * (KV_HEADS * GROUP * HEAD_DIM));
-        }
-        result[i] = __float2bfloat16_rn(value / total);
-      }
-    }
+    write_piece<HEAD_DIM, GROUP, KV_HEADS, WARPS, STAGES * STAGE * 4>(piece, largest, sum, values, result, shared);
     __syncthreads();  // before the next query's tiles take the place of the sums
   }
 }

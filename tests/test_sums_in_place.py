@@ -2,9 +2,9 @@
 
 import pytest
 
-from vllm_compile.in_place import add_in_place
 from vllm_compile.runtime.plan import Argument, CallStep, KernelStep, Large, VendorCall
 from vllm_compile.spec import Sym, TensorSpec
+from vllm_compile.sums_in_place import add_in_place
 
 SPEC = TensorSpec((Sym.TOKENS, 8), "bfloat16")
 
