@@ -145,7 +145,7 @@ def test_windows_and_soft_caps(tmp_path, monkeypatch):
     called = dict(re.findall(function, code))
     cap = struct.unpack("I", struct.pack("f", 50.0))[0]
     found = [[called.pop(symbol).split(", ")[-2:] for _, symbol in step.variants] for step in (*steps, within)]
-    assert found == [[[str(window), str(cap)]] * count for window, count in ((WINDOW, 2), (0, 2), (WINDOW, 1))]
+    assert found == [[[str(window), str(cap)]] * count for window, count in ((WINDOW, 3), (0, 3), (WINDOW, 1))]
     assert not called
 
 
