@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from vllm_compile.bench_workloads import Workload
+from vllm_compile.cli_values import pairs_of
 from vllm_compile.paged_batch import PagedBatch
 from vllm_compile.runtime.manifest import PLAN, read_manifest
 from vllm_compile.runtime.plan import KernelStep, Plan, VendorCall, from_json, kernel_steps
@@ -104,18 +106,12 @@ def sustained_us(program: Program, contexts: Sequence[int], seconds: float = 1.0
     return replayed(2 * third)
 
 
-def contexts_of(workload: str) -> list[int]:
-    """Cached tokens of each request: 2x200+1x3000 are 200, 200, 3000."""
-    parts = [part.split("x") for part in workload.split("+")]
-    return [int(context) for count, context in parts for _ in range(int(count))]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("workloads", nargs="+", metavar="BxN[+BxN..]")
     options = parser.parse_args()
-    workloads = list(map(contexts_of, options.workloads))
+    workloads = [Workload.of(pairs_of(text)).lengths for text in options.workloads]
     manifest, plan = read_manifest(options.artifact), from_json((options.artifact / PLAN).read_text())
     program = Program(options.artifact, plan, manifest)
     program.load_dummy_weights()

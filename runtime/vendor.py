@@ -26,7 +26,7 @@ def linear(
 ) -> None:
     """x [T, K], weight [N, K], bias [N], residual and out [T, N]: out = residual + (x @ weight.T + bias).
 
-    With a residual alone, it is added in float32 before the one rounding.
+    With a residual alone, it is added in float32 before the one rounding, and may be `out` itself.
     """
     if bias is not None:
         torch.addmm(bias, x, weight.T, out=out)

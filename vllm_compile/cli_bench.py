@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .bench_worker import PEERS
-from .cli_values import positive, positives
+from .cli_values import pair_of, pairs_of, positive, positives
 
 console = Console(stderr=True)
 
@@ -78,14 +78,12 @@ def _names(text: str) -> list[str]:
 
 def _workloads(text: str) -> list[tuple[int, int]]:
     """`4x4096,1x128` as pairs."""
-    return [
-        (positive(batch), positive(length)) for batch, _, length in (item.partition("x") for item in text.split(","))
-    ]
+    return [pair_of(item) for item in text.split(",")]
 
 
 def _mixed_workloads(text: str) -> list[list[tuple[int, int]]]:
     """`4x4096,63x128+1x30000` as pairs, those of one batch together."""
-    return [_workloads(item.replace("+", ",")) for item in text.split(",")]
+    return [pairs_of(item) for item in text.split(",")]
 
 
 def _bench(options: argparse.Namespace) -> int:

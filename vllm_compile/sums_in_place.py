@@ -1,7 +1,8 @@
 """Products that are added to what nobody reads afterwards: in place, as vendors' libraries do it best.
 
 torch's `addmm` copies the residual to the result first, unless they are one tensor: 2 * T * N * 2 bytes that are read
-and written for nothing, 2.2 us a layer of Llama-3.1-8B on an H200 for 256 tokens, 60 for 16,384.  Our own kernels read
+and written for nothing, 2.2 us a layer of Llama-3.1-8B on an H200 for 256 tokens, 50 for 12,288
+(benchmarks/baseline.md).  Our own kernels read
 each residual in the thread that writes the sum in its place.
 """
 

@@ -4,16 +4,17 @@ Bytes: 4 * KH * D a cached token, read once for all queries of its group; 4 * H 
 tensor cores do meanwhile.  Llama-3.1-8B: 4,096 bytes a token and layer; 16 requests of 1,024 tokens are 67 MB, 14 us
 at 4.8 TB/s; one of 131,072 is 537 MB, 112 us.
 
-Parts: each request's KV heads are cut until there are about as many thread blocks as the chip holds, but a part is no
-shorter than `short_tiles`: starting another block, and adding up what two of them found, costs as much as reading so
-much.  Where lengths differ, longer requests have more parts (attention_pieces.cuh).  Two blocks of 4 warps fit on a
-multiprocessor (96 KB of stages each at D = 128), or one of 8: either way warps * (stages - 1) * 16 * 4 * D bytes are
-under way, 128 KB, above the 29 KB that a multiprocessor's share of 4.8 TB/s needs at 800 ns of latency.
+Parts: each request's KV heads are cut until there are about as many thread blocks as the chip holds, but a share is no
+shorter than `short_tiles`, a part no shorter than three quarters of that: starting another block, and adding up what
+two of them found, costs as much as reading so much.  Where lengths differ, longer requests have more parts
+(attention_pieces.cuh).  Two blocks of 4 warps fit on a multiprocessor (96 KB of stages each at D = 128), or one of 8:
+either way warps * (stages - 1) * 16 * 4 * D bytes are under way, 128 KB, above the 29 KB that a multiprocessor's share
+of 4.8 TB/s needs at 800 ns of latency.
 
 Many requests keep a multiprocessor busy with four blocks that are at different points of theirs: of the time of warps
 that see 200 cached tokens, two fifths go by waiting for tiles (Nsight Compute's samples, 64 requests of Llama-3.1-8B)
-while others read.  At D = 128 they have three warps of 168 registers each, at D = 64 four of 128: what there is; 96 KB
-are under way.
+while others read.  At D = 128 they have three warps of 168 registers each, at D = 64 four of 128: what there is; 96
+and 128 KB are under way.
 
 Within a window of W tokens a query reads W / 16 + 1 tiles at most, whatever the context: Mistral-7B-v0.1 (4,096 bytes
 a token and layer, W = 4,096) 16.8 MB a request and layer, 3.5 us.  A soft cap costs an exponential and a division more

@@ -8,13 +8,12 @@
 
 namespace vllm_compile {
 
-// Parts of requests that are cut, which they are if shares are for two blocks of a KV head.  Kernels of one stream take
-// turns.
+// Parts of requests that are cut, which takes two shares of a KV head at least.  Kernels of one stream take turns.
 constexpr int MOST_GROUP = 16, MOST_HEAD_DIM = 256, MOST_CUT_HEADS = SHARES / 2;
 __device__ float attention_parts[PARTS * MOST_GROUP * MOST_HEAD_DIM];
 __device__ float2 attention_sums[PARTS * MOST_GROUP];  // {largest score, sum of exponentials} of a part
 __device__ int attention_arrived[PARTS];              // blocks of a cut request that are done; zero between launches
-__device__ int attention_taken[MOST_CUT_HEADS];       // pieces of a KV head beyond one a block; zero between launches
+__device__ int attention_taken[MOST_CUT_HEADS];       // how often blocks of a KV head have asked for more; zero between launches
 
 // Called by all threads.  Lane (g, t) has for queries 2 * t and 2 * t + 1 of each eight of a group the largest score, the
 // sum of its own tokens' exponentials, and columns g and g + 8 of each 16 of the values, added up.  result [GROUP, HEAD_DIM]

@@ -6,7 +6,7 @@
 // next.  Pieces, and so results, do not depend on who takes them.
 //
 // Lengths are known on the GPU alone, so that each warp finds this out by itself: three loads for each lane's requests,
-// all at once, and if requests are cut a scan of their parts.
+// all at once, and if requests are cut a count of their parts, and a scan for each piece.
 #ifndef VLLM_COMPILE_ATTENTION_PIECES
 #define VLLM_COMPILE_ATTENTION_PIECES
 

@@ -91,6 +91,7 @@ BATCHES = {  # queries and cached tokens of each request
     "one": [(1, 32000)],
     "alike": [(1, 1100)] * 16,
     "alike but for some tokens": [(1, 1000 + 30 * i) for i in range(16)],
+    "of two lengths": [(1, 1200), (1, 4800)] * 8,  # the longer are 1.6 shares
     "one long": [(1, 200)] * 20 + [(1, 32000)] + [(1, 200)] * 43,
     "long ones at the ends": [(1, 9000), *[(1, 16)] * 70, (1, 9000)],
     "prompts": [(1, 5000), (300, 300), (0, 0), (1, 1), (40, 4000), (1, 17)],

@@ -49,13 +49,14 @@ CASES = {  # operator, arguments of its samples, the input that the negative con
     "rope_attention": (ops.QKV_ROPE_ATTENTION, (((1, 1), (1, 37), (9, 9), (5, 30), (0, 0)), 8, 2, 64, 16), "qkv"),
     "rope_attention_split": (ops.QKV_ROPE_ATTENTION, (((1, 1), (1, 641), (1, 700)), 8, 2, 64, 32), "qkv"),
     "rope_attention_16_heads": (ops.QKV_ROPE_ATTENTION, (((1, 300), (2, 40)), 16, 1, 32, 16), "qkv"),
-    # Requests that are cut into more parts than there are thread blocks; one of them behind 32 others.
+    # Requests that are cut into more parts than there are thread blocks; one behind 32 others; of three blocks each.
     "attention_uneven": (ops.PAGED_ATTENTION, (((1, 1500), *((1, 40),) * 7, (5, 30)), 16, 16, 32, 16), "q"),
     "rope_attention_uneven": (
         ops.QKV_ROPE_ATTENTION,
         (((1, 20), *((1, 9),) * 33, (1, 900), (0, 0), (1, 700), (1, 3)), 8, 4, 32, 16),
         "qkv",
     ),
+    "attention_uneven_split": (ops.PAGED_ATTENTION, (((1, 640), (1, 896)), 22, 22, 32, 16), "q"),
     # A block that one request fills in this step, and that others have for a part of their prefix.
     "attention_shared": (ops.PAGED_ATTENTION, (((1, 32), (1, 33), (20, 52)), 8, 2, 64, 16), "q"),
     "rope_attention_shared": (ops.QKV_ROPE_ATTENTION, (((1, 33), (1, 32), (1, 33), (20, 52)), 8, 2, 64, 16), "qkv"),
@@ -117,7 +118,8 @@ def test_matches_reference_in_every_order_of_threads(case, generator):
     call = OnHost(op, CHANGES.get(case, lambda inputs: inputs)(inputs), attributes)
     expected = call.expected()
     for kernel in call.kernels:
-        results = [call.run(call.inputs, kernel, seed=seed) for seed in range(4)]
+        # Blocks that count on one another are run several at a time, too.
+        results = [call.run(call.inputs, kernel, seed=seed, together=1 + seed) for seed in range(4)]
         assert not call.problems(results[0], expected)
         for result in results[1:]:
             assert all(torch.equal(ours, first) for ours, first in zip(result, results[0], strict=True))
