@@ -165,7 +165,11 @@ def test_requests_of_several_lengths(trained_llama, compiled_fp32, fakes, capsys
     """They are decoded together; each of their tokens is read."""
     command = ["bench", str(compiled_fp32), "--model", str(trained_llama), "--batch", "1", "--context", "8"]
     assert main([*command, "--decode", "2x20+1x90,3x8", "--prefill", "1x8+2x9", "--repeats", "1", "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    printed = capsys.readouterr()
+    doing = ["starting compiled", "starting vllm"]
+    doing += ["decode, 1x8", "decode, 2x20+1x90", "decode, 3x8", "prefill, 1x8+2x9"]
+    assert [line for line in printed.err.splitlines() if line in doing] == doing, "said where there is no terminal, too"
+    figures = json.loads(printed.out.splitlines()[-1])
     rows = {(row["workload"], row["requests"]): row for row in figures["rows"] if row["engine"] == "compiled"}
     assert list(rows) == [("decode", "1x8"), ("decode", "2x20+1x90"), ("decode", "3x8"), ("prefill", "1x8+2x9")]
     row, n = rows["decode", "2x20+1x90"], DECODE_STEPS["cpu"]

@@ -121,6 +121,7 @@ def bench(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         seed = manifest["source"]["dummy_weights_seed"]
         weightless = not list(artifact.glob("*.safetensors"))
+        progress("preparing the model that the peers load")
         peer = model if model is not None and seed is None else _dummy_model(artifact, plan, seed, scratch, weightless)
         options = {
             "max_model_len": min(max(lengths) + 1, plan.model.max_positions),

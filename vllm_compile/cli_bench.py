@@ -104,7 +104,7 @@ def _bench(options: argparse.Namespace) -> int:
             serves,
             options.alone,
             options.steps,
-            status.update,
+            status.update if console.is_terminal else console.print,
         )
     title = ("interrupted: " if figures["interrupted"] else "") + figures["device"]
     title += f", medians of {figures['rounds']}; torch reads memory at {figures['bandwidth']:.1f} GB/s"

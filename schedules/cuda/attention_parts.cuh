@@ -15,6 +15,41 @@ __device__ float2 attention_sums[PARTS * MOST_GROUP];  // {largest score, sum of
 __device__ int attention_arrived[PARTS];              // blocks of a cut request that are done; zero between launches
 __device__ int attention_taken[MOST_CUT_HEADS];       // how often blocks of a KV head have asked for more; zero between launches
 
+// Called by all threads of the block that comes last: the parts of a request's KV head, in their order, to result
+// [GROUP, HEAD_DIM].  Each warp takes a query; it loads the sums of 32 parts at once, then eight parts' values at a time, so
+// that it waits for L2 eight times where one request of 30,000 tokens beside 63 short ones has 44 parts.
+template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS>
+__device__ __forceinline__ void add_parts(int first_part, int parts, __nv_bfloat16* result) {
+  constexpr int COLUMNS = HEAD_DIM / 32;  // of a lane, 32 apart
+  const int lane = threadIdx.x % 32;
+  for (int at = threadIdx.x / 32; at < GROUP; at += WARPS) {
+    float most = -INFINITY, total = 0.f, values[COLUMNS] = {};
+    for (int begin = 0; begin < parts; begin += 32) {
+      const int known = min(parts - begin, 32);
+      const float2* const sums = attention_sums + (first_part + begin * KV_HEADS) * GROUP + at;
+      const float* const from = attention_parts + ((first_part + begin * KV_HEADS) * GROUP + at) * HEAD_DIM + lane;
+      const float2 own = lane < known ? __ldcg(sums + lane * (KV_HEADS * GROUP)) : make_float2(-INFINITY, 0.f);
+      const float before = most;
+      most = fmaxf(most, own.x);
+#pragma unroll
+      for (int lanes = 1; lanes < 32; lanes *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, lanes));
+      const float shrink = power_of_two(before - most), weight = power_of_two(own.x - most);
+      total *= shrink;
+#pragma unroll
+      for (int i = 0; i < COLUMNS; i++) values[i] *= shrink;
+#pragma unroll 8
+      for (int part = 0; part < known; part++) {
+        const float share = __shfl_sync(0xffffffff, weight, part);
+        total += share * __shfl_sync(0xffffffff, own.y, part);
+#pragma unroll
+        for (int i = 0; i < COLUMNS; i++) values[i] += share * __ldcg(from + part * (KV_HEADS * GROUP * HEAD_DIM) + i * 32);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i++) result[at * HEAD_DIM + i * 32 + lane] = __float2bfloat16_rn(values[i] / total);
+  }
+}
+
 // Called by all threads.  Lane (g, t) has for queries 2 * t and 2 * t + 1 of each eight of a group the largest score, the
 // sum of its own tokens' exponentials, and columns g and g + 8 of each 16 of the values, added up.  result [GROUP, HEAD_DIM]
 // is KV head blockIdx.y's.  `shared` holds OWN floats a warp, which that warp alone may still use when it calls.
@@ -72,21 +107,8 @@ __device__ __forceinline__ void write_piece(const Piece& piece, const float (&la
     }
   }
   const int first_part = (piece.slot - piece.part) * KV_HEADS + head;
-  if (piece.parts > 1 && last_to_arrive(attention_arrived + first_part, piece.parts)) {
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-      const float2* const sums = attention_sums + first_part * GROUP + i / HEAD_DIM;
-      const float* const parts = attention_parts + first_part * (GROUP * HEAD_DIM) + i;
-      float most = -INFINITY, total = 0.f, value = 0.f;
-      for (int part = 0; part < piece.parts; part++) most = fmaxf(most, __ldcg(sums + part * (KV_HEADS * GROUP)).x);
-      for (int part = 0; part < piece.parts; part++) {
-        const float2 ends = __ldcg(sums + part * (KV_HEADS * GROUP));
-        const float weight = power_of_two(ends.x - most);
-        total += weight * ends.y;
-        value += weight * __ldcg(parts + part * (KV_HEADS * GROUP * HEAD_DIM));
-      }
-      result[i] = __float2bfloat16_rn(value / total);
-    }
-  }
+  if (piece.parts > 1 && last_to_arrive(attention_arrived + first_part, piece.parts))
+    add_parts<HEAD_DIM, GROUP, KV_HEADS, WARPS>(first_part, piece.parts, result);
 }
 
 }  // namespace vllm_compile

@@ -3,7 +3,7 @@
 // Requests differ in length: were each one block's, all would wait for the longest.  So where one holds much more than an
 // equal share of the tiles, requests are cut into parts of about that; where all are alike, each is one piece, or as many
 // as there are blocks for it.  Block i begins with piece i; if there are more pieces than blocks, who is done takes the
-// next.  Pieces, and so results, do not depend on who takes them.
+// next.  Parts come first, so that what is taken last is short.  Pieces, and so results, do not depend on who takes them.
 //
 // Lengths are known on the GPU alone, so that each warp finds this out by itself: three loads for each lane's requests,
 // all at once, and if requests are cut a count of their parts, and a scan for each piece.
@@ -53,11 +53,16 @@ class Pieces {
     share = max((total + shares - 1) / shares, SHORT_TILES);
     // Where each request has one block, parts have to wait until one is done with its own.
     cut = blocks > requests ? most + share / 2 >= 2 * share : most >= 2 * share;
-    count = requests;
+    parts_of_cut = 0, count = requests;
     if (!cut) return;
-    count = 0;
-    for (int request = threadIdx.x % 32; request < requests; request += 32) count += parts(tiles(request));
-    count = __reduce_add_sync(0xffffffff, count);
+    int whole = 0;
+    for (int request = threadIdx.x % 32; request < requests; request += 32) {
+      const int own = parts(tiles(request));
+      if (own > 1) parts_of_cut += own;
+      else whole++;
+    }
+    parts_of_cut = __reduce_add_sync(0xffffffff, parts_of_cut);
+    count = parts_of_cut + __reduce_add_sync(0xffffffff, whole);
   }
 
   // How many there are.
@@ -65,25 +70,25 @@ class Pieces {
 
   __device__ __forceinline__ Piece operator[](int index) const {
     if (!cut) return {index < requests ? index : -1, 0, 1, 0};
-    int before = 0, whole = 0;  // pieces of the requests before, and how many of those are one piece
+    const bool of_cut = index < parts_of_cut;
+    const int wanted = of_cut ? index : index - parts_of_cut;  // among parts, or among requests that are whole
+    int before = 0;
     for (int first = 0; first < requests; first += 32) {
       const int request = first + threadIdx.x % 32, own = request < requests ? parts(tiles(request)) : 0;
-      int through = own;  // pieces of this request and those before it
+      const int counted = (own > 1) == of_cut ? own : 0;
+      int through = counted;  // of this request and those before it
 #pragma unroll
       for (int lanes = 1; lanes < 32; lanes *= 2) {
         const int others = __shfl_up_sync(0xffffffff, through, lanes);
         if (request - first >= lanes) through += others;
       }
       through += before;
-      const uint32_t past = __ballot_sync(0xffffffff, through > index);
-      const uint32_t wholes = __ballot_sync(0xffffffff, own == 1);
+      const uint32_t past = __ballot_sync(0xffffffff, through > wanted);
       if (past != 0) {
         const int from = __ffs(past) - 1, parts_of = __shfl_sync(0xffffffff, own, from);
-        const int part = index - __shfl_sync(0xffffffff, through, from) + parts_of;
-        whole += __popc(wholes & ((1u << from) - 1));
-        return {first + from, part, parts_of, index - whole};
+        return {first + from, wanted - __shfl_sync(0xffffffff, through, from) + parts_of, parts_of, index};
       }
-      before = __shfl_sync(0xffffffff, through, 31), whole += __popc(wholes);
+      before = __shfl_sync(0xffffffff, through, 31);
     }
     return {-1, 0, 1, 0};
   }
@@ -100,7 +105,7 @@ class Pieces {
   __device__ __forceinline__ int parts(int seen) const { return max((seen + share / 2) / share, 1); }
 
   const int *query_start_loc, *seq_lens;
-  int requests, blocks, share, count;
+  int requests, blocks, share, parts_of_cut, count;
   bool cut;
 };
 

@@ -68,6 +68,8 @@ def check(pieces, queries, lengths, splits=1, kv_heads=8, warps=4, short_tiles=8
     uncut = 1.5 * share if splits > 1 else 2 * share
     assert len(pieces) <= 2 * blocks
     assert (len(pieces) > len(lengths)) == (max(tiles) >= uncut)
+    of_cut = [parts > 1 for _, _, parts, *_ in pieces]
+    assert of_cut == sorted(of_cut, reverse=True), "parts come first"
     slots = []
     for request, seen in enumerate(tiles):
         own = [piece for piece in pieces if piece[0] == request]

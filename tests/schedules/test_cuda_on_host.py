@@ -49,13 +49,15 @@ CASES = {  # operator, arguments of its samples, the input that the negative con
     "rope_attention": (ops.QKV_ROPE_ATTENTION, (((1, 1), (1, 37), (9, 9), (5, 30), (0, 0)), 8, 2, 64, 16), "qkv"),
     "rope_attention_split": (ops.QKV_ROPE_ATTENTION, (((1, 1), (1, 641), (1, 700)), 8, 2, 64, 32), "qkv"),
     "rope_attention_16_heads": (ops.QKV_ROPE_ATTENTION, (((1, 300), (2, 40)), 16, 1, 32, 16), "qkv"),
-    # Requests that are cut into more parts than there are thread blocks; one behind 32 others; of three blocks each.
+    # Requests that are cut into more parts than there are thread blocks; one behind 32 others; one into more than 32
+    # parts; of three blocks each.
     "attention_uneven": (ops.PAGED_ATTENTION, (((1, 1500), *((1, 40),) * 7, (5, 30)), 16, 16, 32, 16), "q"),
     "rope_attention_uneven": (
         ops.QKV_ROPE_ATTENTION,
         (((1, 20), *((1, 9),) * 33, (1, 900), (0, 0), (1, 700), (1, 3)), 8, 4, 32, 16),
         "qkv",
     ),
+    "attention_many_parts": (ops.PAGED_ATTENTION, (((1, 20), (1, 9300), *((1, 9),) * 38), 3, 1, 32, 16), "q"),
     "attention_uneven_split": (ops.PAGED_ATTENTION, (((1, 640), (1, 896)), 22, 22, 32, 16), "q"),
     # A block that one request fills in this step, and that others have for a part of their prefix.
     "attention_shared": (ops.PAGED_ATTENTION, (((1, 32), (1, 33), (20, 52)), 8, 2, 64, 16), "q"),
