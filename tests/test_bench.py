@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from types import SimpleNamespace
@@ -10,6 +13,7 @@ import psutil
 import pytest
 
 from vllm_compile import bench as benchmark
+from vllm_compile import bench_engine
 from vllm_compile.bench import DECODE_STEPS, GPU_SHARE, Engine, bench
 from vllm_compile.bench_workloads import Workload, served_lengths, step_bytes
 from vllm_compile.cli import main
@@ -55,6 +59,26 @@ def living(sessions: list[int]) -> list[int]:
             if os.getsid(process.pid) in sessions and process.info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(process.pid)
     return found
+
+
+@pytest.mark.parametrize("seconds", [0, 1.5, 60])
+def test_an_engine_rests(seconds, monkeypatch):
+    """It is waited for as long as a process that it has started computes, but not forever."""
+    monkeypatch.setattr(bench_engine, "LONGEST_REST", 3)
+    busy = f"import time; end = time.monotonic() + {seconds}\nwhile time.monotonic() < end: pass\ntime.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {busy!r}])"
+    engine = object.__new__(Engine)
+    engine._process = subprocess.Popen([sys.executable, "-c", parent], start_new_session=True)
+    try:
+        while not psutil.Process(engine._process.pid).children():
+            time.sleep(0.01)
+        began = time.monotonic()
+        engine.rest()
+        took = time.monotonic() - began
+    finally:
+        os.killpg(engine._process.pid, signal.SIGKILL)
+        engine._process.wait()
+    assert min(seconds, 3) - 0.5 < took < min(seconds, 3) + 1.5
 
 
 def test_more_steps_than_positions(compiled_fp32, trained_llama):
@@ -120,6 +144,7 @@ class FakeEngine:
     def __init__(self, name, model, options, log):
         self.name, self.load_seconds, self.first_token_seconds = name, 0.0, 0.0
         self.asked, self.options, self.pace = [], options, 1 + len(made) // 2
+        self.asked_at_rest = []  # how much it had been asked each time it was waited for
         FakeEngine.living += 1
         self.others = FakeEngine.living - 1
         made.append(self)
@@ -129,6 +154,9 @@ class FakeEngine:
         if self.patience is not None and sum(len(engine.asked) for engine in made) > self.patience:
             raise KeyboardInterrupt
         return (ADMISSION + max(new_tokens)) * self.pace
+
+    def rest(self):
+        self.asked_at_rest.append(len(self.asked))
 
     def close(self):
         FakeEngine.living -= 1
@@ -159,6 +187,7 @@ def test_what_engines_are_asked_for(trained_llama, compiled_fp32, fakes, alone, 
             assert all(prompts == asked[0][0] for prompts, _ in asked)  # the prefix cache has them from the first on
         seen = [tuple(map(tuple, prompts)) for prompts, _ in (rounds[0][0], rounds[1][0], *engine.asked[6:])]
         assert len(seen) == len(set(seen)) == 4  # a prefill never finds its prompts in the cache
+        assert engine.asked_at_rest == [3, 6, 7, 8], "before the next engine's turn it is waited for"
 
 
 def test_requests_of_several_lengths(trained_llama, compiled_fp32, fakes, capsys):

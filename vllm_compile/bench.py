@@ -1,6 +1,6 @@
 """Times an artifact beside its peers: same weights, same prompts, interleaved, medians and quartiles.
 
-Each engine lives in its own process and idles while another is timed; on a GPU they share its memory, unless it is too
+Each engine lives in its own process and rests while another is timed; on a GPU they share its memory, unless it is too
 small for all, or each is to have the machine to itself: then they take turns, started anew for each round, so that a
 machine which changes meanwhile does so for all of them.
 

@@ -63,7 +63,10 @@ def interleaved(
     for number in (0, *rounds):
         draw = random.Random(f"{kind} {workload} {number}")
         prompts = [draw.choices(range(vocabulary), k=length) for length in lengths]
-        seconds = {engine.name: _seconds(engine, kind, workload, prompts, steps) for engine in engines}
+        seconds = {}
+        for engine in engines:
+            seconds[engine.name] = _seconds(engine, kind, workload, prompts, steps)
+            engine.rest()
         if number:
             yield seconds
 
