@@ -198,6 +198,7 @@ def test_requests_of_several_lengths(trained_llama, compiled_fp32, fakes, capsys
     doing = ["starting compiled", "starting vllm"]
     doing += ["decode, 1x8", "decode, 2x20+1x90", "decode, 3x8", "prefill, 1x8+2x9"]
     assert [line for line in printed.err.splitlines() if line in doing] == doing, "said where there is no terminal, too"
+    assert "compiled" in next(line for line in printed.err.splitlines() if "2x20+1x90" in line and "│" in line)
     figures = json.loads(printed.out.splitlines()[-1])
     rows = {(row["workload"], row["requests"]): row for row in figures["rows"] if row["engine"] == "compiled"}
     assert list(rows) == [("decode", "1x8"), ("decode", "2x20+1x90"), ("decode", "3x8"), ("prefill", "1x8+2x9")]

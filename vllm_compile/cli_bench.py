@@ -16,7 +16,7 @@ from .cli_values import pair_of, pairs_of, positive, positives
 
 console = Console(stderr=True)
 
-LOG_COLUMNS = 120  # where there is no terminal
+LOG_COLUMNS = 120  # of a table, at least, where there is no terminal
 INTERRUPTED = 130  # what shells say of SIGINT
 
 
@@ -124,7 +124,9 @@ def _bench(options: argparse.Namespace) -> int:
             f"{row.speedup:.2f}x",
         ]
         table.add_row(f"{row.workload} {row.requests}", row.engine, *figures_of)
-    console.print(table, width=None if console.is_terminal else LOG_COLUMNS)
+    if not console.is_terminal:
+        console.width = max(console.width, LOG_COLUMNS)
+    console.print(table)
     loads, first = _starts(figures["load_seconds"]), _starts(figures["first_token_seconds"])
     console.print(f"engines loaded in: {loads}; first token after: {first}")
     if options.json:
