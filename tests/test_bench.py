@@ -65,13 +65,13 @@ def living(sessions: list[int]) -> list[int]:
 def test_an_engine_rests(seconds, monkeypatch):
     """It is waited for as long as a process that it has started computes, but not forever."""
     monkeypatch.setattr(bench_engine, "LONGEST_REST", 3)
-    busy = f"import time; end = time.monotonic() + {seconds}\nwhile time.monotonic() < end: pass\ntime.sleep(60)"
+    busy = f"import time; end = time.monotonic() + {seconds}; print(flush=True)\n"
+    busy += "while time.monotonic() < end: pass\ntime.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {busy!r}])"
     engine = object.__new__(Engine)
-    engine._process = subprocess.Popen([sys.executable, "-c", parent], start_new_session=True)
+    engine._process = subprocess.Popen([sys.executable, "-c", parent], start_new_session=True, stdout=subprocess.PIPE)
     try:
-        while not psutil.Process(engine._process.pid).children():
-            time.sleep(0.01)
+        assert engine._process.stdout.readline() == b"\n", "it computes now, or rests"
         began = time.monotonic()
         engine.rest()
         took = time.monotonic() - began
@@ -187,7 +187,8 @@ def test_what_engines_are_asked_for(trained_llama, compiled_fp32, fakes, alone, 
             assert all(prompts == asked[0][0] for prompts, _ in asked)  # the prefix cache has them from the first on
         seen = [tuple(map(tuple, prompts)) for prompts, _ in (rounds[0][0], rounds[1][0], *engine.asked[6:])]
         assert len(seen) == len(set(seen)) == 4  # a prefill never finds its prompts in the cache
-        assert engine.asked_at_rest == [3, 6, 7, 8], "before the next engine's turn it is waited for"
+    # Before the turns of one, the other is waited for.
+    assert [engine.asked_at_rest for engine in fakes] == ([[], []] if alone else [[3, 6, 7, 8], [0, 3, 6, 7]])
 
 
 def test_requests_of_several_lengths(trained_llama, compiled_fp32, fakes, capsys):

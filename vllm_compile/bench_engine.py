@@ -63,7 +63,8 @@ class Engine:
         while time.monotonic() < deadline:
             time.sleep(LOOK_SECONDS)
             before, used = used, self._cpu_seconds()
-            if used - before <= RESTING_SHARE * LOOK_SECONDS:
+            # Less than before: a process has ended, and what it used is not known any more.
+            if 0 <= used - before <= RESTING_SHARE * LOOK_SECONDS:
                 return
 
     def _cpu_seconds(self) -> float:

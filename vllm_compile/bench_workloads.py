@@ -65,8 +65,10 @@ def interleaved(
         prompts = [draw.choices(range(vocabulary), k=length) for length in lengths]
         seconds = {}
         for engine in engines:
+            for other in engines:
+                if other is not engine:
+                    other.rest()
             seconds[engine.name] = _seconds(engine, kind, workload, prompts, steps)
-            engine.rest()
         if number:
             yield seconds
 

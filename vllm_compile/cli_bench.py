@@ -16,7 +16,7 @@ from .cli_values import pair_of, pairs_of, positive, positives
 
 console = Console(stderr=True)
 
-LOG_COLUMNS = 120  # of a table, at least, where there is no terminal
+LOG_COLUMNS = 120  # at least, where there is no terminal
 INTERRUPTED = 130  # what shells say of SIGINT
 
 
@@ -94,6 +94,8 @@ def _bench(options: argparse.Namespace) -> int:
     decodes = [Workload(batch, options.context) for batch in options.batch]
     decodes += map(Workload.of, options.decode)
     prefills, serves = list(map(Workload.of, options.prefill)), [Workload(*pair) for pair in options.serve]
+    if not console.is_terminal:
+        console.width = max(console.width, LOG_COLUMNS)
     with console.status("starting") as status:
         figures = bench(
             options.artifact,
@@ -124,8 +126,6 @@ def _bench(options: argparse.Namespace) -> int:
             f"{row.speedup:.2f}x",
         ]
         table.add_row(f"{row.workload} {row.requests}", row.engine, *figures_of)
-    if not console.is_terminal:
-        console.width = max(console.width, LOG_COLUMNS)
     console.print(table)
     loads, first = _starts(figures["load_seconds"]), _starts(figures["first_token_seconds"])
     console.print(f"engines loaded in: {loads}; first token after: {first}")

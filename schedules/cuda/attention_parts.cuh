@@ -16,8 +16,8 @@ __device__ int attention_arrived[PARTS];              // blocks of a cut request
 __device__ int attention_taken[MOST_CUT_HEADS];       // how often blocks of a KV head have asked for more; zero between launches
 
 // Called by all threads of the block that comes last: the parts of a request's KV head, in their order, to result
-// [GROUP, HEAD_DIM].  Each warp takes a query; it loads the sums of 32 parts at once, then eight parts' values at a time, so
-// that it waits for L2 eight times where one request of 30,000 tokens beside 63 short ones has 44 parts.
+// [GROUP, HEAD_DIM].  Each warp takes a query; it loads the sums of 32 parts at once, then values of several parts before it
+// waits for the first: of one request of 30,000 tokens beside 63 short ones there are 44.
 template <int HEAD_DIM, int GROUP, int KV_HEADS, int WARPS>
 __device__ __forceinline__ void add_parts(int first_part, int parts, __nv_bfloat16* result) {
   constexpr int COLUMNS = HEAD_DIM / 32;  // of a lane, 32 apart

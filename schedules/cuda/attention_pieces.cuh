@@ -3,7 +3,7 @@
 // Requests differ in length: were each one block's, all would wait for the longest.  So where one holds much more than an
 // equal share of the tiles, requests are cut into parts of about that; where all are alike, each is one piece, or as many
 // as there are blocks for it.  Block i begins with piece i; if there are more pieces than blocks, who is done takes the
-// next.  Parts come first, so that what is taken last is short.  Pieces, and so results, do not depend on who takes them.
+// next.  Parts come first, so that what is taken last is usually short.  Pieces, and so results, do not depend on who takes them.
 //
 // Lengths are known on the GPU alone, so that each warp finds this out by itself: three loads for each lane's requests,
 // all at once, and if requests are cut a count of their parts, and a scan for each piece.

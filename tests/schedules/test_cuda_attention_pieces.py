@@ -129,7 +129,7 @@ def test_requests_that_are_alike_are_not_cut():
     ]
 
 
-@pytest.mark.parametrize("wrong", ["missing", "twice", "slot"])
+@pytest.mark.parametrize("wrong", ["missing", "twice", "slot", "order"])
 def test_wrong_pieces_are_found(wrong):
     queries, lengths = zip(*BATCHES["one long"], strict=True)
     pieces = pieces_of(queries, lengths)
@@ -138,6 +138,7 @@ def test_wrong_pieces_are_found(wrong):
         "missing": pieces[:at] + pieces[at + 1 :],
         "twice": pieces[:at] + pieces[at - 1 : at] + pieces[at:],
         "slot": [*pieces[:at], (*pieces[at][:3], pieces[at][3] - 1, *pieces[at][4:]), *pieces[at + 1 :]],
+        "order": [pieces[-1], *pieces[:-1]],  # a whole request first
     }
     with pytest.raises(AssertionError):
         check(changed[wrong], queries, lengths)

@@ -57,7 +57,7 @@ CASES = {  # operator, arguments of its samples, the input that the negative con
         (((1, 20), *((1, 9),) * 33, (1, 900), (0, 0), (1, 700), (1, 3)), 8, 4, 32, 16),
         "qkv",
     ),
-    "attention_many_parts": (ops.PAGED_ATTENTION, (((1, 20), (1, 9300), *((1, 9),) * 38), 3, 1, 32, 16), "q"),
+    "attention_many_parts": (ops.PAGED_ATTENTION, (((1, 20), *((1, 9),) * 38, (1, 9300)), 6, 2, 32, 16), "q"),
     "attention_uneven_split": (ops.PAGED_ATTENTION, (((1, 640), (1, 896)), 22, 22, 32, 16), "q"),
     # A block that one request fills in this step, and that others have for a part of their prefix.
     "attention_shared": (ops.PAGED_ATTENTION, (((1, 32), (1, 33), (20, 52)), 8, 2, 64, 16), "q"),
